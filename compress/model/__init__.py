@@ -1,0 +1,20 @@
+"""The one view of every Mixture-of-Experts family."""
+
+from .block import EXPERTS_KINDS, MoEBlock, Routing
+from .experts import Experts, ExpertWeights, FusedExperts
+from .model import Layer, MoEModel, read_config
+from .tap import Tap, observe
+
+__all__ = [
+    "EXPERTS_KINDS",
+    "ExpertWeights",
+    "Experts",
+    "FusedExperts",
+    "Layer",
+    "MoEBlock",
+    "MoEModel",
+    "Routing",
+    "Tap",
+    "observe",
+    "read_config",
+]

@@ -1,0 +1,106 @@
+"""What a block read during a sweep, kept for solvers that look at one layer's experts a few at a time.
+
+Keeping the inputs [T, H] costs far less than keeping what solvers need of them (a second moment [H, H] per expert), so
+moments are made per chunk of experts, from these inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_compress.model import Experts, Tap
+from moe_compress.model.dispatch import Dispatch, grouped_gram
+
+
+@dataclass
+class Moments:
+    """Second moments of a chunk of experts, sums over the rows routed to each.
+
+    Attributes:
+        experts: numbers of the experts.
+        rows_C: rows seen by each, float64.
+        input_CHH: Σ x xᵀ, float32.
+        activation_CII: Σ a aᵀ, float32.
+    """
+
+    experts: range
+    rows_C: Tensor
+    input_CHH: Tensor
+    activation_CII: Tensor
+
+
+class BlockInputs:
+    """Inputs and routing of one block over a whole sweep. Give `observe` to a sweep's step, then read.
+
+    Attributes:
+        hidden_TH: experts' inputs.
+        index_TK, weight_TK: routing as the model used it.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def observe(self, tap: Tap) -> None:
+        """Keep one batch."""
+        self._parts.append((tap.hidden_TH, tap.index_TK, tap.weight_TK))
+
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        if len(self._parts) > 1:
+            hidden, index, weight = (torch.cat(column) for column in zip(*self._parts, strict=True))
+            self._parts = [(hidden, index, weight)]
+        return self._parts[0]
+
+    @property
+    def hidden_TH(self) -> Tensor:
+        """Experts' inputs."""
+        return self._joined()[0]
+
+    @property
+    def index_TK(self) -> Tensor:
+        """Chosen experts."""
+        return self._joined()[1]
+
+    @property
+    def weight_TK(self) -> Tensor:
+        """Routing weights."""
+        return self._joined()[2]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return int(self.hidden_TH.shape[0])
+
+    def moments(self, experts: Experts, memory_limit: int = 1 << 30) -> Iterator[Moments]:
+        """Second moments, a chunk of experts at a time, so many that one takes about `memory_limit` bytes."""
+        weights = experts.weights()
+        hidden, neurons = experts.hidden_size, weights.up.shape[1]
+        dispatch = Dispatch.of(self.index_TK, self.weight_TK, experts.num_experts)
+        # Per expert: two moments, and its rows at every stage of the way to the down projection.
+        rows_each = len(dispatch.row_R) // experts.num_experts + 1
+        size = max(1, memory_limit // (4 * (hidden**2 + neurons**2 + rows_each * (hidden + 4 * neurons))))
+        starts = [0, *dispatch.offsets_E.tolist()]
+        for first in range(0, experts.num_experts, size):
+            chunk = range(first, min(first + size, experts.num_experts))
+            rows = slice(starts[chunk.start], starts[chunk.stop])
+            # Offsets that are flat outside the chunk: the other experts' rows are simply not there.
+            part = Dispatch(
+                dispatch.tokens,
+                dispatch.slots,
+                dispatch.row_R[rows],
+                dispatch.expert_R[rows],
+                (dispatch.offsets_E - starts[chunk.start]).clamp(0, starts[chunk.stop] - starts[chunk.start]),
+                dispatch.weight_R[rows],
+            )
+            input_RH = self.hidden_TH[part.token_R]
+            activation = experts.activations(input_RH, part).float()
+            offsets = part.offsets_E[chunk.start : chunk.stop]
+            yield Moments(
+                chunk,
+                part.counts_E[chunk.start : chunk.stop].double().cpu(),
+                grouped_gram(input_RH.float(), input_RH.float(), offsets),
+                grouped_gram(activation, activation, offsets),
+            )

@@ -1,0 +1,215 @@
+"""What can be measured of a block while calibration text passes through it.
+
+A `Statistic` is an accumulator over taps. A pass names the statistics that it needs, the union is collected in one
+sweep, and results are plain tensors that can be stored and reused. Sums over tokens are kept in float64 where they
+are small and in float32 where they are matrices. Adding one: subclass `Statistic`, say what it promises, done.
+
+Letters: E experts, T tokens, K experts per token, R rows (token, expert), H hidden, I neurons of an expert.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moe_compress.model import MoEBlock, Tap
+from moe_compress.model.dispatch import Dispatch, grouped_gram
+
+Result = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Statistic(ABC):
+    """Settings of a statistic; `start` gives the accumulator for one block.
+
+    Two statistics with equal `key` measure the same and are collected once.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def key(self) -> str:
+        """Identity in the store: name and settings."""
+        settings = asdict(self)
+        return self.name if not settings else f"{self.name}({json.dumps(settings, sort_keys=True)})"
+
+    @abstractmethod
+    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
+        """A fresh accumulator for a block that is about to see `tokens` tokens."""
+
+
+class Accumulator(ABC):
+    """Sums over the taps of one block."""
+
+    @abstractmethod
+    def update(self, tap: Tap) -> None:
+        """Take one batch into account."""
+
+    @abstractmethod
+    def result(self) -> Result:
+        """What was measured, as tensors on the CPU."""
+
+
+def _sum_rows(values_R: Tensor, dispatch: Dispatch, experts: int) -> Tensor:
+    """Σ over each expert's rows, in float64."""
+    total = torch.zeros(experts, dtype=torch.float64, device=values_R.device)
+    return total.index_add_(0, dispatch.expert_R, values_R.double())
+
+
+@dataclass(frozen=True)
+class Routing(Statistic):
+    """How often and how strongly each expert is chosen.
+
+    Result: `tokens` [] tokens seen; `counts` [E] rows per expert n_e; `gate` [E] Σ g; `gate_squared` [E] Σ g²;
+    with g the weight that the model multiplies with the expert's output (not re-computed from logits).
+    """
+
+    name: ClassVar[str] = "routing"
+
+    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
+        """See Statistic."""
+        return _RoutingSums(block.num_experts)
+
+
+class _RoutingSums(Accumulator):
+    def __init__(self, experts: int):
+        self.experts = experts
+        self.tokens = 0
+        self.sums = torch.zeros(3, experts, dtype=torch.float64)
+
+    def update(self, tap: Tap) -> None:
+        dispatch = Dispatch.of(tap.index_TK, tap.weight_TK, self.experts)
+        gate = dispatch.weight_R.double()
+        self.tokens += tap.hidden_TH.shape[0]
+        rows = [torch.ones_like(gate), gate, gate**2]
+        self.sums += torch.stack([_sum_rows(r, dispatch, self.experts) for r in rows]).cpu()
+
+    def result(self) -> Result:
+        counts, gate, squared = self.sums
+        return {"tokens": torch.tensor(self.tokens), "counts": counts, "gate": gate, "gate_squared": squared}
+
+
+@dataclass(frozen=True)
+class OutputNorms(Statistic):
+    """Size of each expert's outputs f on the tokens routed to it.
+
+    Result, each [E]: `norm` Σ‖f‖₂ (EAN); `gated_norm` Σ g‖f‖₂ (REAP, once divided by the counts; methods.md B2);
+    `gated_norm_squared` Σ g²‖f‖₂²; `maximum` max |f| over tokens and channels (super experts, methods.md B9).
+    """
+
+    name: ClassVar[str] = "output_norms"
+
+    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
+        """See Statistic."""
+        return _NormSums(block.num_experts)
+
+
+class _NormSums(Accumulator):
+    def __init__(self, experts: int):
+        self.experts = experts
+        self.sums = torch.zeros(3, experts, dtype=torch.float64)
+        self.maximum = torch.zeros(experts, dtype=torch.float64)
+
+    def update(self, tap: Tap) -> None:
+        dispatch = tap.dispatch
+        norm = tap.output_RH.float().norm(dim=-1).double()
+        gated = norm * dispatch.weight_R.double()
+        self.sums += torch.stack([_sum_rows(r, dispatch, self.experts) for r in (norm, gated, gated**2)]).cpu()
+        largest = tap.output_RH.abs().amax(dim=-1).double()
+        self.maximum.scatter_reduce_(0, dispatch.expert_R.cpu(), largest.cpu(), "amax")
+
+    def result(self) -> Result:
+        norm, gated, squared = self.sums
+        return {"norm": norm, "gated_norm": gated, "gated_norm_squared": squared, "maximum": self.maximum}
+
+
+@dataclass(frozen=True)
+class InputMoments(Statistic):
+    """Second moments of what each expert's projections read, over the tokens routed to it.
+
+    Result: `counts` [E]; `input` [E, H, H] Σ x xᵀ (read by gate and up alike); `activation` [E, I, I] Σ a aᵀ (read by
+    the down projection). Sums, float32, not divided by the counts. Memory: E·(H² + I²)·4 bytes per layer.
+    """
+
+    name: ClassVar[str] = "input_moments"
+
+    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
+        """See Statistic."""
+        return _MomentSums(block)
+
+
+class _MomentSums(Accumulator):
+    def __init__(self, block: MoEBlock):
+        self.experts = block.num_experts
+        self.counts = torch.zeros(self.experts, dtype=torch.float64)
+        self.sums: tuple[Tensor, Tensor] | None = None
+
+    def update(self, tap: Tap) -> None:
+        dispatch = tap.dispatch
+        self.counts += dispatch.counts_E.cpu()
+        rows = (tap.input_RH.float(), tap.activation_RI.float())
+        grams = [grouped_gram(r, r, dispatch.offsets_E) for r in rows]
+        if self.sums is None:
+            self.sums = (grams[0], grams[1])
+        else:
+            self.sums[0].add_(grams[0])
+            self.sums[1].add_(grams[1])
+
+    def result(self) -> Result:
+        assert self.sums is not None, "no batch was seen"
+        return {"counts": self.counts, "input": self.sums[0].cpu(), "activation": self.sums[1].cpu()}
+
+
+@dataclass(frozen=True)
+class OutputSimilarity(Statistic):
+    """How alike the experts' outputs are on the same tokens, whether routed to them or not.
+
+    Result: `similarity` [E, E] mean over tokens of cos(f_i(x), f_j(x)) (Sub-MoE, methods.md C3); `tokens` [] tokens
+    used. Every expert runs on these tokens, E/K times the work of a forward, so only `sample` tokens per layer are
+    taken, evenly from all batches, in chunks of `chunk` (memory: E·chunk·H·4 bytes).
+    """
+
+    name: ClassVar[str] = "output_similarity"
+    sample: int = 1024
+    chunk: int = 64
+
+    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
+        """See Statistic."""
+        return _SimilaritySums(block.num_experts, self, tokens)
+
+
+class _SimilaritySums(Accumulator):
+    def __init__(self, experts: int, settings: OutputSimilarity, tokens: int):
+        self.settings = settings
+        self.expected = tokens
+        self.similarity = torch.zeros(experts, experts, dtype=torch.float64)
+        self.tokens = 0
+        self.seen = 0
+
+    def update(self, tap: Tap) -> None:
+        count = tap.hidden_TH.shape[0]
+        # Token number t of the sweep is taken where t·sample/expected passes a whole number: evenly, whatever the batches.
+        share = torch.arange(self.seen, self.seen + count + 1) * min(self.settings.sample, self.expected)
+        self.seen += count
+        taken = torch.diff(share // self.expected) > 0
+        for part in tap.hidden_TH[taken.to(tap.hidden_TH.device)].split(self.settings.chunk):
+            unit = torch.nn.functional.normalize(all_outputs(tap, part).float(), dim=-1).transpose(0, 1)  # [t, E, H]
+            self.similarity += torch.bmm(unit, unit.transpose(1, 2)).sum(dim=0).double().cpu()
+            self.tokens += part.shape[0]
+
+    def result(self) -> Result:
+        return {"similarity": self.similarity / max(1, self.tokens), "tokens": torch.tensor(self.tokens)}
+
+
+def all_outputs(tap: Tap, hidden_TH: Tensor) -> Tensor:
+    """Every expert on every given token: [E, T, H], in one grouped product per projection."""
+    experts, tokens = tap.experts.num_experts, hidden_TH.shape[0]
+    index = torch.arange(experts, device=hidden_TH.device).expand(tokens, experts)
+    dispatch = Dispatch.of(index, torch.ones_like(index, dtype=hidden_TH.dtype), experts)
+    activation = tap.experts.activations(hidden_TH[dispatch.token_R], dispatch)
+    return tap.experts.outputs(activation, dispatch).view(experts, tokens, -1)

@@ -1,0 +1,218 @@
+"""A Hugging Face checkpoint folder, read lazily and checked before anything trusts it.
+
+Promise: opening reads only headers (kilobytes); `get` maps a tensor's bytes without copying them; whatever is
+inconsistent (a missing or truncated shard, an index that names what isn't there, a tensor of an unknown dtype) is a
+CheckpointError that names file and tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moe_compress.errors import CheckpointError, InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is and what it is.
+
+    Attributes:
+        file: shard's file name.
+        dtype, shape: as stored.
+        offset: first byte within the file.
+        nbytes: bytes in the file.
+    """
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Checkpoint:
+    """Tensors of a checkpoint folder by name. Use as a context manager, or call `close`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.exists():
+            raise InputError(f"no such folder: {self.folder}")
+        if not (self.folder / "config.json").is_file():
+            raise CheckpointError(f"{self.folder}: no config.json, so not a Hugging Face checkpoint folder")
+        self.tensors: dict[str, TensorInfo] = {}
+        self._open: dict[str, Any] = {}
+        self._headers: dict[str, bytes] = {}
+        for file, names in self._shards().items():
+            found = self._read_header(file)
+            if names is not None and (missing := sorted(names - found.keys())):
+                raise CheckpointError(f"{self.folder / INDEX} names {missing[0]!r} in {file}, which doesn't hold it")
+            unlisted = sorted(found.keys() - names) if names is not None else []
+            if unlisted:
+                raise CheckpointError(f"{file} holds {unlisted[0]!r}, which {INDEX} doesn't list")
+            self.tensors.update(found)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the mapped files. Tensors already handed out stay valid."""
+        self._open.clear()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands."""
+        return read_json(self.folder / "config.json")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def slice(self, name: str) -> Any:
+        """Lazy handle on a tensor: nothing is read until it is indexed."""
+        info = self._info(name)
+        return self._file(info.file).get_slice(name)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor, memory-mapped from the file: no copy."""
+        info = self._info(name)
+        return self._file(info.file).get_tensor(name)  # type: ignore[no-any-return]
+
+    def fingerprint(self) -> str:
+        """Identifies config and weights: SHA-256 over config.json, all headers, and samples of each shard's bytes.
+
+        64 blocks of 64 KiB per shard are read, so a model of any size takes seconds; two checkpoints that differ only
+        between the samples are taken for the same.
+        """
+        digest = hashlib.sha256()
+        digest.update(json.dumps(self.config, sort_keys=True).encode())
+        for file in sorted(self._headers):
+            digest.update(file.encode() + self._headers[file])
+            path = self.folder / file
+            size = path.stat().st_size
+            with path.open("rb") as handle:
+                for sample in range(64):
+                    handle.seek(size * sample // 64)
+                    digest.update(handle.read(min(65536, size)))
+        return digest.hexdigest()
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder} holds no tensor {name!r}")
+        return self.tensors[name]
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.folder / file} can't be opened: {error}") from error
+        return self._open[file]
+
+    def _shards(self) -> dict[str, set[str] | None]:
+        """Shard files → names that the index puts there (None: no index)."""
+        index = self.folder / INDEX
+        if not index.is_file():
+            if (self.folder / SINGLE).is_file():
+                return {SINGLE: None}
+            other = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(p.name for p in self.folder.glob("*.gguf"))
+            hint = f" ({other[0]} is not safetensors; convert it first)" if other else ""
+            raise CheckpointError(f"{self.folder}: neither {SINGLE} nor {INDEX}{hint}")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: no 'weight_map'")
+        shards: dict[str, set[str] | None] = {}
+        for name, file in weight_map.items():
+            if not (self.folder / file).is_file():
+                raise CheckpointError(f"{index} names the shard {file}, which isn't in {self.folder}")
+            names = shards.setdefault(file, set())
+            assert names is not None
+            names.add(name)
+        return shards
+
+    def _read_header(self, file: str) -> dict[str, TensorInfo]:
+        path = self.folder / file
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(f"{path} is truncated or not a safetensors file ({size} bytes)")
+            raw = handle.read(length)
+        try:
+            header = json.loads(raw)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: header is not JSON ({error})") from error
+        self._headers[file] = raw
+        tensors: dict[str, TensorInfo] = {}
+        end = 0
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
+            start, stop = entry["data_offsets"]
+            end = max(end, stop)
+            shape = tuple(entry["shape"])
+            tensors[name] = TensorInfo(file, DTYPES[entry["dtype"]], shape, 8 + length + start, stop - start)
+        if 8 + length + end != size:
+            raise CheckpointError(
+                f"{path} is {size} bytes, its header asks for {8 + length + end}: the file is "
+                f"{'truncated' if size < 8 + length + end else 'damaged'}; copy or download it again"
+            )
+        return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it isn't one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def sidecar_files(folder: Path) -> list[Path]:
+    """Files of a checkpoint folder that aren't weights: config, tokenizer, generation config, chat template, code."""
+    skip = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+    names = sorted(os.listdir(folder))
+    return [
+        folder / n
+        for n in names
+        if (folder / n).is_file() and not n.endswith(skip) and not n.endswith(".index.json") and not n.startswith(".")
+    ]

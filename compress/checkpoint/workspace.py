@@ -1,0 +1,180 @@
+"""Where a run keeps what it has finished, so that a killed one continues where it was.
+
+Every finished layer of every pass is committed as one file (written aside, flushed, renamed), and so is every
+statistic of every layer. A workspace belongs to one recipe on one model and one set of data: a run that differs is
+refused with what differs. Statistics are kept under what they were measured on, and stay valid for other recipes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from moe_compress.errors import InputError, RunError
+
+from .atomic import write_json, write_tensors
+from .reader import read_json
+
+_RECORD = "workspace.json"
+
+
+def short_digest(value: Any) -> str:
+    """16 hexadecimal digits that identify a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Workspace:
+    """A folder of finished work.
+
+    Args:
+        folder: where.
+        identity: what the work belongs to (nested JSON values); compared with what the folder was made for.
+        fresh: forget finished passes of another identity instead of refusing. Statistics are kept.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], *, fresh: bool = False):
+        self.folder = folder
+        record = folder / _RECORD
+        self.resumed = False
+        if record.is_file():
+            differences = _differences(read_json(record), identity)
+            if differences and not fresh:
+                raise InputError(
+                    f"workspace {folder} belongs to another run ({'; '.join(differences[:3])}): "
+                    "say --fresh to start over in it, or choose another output"
+                )
+            if differences or fresh:
+                self._forget()
+            else:
+                self.resumed = any(folder.glob("pass-*"))
+        write_json(record, identity)
+
+    def pass_store(self, number: int, name: str) -> PassStore:
+        """Committed layers of the recipe's pass `number`."""
+        return PassStore(self.folder / f"pass-{number:02d}-{name}")
+
+    def statistics(self, model_state: str, data: str) -> DiskStatistics:
+        """Statistics of one state of the model on one set of data."""
+        return DiskStatistics(self.folder / "statistics" / short_digest([model_state, data]))
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A result saved under `name`, or None."""
+        path = self.folder / f"{name}.json"
+        return read_json(path) if path.is_file() else None
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Save a result under `name`."""
+        write_json(self.folder / f"{name}.json", value)
+
+    def scratch(self, name: str) -> Path:
+        """An empty folder for temporary files."""
+        path = self.folder / "scratch" / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def remove(self) -> None:
+        """Delete the whole folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _forget(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != "statistics":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@dataclass(frozen=True)
+class PassStore:
+    """Committed layers of one pass."""
+
+    folder: Path
+
+    def plan(self) -> dict[str, Any] | None:
+        """The saved plan, or None."""
+        path = self.folder / "plan.json"
+        return read_json(path) if path.is_file() else None
+
+    def save_plan(self, plan: dict[str, Any]) -> None:
+        """Save the plan."""
+        write_json(self.folder / "plan.json", plan)
+
+    def has(self, layer: int) -> bool:
+        """Whether the layer is committed, or was before a later pass replaced it."""
+        return self._report(layer).is_file()
+
+    def commit(self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]) -> None:
+        """Save a changed block. The report comes second: where it is, the tensors were complete."""
+        write_tensors(self._tensors(layer), tensors, {"description": json.dumps(description)})
+        write_json(self._report(layer), report)
+
+    def get(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors (mapped, not read) and description of a committed block, or None."""
+        path = self._tensors(layer)
+        if not path.is_file() or not self._report(layer).is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            description = json.loads(file.metadata()["description"])
+            return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118
+
+    def report(self, layer: int) -> dict[str, Any]:
+        """What the pass reported of a layer."""
+        if not self._report(layer).is_file():
+            raise RunError(f"{self.folder} has no report of layer {layer}")
+        return read_json(self._report(layer))
+
+    def drop(self, layer: int) -> None:
+        """Remove a block's tensors: a later pass has committed that layer."""
+        self._tensors(layer).unlink(missing_ok=True)
+
+    def _tensors(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:04d}.safetensors"
+
+    def _report(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:04d}.json"
+
+
+@dataclass(frozen=True)
+class DiskStatistics:
+    """A StatisticStore in files."""
+
+    folder: Path
+
+    def get(self, layer: int, key: str) -> dict[str, Tensor] | None:
+        """See StatisticStore."""
+        path = self._path(layer, key)
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def put(self, layer: int, key: str, result: dict[str, Tensor]) -> None:
+        """See StatisticStore."""
+        write_tensors(self._path(layer, key), result, {"statistic": key})
+
+    def _path(self, layer: int, key: str) -> Path:
+        name = key.partition("(")[0]
+        return self.folder / f"{name}-{short_digest(key)}" / f"layer-{layer:04d}.safetensors"
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, as "key: was A, is B"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(k for k in now if k not in before)]
+        found = [_differences(before.get(k), now.get(k), f"{path}.{k}" if path else str(k)) for k in keys]
+        return [line for lines in found for line in lines]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        found = [_differences(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(before, now, strict=True))]
+        return [line for lines in found for line in lines]
+    return [] if before == now else [f"{path}: was {_short(before)}, is {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

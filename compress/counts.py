@@ -1,0 +1,51 @@
+"""How many experts a layer keeps: the option that pruning and merging share, and the choice under routing groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
+
+from moe_compress.errors import RecipeError
+from moe_compress.model.families import infeasible
+from moe_compress.model.shape import LayerShape
+
+
+class ExpertCounts(BaseModel):
+    """`keep` (a share) or `experts` (a number); a pass's options inherit it."""
+
+    keep: float | None = Field(default=None, gt=0, le=1, description="Share of the experts that a layer keeps, e.g. 0.75")
+    experts: int | None = Field(default=None, ge=1, description="Instead of `keep`: the number of experts per layer")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.keep is None) == (self.experts is None):
+            raise ValueError("give either `keep` (a share, e.g. 0.75) or `experts` (a number)")
+        return self
+
+
+def kept_count(name: str, index: int, layer: LayerShape, options: ExpertCounts) -> int:
+    """Experts that a layer keeps, checked against its routing. Raises RecipeError with the numbers."""
+    count = options.experts if options.experts is not None else round(layer.num_experts * (options.keep or 1.0))
+    if layer.groups and options.experts is None:
+        count = round(count / layer.groups[0]) * layer.groups[0]
+    if count > layer.num_experts:
+        raise RecipeError(f"{name}: layer {index} has {layer.num_experts} experts, {count} can't be kept")
+    problem = infeasible(layer.top_k, layer.groups, count)
+    if problem:
+        raise RecipeError(f"{name}: layer {index} {problem}")
+    return count
+
+
+def chosen(scores: Tensor, count: int, layer: LayerShape, protected: Sequence[int]) -> list[int]:
+    """The `count` best experts, ascending; the same number from every routing group; the protected among them."""
+    scores = scores.double().clone()
+    if protected:
+        scores[list(protected)] = float("inf")
+    groups = layer.groups[0] if layer.groups else 1
+    size = layer.num_experts // groups
+    best = scores.view(groups, size).argsort(dim=1, descending=True, stable=True)[:, : count // groups]
+    kept = best + size * best.new_tensor(range(groups)).unsqueeze(1)
+    return sorted(kept.flatten().tolist())

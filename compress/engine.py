@@ -1,0 +1,301 @@
+"""Carrying out passes on a model, whether its layers come from a folder or are in memory.
+
+For each pass: measure what its plan needs (one sweep), plan (all layers, nothing changed), then change layer by layer
+and commit each. A pass that reads inputs sees, in every layer, what the layers before it hand on after their change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_compress.calib.collect import Profile, StatisticStore, collect, missing
+from moe_compress.calib.inputs import BlockInputs
+from moe_compress.calib.routing import RoutingChange
+from moe_compress.calib.text import TokenBatches
+from moe_compress.checkpoint.workspace import short_digest
+from moe_compress.errors import RunError
+from moe_compress.model import Layer, MoEBlock, MoEModel
+from moe_compress.model.shape import ModelShape
+from moe_compress.model.sweep import Batch, Sweep
+from moe_compress.passes import Pass, Plan
+from moe_compress.progress import Monitor
+
+
+class Commits(Protocol):
+    """Where one pass's finished layers go."""
+
+    def plan(self) -> dict[str, Any] | None: ...
+    def save_plan(self, plan: dict[str, Any]) -> None: ...
+    def has(self, layer: int) -> bool: ...
+    def commit(
+        self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]
+    ) -> None: ...
+    def report(self, layer: int) -> dict[str, Any]: ...
+    def drop(self, layer: int) -> None: ...
+
+
+class Storage(Protocol):
+    """Where statistics and commits go."""
+
+    def statistics(self, model_state: str, data: str) -> StatisticStore: ...
+    def pass_store(self, number: int, name: str) -> Commits: ...
+
+
+@dataclass
+class Calibrated:
+    """Calibration text, ready to run.
+
+    Attributes:
+        text: token batches and their account; None where no pass needs any.
+        batch_size: sequences of one forward.
+        hold: folder for hidden states, or None for memory.
+    """
+
+    text: TokenBatches | None
+    batch_size: int = 8
+    hold: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        """Identifies the data."""
+        return self.text.digest if self.text is not None else ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sweep."""
+        return self.text.ids.numel() if self.text is not None else 0
+
+    def batches(self) -> list[Batch]:
+        """Arguments of each forward."""
+        if self.text is None:
+            raise RunError("a pass needs calibration text, and the recipe names none")
+        return [{"input_ids": ids} for ids, _ in self.text.batches(self.batch_size)]
+
+
+@dataclass
+class Outcome:
+    """What one pass did.
+
+    Attributes:
+        name, options: of the pass.
+        plan: what it decided.
+        reports: decoder layer → what was done.
+        shape: of the model afterwards.
+    """
+
+    name: str
+    options: dict[str, Any]
+    plan: Plan
+    shape: ModelShape
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def run_passes(
+    model: MoEModel,
+    passes: Sequence[Pass],
+    shape: ModelShape,
+    calibrated: Calibrated,
+    storage: Storage,
+    fingerprint: str,
+    monitor: Monitor,
+) -> list[Outcome]:
+    """Carry out passes in order; what `storage` already holds is not done again.
+
+    Args:
+        model: the model; its overlay shows what `storage` holds.
+        passes: checked against the shapes already (feasibility).
+        shape: of the model before.
+        calibrated: calibration text.
+        storage: statistics and commits.
+        fingerprint: identifies the model before.
+        monitor: stages.
+    """
+    outcomes: list[Outcome] = []
+    state = fingerprint
+    for number, step in enumerate(passes):
+        commits = storage.pass_store(number, step.name)
+        plan = _plan(model, step, shape, calibrated, storage, commits, state, monitor)
+        unfinished = [i for i in model.moe_layers if not commits.has(i)]
+        if unfinished:
+            with monitor.stage(f"{step.name}: apply", len(model.layers)) as progress:
+                earlier = [storage.pass_store(n, p.name) for n, p in enumerate(passes[:number])]
+                applying = _Applying(model, step, plan, commits, earlier)
+                if step.needs_inputs():
+                    with Sweep(model, calibrated.batches(), calibrated.hold) as sweep:
+                        for at in sweep:
+                            applying.with_inputs(at)
+                            progress.layer(at.index)
+                else:
+                    for index in unfinished:
+                        applying.alone(index)
+                        progress.layer(index)
+        reports = {i: commits.report(i) for i in model.moe_layers}
+        shape = shape.with_layers({i: _measured(shape, i, reports[i]) for i in model.moe_layers})
+        options = step.options.model_dump(mode="json")
+        outcomes.append(Outcome(step.name, options, plan, shape, reports))
+        state = short_digest([state, step.name, options, plan.to_json(), calibrated.digest])
+    return outcomes
+
+
+def _plan(
+    model: MoEModel,
+    step: Pass,
+    shape: ModelShape,
+    calibrated: Calibrated,
+    storage: Storage,
+    commits: Commits,
+    state: str,
+    monitor: Monitor,
+) -> Plan:
+    saved = commits.plan()
+    if saved is not None:
+        return Plan.from_json(saved)
+    store = storage.statistics(state, calibrated.digest)
+    lacking = missing(model, step.statistics(), store)
+    if lacking:
+        with monitor.stage(f"{step.name}: measure", len(model.layers)) as progress:
+            with Sweep(model, calibrated.batches(), calibrated.hold) as sweep:
+                collect(model, sweep, lacking, store, calibrated.tokens, progress)
+    with monitor.stage(f"{step.name}: plan"):
+        plan = step.plan(Profile(shape, store, len(model.layers)))
+    commits.save_plan(plan.to_json())
+    return plan
+
+
+@dataclass
+class _Applying:
+    """Changing the layers of a model by one pass's plan."""
+
+    model: MoEModel
+    step: Pass
+    plan: Plan
+    commits: Commits
+    earlier: list[Commits]
+
+    def alone(self, index: int) -> None:
+        """Change a layer that needn't run."""
+        with self.model.layer(index, stored=True) as layer, self.model.editing(layer) as block:
+            report = self.step.apply(block, self.plan.layers[index], None)
+            self._commit(layer, block, report)
+
+    def with_inputs(self, at: Any) -> None:
+        """Change a layer with all calibration batches waiting before it, and let them go on through the change."""
+        layer: Layer = at.layer
+        if layer.block is None or self.commits.has(at.index):
+            at.advance()
+            return
+        inputs = BlockInputs()
+        at.run(inputs.observe)
+        with self.model.editing(layer) as block:
+            report = self.step.apply(block, self.plan.layers[at.index], inputs)
+            self._round(layer, block)
+        change = RoutingChange(inputs, report.get("slots"))
+        at.advance(change.observe)
+        report["routing"] = change.result()
+        with self.model.editing(layer) as block:
+            self._commit(layer, block, report)
+
+    def _round(self, layer: Layer, block: MoEBlock) -> None:
+        """Give live weights the values that will be stored: what follows must see those."""
+        tensors, description = block.state()
+        if description["kind"] == "fused":
+            stored = self.model.stored_dtypes(layer.index)
+            block.assign({n: t.to(stored.get(n, t.dtype)).to(t.dtype) for n, t in tensors.items()})
+
+    def _commit(self, layer: Layer, block: MoEBlock, report: dict[str, Any]) -> None:
+        tensors, description = block.state()
+        stored = self.model.stored_dtypes(layer.index)
+        if description["kind"] == "fused":
+            tensors = {n: t.to(stored.get(n, t.dtype)) for n, t in tensors.items()}
+        else:  # packed experts are what they are; the router keeps the dtype that it came with
+            inside = block.path + "."
+            tensors = {n: t if n.startswith(inside) else t.to(stored.get(n, t.dtype)) for n, t in tensors.items()}
+        inside = block.path + "."
+        report["num_experts"] = block.num_experts
+        report["kind"] = description["kind"]
+        report["expert_bytes"] = sum(t.numel() * t.element_size() for n, t in tensors.items() if n.startswith(inside))
+        self.commits.commit(layer.index, {n: t.cpu() for n, t in tensors.items()}, description, report)
+        for before in self.earlier:
+            before.drop(layer.index)
+
+
+def _measured(shape: ModelShape, index: int, report: dict[str, Any]) -> Any:
+    return replace(
+        shape.layers[index], num_experts=report["num_experts"], kind=report["kind"], bytes=report["expert_bytes"]
+    )
+
+
+class CommittedBlocks:
+    """The overlay that a workspace's commits form: of each layer the newest."""
+
+    def __init__(self, stores: Sequence[Any]):
+        self._stores = list(stores)
+
+    def get(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """See Overlay."""
+        for store in reversed(self._stores):
+            changed = store.get(layer)
+            if changed is not None:
+                return changed  # type: ignore[no-any-return]
+        return None
+
+
+@dataclass
+class MemoryStorage:
+    """Storage for a model in memory: changes are in the model itself, only plans and reports are kept."""
+
+    stores: dict[tuple[str, str], Any] = field(default_factory=dict)
+    passes: dict[int, MemoryCommits] = field(default_factory=dict)
+
+    def statistics(self, model_state: str, data: str) -> StatisticStore:
+        """See Storage."""
+        from moe_compress.calib.collect import MemoryStore
+
+        return self.stores.setdefault((model_state, data), MemoryStore())  # type: ignore[no-any-return]
+
+    def pass_store(self, number: int, name: str) -> MemoryCommits:
+        """See Storage."""
+        return self.passes.setdefault(number, MemoryCommits())
+
+
+@dataclass
+class MemoryCommits:
+    """Commits of a pass on a model in memory."""
+
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def plan(self) -> dict[str, Any] | None:
+        """Plans are made anew."""
+        return None
+
+    def save_plan(self, plan: dict[str, Any]) -> None:
+        """The outcome holds it."""
+
+    def has(self, layer: int) -> bool:
+        """Whether the layer was changed."""
+        return layer in self.reports
+
+    def commit(self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]) -> None:
+        """The model itself holds the tensors."""
+        self.reports[layer] = report
+
+    def report(self, layer: int) -> dict[str, Any]:
+        """What the pass reported of a layer."""
+        return self.reports[layer]
+
+    def drop(self, layer: int) -> None:
+        """Nothing is held."""
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Resolve "auto": a GPU if there is one; float32 on a CPU (bfloat16 is several times slower there), else bfloat16."""
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "auto":
+        return where, torch.float32 if where.type == "cpu" else torch.bfloat16
+    return where, getattr(torch, dtype)

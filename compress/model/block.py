@@ -1,0 +1,280 @@
+"""One layer's router and experts, seen alike in every family, live or on the meta device.
+
+A block can be looked at (`experts`, `router`), reduced (`keep`), regrouped (`regroup`), given other experts
+(`replace_experts`), and turned into plain tensors and back (`state`, `restore`). It knows nothing of methods.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_compress.errors import UnsupportedModelError
+
+from . import families, hf
+from .axes import ExpertAxes
+from .experts import Experts, FusedExperts
+from .tensors import set_tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decides for T tokens.
+
+    Attributes:
+        logits_TE: router logits as the model's own router returns them (some families return probabilities).
+        index_TK, weight_TK: chosen experts and the weights that multiply their outputs.
+    """
+
+    logits_TE: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+
+
+def read_routing(output: Any, tokens: int) -> Routing | None:
+    """What a router returned, whatever the order; None where it returned scores alone.
+
+    The order of (logits, weights, index) changed between versions of transformers; dtypes and shapes don't.
+    """
+    if not isinstance(output, tuple):
+        return None
+    tensors = [value for value in output[:3] if isinstance(value, Tensor)]
+    chosen = [value for value in tensors if not value.is_floating_point()]
+    if len(tensors) != 3 or len(chosen) != 1:
+        return None
+    index = chosen[0].reshape(tokens, -1)
+    first, second = (value.reshape(tokens, -1) for value in tensors if value.is_floating_point())
+    logits, weight = (first, second) if second.shape == index.shape else (second, first)
+    return Routing(logits, index, weight)
+
+
+# How a block's experts are rebuilt from a saved state: kind → function(block, description) → experts module on meta.
+EXPERTS_KINDS: dict[str, Callable[[MoEBlock, dict[str, Any]], nn.Module]] = {}
+
+
+class MoEBlock:
+    """Router and experts of one decoder layer.
+
+    Attributes:
+        layer: number of the decoder layer.
+        module: the decoder layer.
+        path: path of the experts module relative to it ("mlp.experts").
+        axes: which of its tensors and attributes count experts.
+    """
+
+    def __init__(self, layer: int, module: nn.Module, path: str, axes: ExpertAxes):
+        self.layer = layer
+        self.module = module
+        self.path = path
+        self.axes = axes
+        self.parent_path, _, self.experts_name = path.rpartition(".")
+        self.router_path = self._find_router()
+
+    # --- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def parent(self) -> nn.Module:
+        """The module that holds router and experts."""
+        return self.module.get_submodule(self.parent_path)
+
+    @property
+    def experts_module(self) -> nn.Module:
+        """The experts module as the model calls it."""
+        return self.module.get_submodule(self.path)
+
+    @property
+    def experts(self) -> Experts:
+        """View of the experts."""
+        module = self.experts_module
+        return FusedExperts(module) if hf.is_fused_experts(module) else module  # type: ignore[return-value]
+
+    @property
+    def router(self) -> nn.Module:
+        """The family's own router module."""
+        return self.module.get_submodule(self.router_path)
+
+    @property
+    def kind(self) -> str:
+        """What holds the experts: "fused" for the family's own dense module, else the kind of what replaced it."""
+        module = self.experts_module
+        return "fused" if hf.is_fused_experts(module) else module.kind  # type: ignore[return-value]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that the block has now."""
+        return self.experts.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        return families.top_k(self.router, self.parent)
+
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """(routing groups, groups a token may use), or None where routing isn't group-limited."""
+        return families.routing_groups(self.router)
+
+    def route(self, hidden_TH: Tensor, **context: Any) -> Routing:
+        """Run the family's own router.
+
+        Args:
+            hidden_TH: what the router reads [T, H].
+            context: what else the family's router reads (`input_ids` for hash routing, …).
+        """
+        router = self.router
+        arguments: dict[str, Any] = {}
+        for name, parameter in list(inspect.signature(router.forward).parameters.items())[1:]:
+            if hasattr(self.parent, name):  # a correction bias that lives on the block
+                arguments[name] = getattr(self.parent, name)
+            elif name in context:
+                arguments[name] = context[name]
+            elif parameter.default is inspect.Parameter.empty:
+                raise UnsupportedModelError(f"{type(router).__name__} of layer {self.layer} also reads {name!r}")
+        sequences = type(router).__name__ in families.ROUTERS_OF_SEQUENCES
+        output = router(hidden_TH.unsqueeze(0) if sequences else hidden_TH, **arguments)
+        return read_routing(output, hidden_TH.shape[0]) or self._route_through(hidden_TH, output)
+
+    def infeasible(self, count: int) -> str | None:
+        """Why the block can't work with that many experts, or None."""
+        return families.infeasible(self.top_k, self.groups, count)
+
+    # --- changing ----------------------------------------------------------------------------------------------
+
+    def keep(self, indices: list[int]) -> None:
+        """Remove all experts but these, router rows with them; order is kept.
+
+        Raises UnsupportedModelError when the routing can't work with what is left.
+        """
+        count = self.num_experts
+        if sorted(set(indices)) != list(indices) or not indices or indices[0] < 0 or indices[-1] >= count:
+            raise ValueError(f"layer {self.layer}: experts to keep must be ascending, distinct and below {count}")
+        reason = self.infeasible(len(indices))
+        if reason:
+            raise UnsupportedModelError(f"layer {self.layer} {reason}")
+        if self.groups is not None:
+            groups, _ = self.groups
+            per_group = torch.bincount(torch.tensor(indices) // (count // groups), minlength=groups)
+            if len(set(per_group.tolist())) > 1:
+                raise UnsupportedModelError(
+                    f"layer {self.layer} routes in {groups} groups, which must stay equal: {per_group.tolist()} would be left"
+                )
+        for name, (dim, extra) in self.axes.tensors.items():
+            tensor = self._tensor(name)
+            rows = torch.tensor([*indices, *range(count, count + extra)], device=tensor.device)
+            set_tensor(self.module, name, tensor.index_select(dim, rows))
+        table = getattr(self.router, "tid2eid", None)
+        if table is not None:
+            kept = torch.tensor(indices, device=table.device)
+            set_tensor(self.module, f"{self.router_path}.tid2eid", families.remap_hash_table(table, kept, count))
+        self._set_count(len(indices))
+
+    def regroup(self, representatives: list[int], mixing_NE: Tensor) -> None:
+        """Reduce to N groups: slot j gets expert `representatives[j]`'s weights and a mixture of router rows.
+
+        The caller then writes merged weights into `experts.weights()`.
+
+        Args:
+            representatives: one expert of each group, ascending.
+            mixing_NE: row j holds the coefficients over the E old router rows (and correction biases, and per-expert
+                scales) that make slot j's.
+        """
+        mixed = {}
+        for name, (dim, extra) in self.axes.tensors.items():
+            if name.startswith(self.path + "."):
+                continue
+            tensor = self._tensor(name)
+            rows = tensor.movedim(dim, 0)
+            count = rows.shape[0] - extra
+            new = (mixing_NE.double() @ rows[:count].double().flatten(1)).to(tensor.dtype)
+            new = torch.cat([new.view(-1, *rows.shape[1:]), rows[count:]])
+            mixed[name] = new.movedim(0, dim).contiguous()
+        self.keep(representatives)
+        for name, tensor in mixed.items():
+            set_tensor(self.module, name, tensor)
+
+    def replace_experts(self, module: nn.Module) -> None:
+        """Put another experts module in place (same forward signature)."""
+        setattr(self.parent, self.experts_name, module)
+
+    # --- as plain data -----------------------------------------------------------------------------------------
+
+    def own_names(self) -> list[str]:
+        """Names, relative to the layer, of the tensors that belong to router and experts as they are now."""
+        prefixes = (self.path + ".", self.router_path + ".")
+        state = self.module.state_dict()
+        return [n for n in state if n.startswith(prefixes) or n in self.axes.tensors]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors (names relative to the layer) and a JSON description from which `restore` rebuilds the block."""
+        description: dict[str, Any] = {"kind": self.kind, "num_experts": self.num_experts, "experts": self.path}
+        if self.kind != "fused":
+            description["layout"] = self.experts_module.describe()  # type: ignore[operator]
+        whole = self.module.state_dict()
+        return {name: whole[name] for name in self.own_names()}, description
+
+    def restructure(self, description: dict[str, Any]) -> None:
+        """Give the block the structure that `state` described, tensors on the meta device where shapes change."""
+        count = int(description["num_experts"])
+        if count != self.num_experts:
+            for name, (dim, extra) in self.axes.tensors.items():
+                tensor = self._tensor(name)
+                shape = list(tensor.shape)
+                shape[dim] = count + extra
+                set_tensor(self.module, name, torch.empty(shape, dtype=tensor.dtype, device="meta"))
+            self._set_count(count)
+        if description["kind"] != "fused":
+            self.replace_experts(EXPERTS_KINDS[description["kind"]](self, description["layout"]))
+
+    def assign(self, tensors: dict[str, Tensor]) -> None:
+        """Set the block's tensors by name (relative to the layer)."""
+        for name, tensor in tensors.items():
+            set_tensor(self.module, name, tensor)
+
+    def _route_through(self, hidden_TH: Tensor, logits: Tensor) -> Routing:
+        """For routers that only score: let the block choose, and catch what it would send to the experts."""
+        caught: dict[str, Tensor] = {}
+
+        def catch(_module: nn.Module, arguments: Any) -> None:
+            caught["index"], caught["weight"] = arguments[1], arguments[2]
+
+        handle = self.experts_module.register_forward_pre_hook(catch)
+        try:
+            self.parent(hidden_TH.unsqueeze(0))
+        finally:
+            handle.remove()
+        return Routing(logits.reshape(len(hidden_TH), -1), caught["index"], caught["weight"])
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _find_router(self) -> str:
+        prefix = self.parent_path + "." if self.parent_path else ""
+        beside = {
+            name.removeprefix(prefix).split(".")[0]
+            for name in self.axes.tensors
+            if name.startswith(prefix) and not name.startswith(self.path + ".")
+        }
+        routers = [name for name in beside if isinstance(getattr(self.parent, name, None), nn.Module)]
+        if len(routers) != 1:
+            raise UnsupportedModelError(
+                f"layer {self.layer}: expected one module beside {self.path!r} that scores experts, found {sorted(routers)}"
+            )
+        return prefix + routers[0]
+
+    def _tensor(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.module.get_submodule(path), leaf)  # type: ignore[no-any-return]
+
+    def _set_count(self, count: int) -> None:
+        for attribute in self.axes.attributes:
+            setattr(self.module.get_submodule(attribute.module), attribute.name, attribute.value(count))
+        router = self.router
+        key = families.ROUTERS_READING_CONFIG.get(type(router).__name__)
+        if key:
+            router.config = copy.copy(router.config)  # type: ignore[assignment]
+            setattr(router.config, key, count)

@@ -1,0 +1,198 @@
+"""A skeleton whose parameters come from a checkpoint folder, one decoder layer at a time.
+
+Promise: between two loads nothing of a layer stays in memory; a tensor that the model needs and the folder doesn't
+hold is an error when the folder is opened, not when the layer runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
+from moe_compress.errors import CheckpointError
+
+from . import hf
+from .block import MoEBlock
+from .tensors import set_tensor, to_meta
+
+# Tensors outside the decoder layers below this size (bytes) are loaded once and stay; larger ones come when needed.
+KEEP_OUTER = 1 << 20
+
+
+class Overlay(Protocol):
+    """Changed blocks that replace the source's, by layer."""
+
+    def get(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors (named relative to the decoder layer) and description of the layer's block, or None."""
+
+
+class DiskWeights:
+    """Moves parameters of `module` between the folder and memory.
+
+    Attributes:
+        names: disk names ↔ runtime names.
+        unowned: tensors of the folder that the model class doesn't own (multi-token-prediction heads, …).
+    """
+
+    def __init__(self, module: PreTrainedModel, source: Checkpoint, stack: str, device: torch.device):
+        self.module = module
+        self.source = source
+        self.stack = stack
+        self.device = device
+        self.names = hf.NameMap(module, source.tensors)
+        state = module.state_dict()
+        self.unowned = sorted(n for n, runtime in self.names.runtime.items() if runtime not in state)
+        self._check_complete(set(state))
+        # Parameters take this dtype when they compute; a few are kept in float32 by their family.
+        compute = {n: p.dtype for n, p in module.named_parameters()}
+        keep = re.compile("|".join(p.replace("*", ".*") for p in hf.kept_in_float32(module, module.dtype)) or r"(?!)")
+        self._compute = {n: torch.float32 if d.is_floating_point and keep.search(n) else d for n, d in compute.items()}
+        self._disk_names: dict[str, list[str]] = {}
+        for name, runtime in self.names.runtime.items():
+            self._disk_names.setdefault(runtime, []).append(name)
+        self._tied: dict[str, str] = dict(getattr(module, "all_tied_weights_keys", None) or {})
+        self._watch_outer()
+
+    # --- layers ------------------------------------------------------------------------------------------------
+
+    def layer_names(self, index: int) -> dict[str, str]:
+        """Disk name → runtime name, relative to the decoder layer, of what the folder holds of it."""
+        prefix = f"{self.stack}.{index}."
+        found: dict[str, str] = {}
+        for runtime, names in self._disk_names.items():
+            if runtime.startswith(prefix):
+                found.update(dict.fromkeys(names, runtime.removeprefix(prefix)))
+        return found
+
+    def stored_dtypes(self, index: int) -> dict[str, torch.dtype]:
+        """Runtime name, relative to the layer → dtype in the folder."""
+        return {runtime: self.source.tensors[name].dtype for name, runtime in self.layer_names(index).items()}
+
+    def tensors(self, index: int, only: set[str] | None = None) -> dict[str, TensorInfo]:
+        """Disk name → info of a layer's tensors, of those with runtime names in `only` if given."""
+        names = self.layer_names(index)
+        return {n: self.source.tensors[n] for n, runtime in names.items() if only is None or runtime in only}
+
+    def load_layer(
+        self,
+        index: int,
+        block: MoEBlock | None,
+        own: frozenset[str],
+        changed: tuple[dict[str, Tensor], dict[str, Any]] | None,
+        stored: bool,
+    ) -> None:
+        """Bring a decoder layer to life.
+
+        Args:
+            index: number of the layer.
+            block: its router and experts, if it has any.
+            own: the names that the block's tensors have in the folder.
+            changed: the block's tensors and description where they don't come from the folder.
+            stored: dtypes as in the folder, on the CPU; otherwise compute dtypes, on the device.
+        """
+        layer = self.module.get_submodule(f"{self.stack}.{index}")
+        names = self.layer_names(index)
+        if changed is not None:
+            assert block is not None
+            names = {n: runtime for n, runtime in names.items() if runtime not in own}
+            block.restructure(changed[1])
+        dtypes = self.stored_dtypes(index) if stored else {}
+        for name, parameter in list(layer.named_parameters()):
+            dtype = dtypes.get(name) or self._compute.get(f"{self.stack}.{index}.{name}", parameter.dtype)
+            if parameter.dtype != dtype or not parameter.is_meta:
+                set_tensor(layer, name, torch.empty(parameter.shape, dtype=dtype, device="meta"))
+        hf.load_into(self.module, {n: self.source.slice(n) for n in names})
+        if changed is not None:
+            assert block is not None
+            wanted = {n: p.dtype for n, p in layer.named_parameters()}
+            block.assign({n: t if stored else t.to(wanted.get(n, t.dtype)) for n, t in changed[0].items()})
+        hollow = [n for n, t in layer.state_dict().items() if t.is_meta]
+        if hollow:
+            raise CheckpointError(f"{self.source.folder}: nothing fills {self.stack}.{index}.{hollow[0]}")
+        if not stored and self.device.type != "cpu":
+            layer.to(self.device)
+
+    # --- what lies outside the decoder layers --------------------------------------------------------------------
+
+    def release_outer(self) -> None:
+        """Let go of large tensors outside the decoder layers; they come back when their module runs."""
+        for path in self._outer:
+            to_meta(self.module.get_submodule(path), recurse=False, above=KEEP_OUTER)
+
+    def load_all_outer(self) -> None:
+        """Bring everything outside the decoder layers to life."""
+        for path in self._outer:
+            self._load_outer(path)
+
+    def _watch_outer(self) -> None:
+        """Load small outer tensors now, each large one when its module first runs."""
+        inside = self.stack + "."
+        self._outer = [
+            path
+            for path, module in self.module.named_modules()
+            if not (path + ".").startswith(inside) and (module._parameters or module._buffers)
+        ]
+        names: list[str] = []
+        for path in self._outer:
+            module = self.module.get_submodule(path)
+            prefix = path + "." if path else ""
+            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and tensor.numel() * tensor.element_size() <= KEEP_OUTER:
+                    self._prepare(prefix + leaf)
+                    names += self._sources(prefix + leaf)
+            module.register_forward_pre_hook(functools.partial(self._before_outer, path))
+        hf.load_into(self.module, {n: self.source.slice(n) for n in dict.fromkeys(names)})
+        self._tie()
+
+    def _before_outer(self, path: str, _module: nn.Module, _arguments: Any) -> None:
+        self._load_outer(path)
+
+    def _load_outer(self, path: str) -> None:
+        module = self.module.get_submodule(path)
+        hollow = [leaf for leaf, p in module._parameters.items() if p is not None and p.is_meta]
+        if not hollow:
+            return
+        prefix = path + "." if path else ""
+        names: list[str] = []
+        for leaf in hollow:
+            self._prepare(prefix + leaf)
+            names += self._sources(prefix + leaf)
+        hf.load_into(self.module, {n: self.source.slice(n) for n in dict.fromkeys(names)})
+        self._tie()
+        if self.device.type != "cpu":
+            module.to(self.device)
+
+    def _prepare(self, name: str) -> None:
+        """Give the placeholder of a parameter the dtype that it is to have."""
+        name = self._tied.get(name, name)
+        dtype = self._compute.get(name)
+        if dtype is not None:
+            shape = self.module.get_parameter(name).shape
+            set_tensor(self.module, name, torch.empty(shape, dtype=dtype, device="meta"))
+
+    def _sources(self, name: str) -> list[str]:
+        """Disk names of everything that fills a runtime tensor; of what it is tied to where the folder leaves it out."""
+        return self._disk_names.get(name) or self._disk_names.get(self._tied.get(name, ""), [])
+
+    def _tie(self) -> None:
+        for name, origin in self._tied.items():
+            if name in self._disk_names:
+                continue  # the folder holds both: each is loaded as it stands
+            tensor = self.module.get_parameter(origin)
+            path, _, leaf = name.rpartition(".")
+            self.module.get_submodule(path)._parameters[leaf] = tensor
+
+    def _check_complete(self, state: set[str]) -> None:
+        provided = self.names.filled
+        tied = dict(getattr(self.module, "all_tied_weights_keys", None) or {})
+        ignored = self.module._keys_to_ignore_on_load_missing or ()
+        for name in sorted(state - provided):
+            if tied.get(name) in provided or any(re.search(pattern, name) for pattern in ignored):
+                continue
+            raise CheckpointError(f"{self.source.folder} holds nothing for {name!r}, which {type(self.module).__name__} needs")

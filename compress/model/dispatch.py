@@ -1,0 +1,98 @@
+"""Sending tokens to experts and back: the arithmetic that all experts modules share.
+
+Letters: T tokens, K experts per token (top-k), E experts, R rows = (token, slot) pairs that reach an expert, sorted by
+expert, O and I output and input size of a projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Which token goes to which expert, sorted by expert.
+
+    Attributes:
+        tokens: number of tokens T.
+        slots: number of slots K per token.
+        row_R: position of each row in the flattened [T·K] routing, int64.
+        expert_R: expert of each row, ascending.
+        offsets_E: end of each expert's rows, int32 (what grouped matrix products take).
+        weight_R: routing weight of each row, as the model itself computed it.
+    """
+
+    tokens: int
+    slots: int
+    row_R: Tensor
+    expert_R: Tensor
+    offsets_E: Tensor
+    weight_R: Tensor
+
+    @classmethod
+    def of(cls, index_TK: Tensor, weight_TK: Tensor, experts: int) -> Dispatch:
+        """Sort a routing by expert. Slots that no expert serves are left out: indices ≥ `experts`, and weights of zero
+        (some routers have a class for "no expert", which they hand on as expert 0 with weight 0)."""
+        index = torch.where(weight_TK.reshape(-1) == 0, experts, index_TK.reshape(-1))
+        expert, row = torch.sort(index, stable=True)
+        served = int((expert < experts).sum())
+        expert, row = expert[:served], row[:served]
+        offsets = torch.bincount(expert, minlength=experts).cumsum(0).to(torch.int32)
+        weight = weight_TK.reshape(-1)[row]
+        return cls(index_TK.shape[0], index_TK.shape[1], row, expert, offsets, weight)
+
+    @property
+    def token_R(self) -> Tensor:
+        """Token of each row."""
+        return self.row_R // self.slots
+
+    @property
+    def counts_E(self) -> Tensor:
+        """Rows per expert, int64."""
+        return torch.diff(self.offsets_E.long(), prepend=self.offsets_E.new_zeros(1).long())
+
+    def combine(self, output_RH: Tensor) -> Tensor:
+        """Σ over a token's slots of weight · output → [T, H]. The order of summation is fixed, so runs repeat."""
+        weighted = output_RH * self.weight_R.unsqueeze(-1).to(output_RH.dtype)
+        spread = weighted.new_zeros(self.tokens * self.slots, output_RH.shape[-1])
+        spread[self.row_R] = weighted
+        return spread.view(self.tokens, self.slots, -1).sum(dim=1)
+
+
+def grouped_linear(input_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    """Each expert's rows times its own weight: [R, I] × [E, O, I]ᵀ → [R, O], in one call where the dtype allows."""
+    if input_RI.dtype in _GROUPED_DTYPES and input_RI.dtype == weight_EOI.dtype and _aligned(weight_EOI):
+        return F.grouped_mm(input_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
+    output = input_RI.new_empty(input_RI.shape[0], weight_EOI.shape[1])
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        if end > start:
+            torch.mm(input_RI[start:end], weight_EOI[expert].T.to(input_RI.dtype), out=output[start:end])
+        start = end
+    return output
+
+
+def grouped_gram(left_RA: Tensor, right_RB: Tensor, offsets_E: Tensor) -> Tensor:
+    """Σ over each expert's rows of left ⊗ right: [R, A], [R, B] → [E, A, B]; experts without rows get zeros."""
+    if left_RA.dtype in _GROUPED_DTYPES and left_RA.shape[0] and _aligned(left_RA) and _aligned(right_RB):
+        return F.grouped_mm(left_RA.T, right_RB, offs=offsets_E)
+    gram = left_RA.new_zeros(offsets_E.shape[0], left_RA.shape[1], right_RB.shape[1])
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        if end > start:
+            torch.mm(left_RA[start:end].T, right_RB[start:end], out=gram[expert])
+        start = end
+    return gram
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Whether grouped products accept the matrices: one dimension contiguous, the other in whole 16-byte steps."""
+    step = 16 // matrix.element_size()
+    near, far = sorted(matrix.stride()[-2:])
+    return near == 1 and far % step == 0 and far >= step and matrix.data_ptr() % 16 == 0

@@ -1,0 +1,188 @@
+"""Everything that this project uses of transformers beyond its public interface, in one place.
+
+Promise: no other module imports a private name of transformers. What is used here is the conversion mapping between
+names on disk and names in the module tree (both directions), the loading of a part of a checkpoint into a model on
+the meta device, and the interface through which an experts class dispatches its forward. The conformance test runs
+all of it on the oldest and the newest transformers that setup.cfg admits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import LoadStateDictConfig
+
+from moe_compress.errors import CheckpointError, UnsupportedModelError
+
+# The experts implementation under which a model runs while this toolkit looks at it.
+IMPLEMENTATION = "moe_compress"
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `config.architectures` names, or the causal-LM class of the model type."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    mapped = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if mapped is None:
+        named = ", ".join(config.architectures or ()) or "no architecture"
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} ({named}) has no model class in transformers "
+            f"{transformers.__version__}; models with code of their own are not supported"
+        )
+    return mapped[0] if isinstance(mapped, (tuple, list)) else mapped
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The model's module tree, parameters on the meta device (no memory), buffers real, in eval mode."""
+    with init_empty_weights(include_buffers=False), quiet():
+        model = (cls or model_class(config))._from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def meta_skeleton(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    """Like `skeleton`, buffers on the meta device too: for looking at shapes only, and cheaper."""
+    with torch.device("meta"), quiet():
+        return cls._from_config(config)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, no advice: what matters is reported by the caller."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+class NameMap:
+    """Names of tensors on disk ↔ names in the module tree, as transformers' own loader would map them.
+
+    Attributes:
+        runtime: disk name → the tensor that it fills; several may share one (the experts of a layer are fused).
+        filled: every tensor that something on disk fills; more than `runtime` names where one fills several.
+    """
+
+    def __init__(self, model: PreTrainedModel, disk_names: Iterable[str]):
+        self.model = model
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        state = dict(model.state_dict())
+        targets = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
+        self.runtime: dict[str, str] = {}
+        self.filled: set[str] = set()
+        # The loader's order: some renamings switch on when they meet the first of their names.
+        for name in sorted(disk_names, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            if target not in state and name in state:
+                target, pattern = name, None
+            self.runtime[name] = target
+            self.filled.add(target)
+            if pattern is not None:
+                first, *others = targets[pattern]
+                self.filled.update(target.replace(first, other) for other in others)
+        # Only what this checkpoint used may be reverted: a fused file stays fused, a prefix that was absent stays so.
+        self.used = [entry for entry in mapping if entry.was_used()]
+
+    def to_disk(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Runtime tensors → tensors under the names and in the layout of this checkpoint's files."""
+        before = getattr(self.model, "_weight_conversions", None)
+        self.model._weight_conversions = list(self.used)
+        try:
+            return dict(revert_weight_conversion(self.model, dict(tensors)))
+        finally:
+            self.model._weight_conversions = before
+
+
+def to_disk_default(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Like `NameMap.to_disk` for a model that came from no file here: the layout `save_pretrained` would write."""
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def load_into(model: PreTrainedModel, tensors: Mapping[str, Any]) -> None:
+    """Set those parameters of `model` that `tensors` (disk name → tensor or lazy slice) hold; leave all others.
+
+    Each parameter gets the dtype that it has in `model` before the call. Goes through the model's conversion mapping
+    (stacking experts, concatenating gate and up, transposing, …), one target parameter at a time.
+    Raises CheckpointError when a tensor has no place, has another shape, or cannot be converted.
+    """
+    # A fresh mapping each time: its entries keep state.
+    config = LoadStateDictConfig(device_map={"": "cpu"}, weight_mapping=get_model_conversion_mapping(model))
+    # Without this, a thread pool would read the whole part ahead of its conversion and hold it twice.
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    finally:
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+    for name, found, expected in info.mismatched_keys:
+        raise CheckpointError(
+            f"tensor {name!r} has shape {list(found)}, but config.json asks for {list(expected)}: "
+            "the checkpoint and its config.json don't belong together"
+        )
+    for name, text in info.conversion_errors.items():
+        reason = text.strip().splitlines()[-2:]
+        raise CheckpointError(f"tensors of {name!r} can't be converted: {' '.join(reason)}")
+    for name in sorted(info.unexpected_keys):
+        raise CheckpointError(f"tensor {name!r} has no place in {type(model).__name__}")
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Patterns of parameters that transformers keeps in float32 when the model runs in `dtype`."""
+    return sorted(model._get_dtype_plan(dtype))
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether the module's class carries transformers' experts interface."""
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    return all(hasattr(module, flag) for flag in flags) and hasattr(module, "_apply_gate")
+
+
+def register_implementation(forward: Callable[..., torch.Tensor]) -> None:
+    """Make `forward(experts, hidden_states, top_k_index, top_k_weights)` selectable as `IMPLEMENTATION`."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+
+
+@contextmanager
+def implementation(model: PreTrainedModel, name: str = IMPLEMENTATION) -> Iterator[None]:
+    """Run the model's experts through the named implementation; what was set before comes back afterwards."""
+    configs = {id(m.config): m.config for m in model.modules() if is_fused_experts(m)}
+    before = {key: config._experts_implementation_internal for key, config in configs.items()}
+    for config in configs.values():
+        config._experts_implementation_internal = name
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation_internal = before[key]

@@ -1,0 +1,281 @@
+"""A handle on a Mixture-of-Experts model, on disk or in memory, with the same interface.
+
+On disk nothing is loaded at open: the skeleton is on the meta device, and `with model.layer(i) as layer` has that one
+decoder layer live and lets it go on exit. What lies outside the decoder layers (embeddings, head) comes to life when
+its module first runs and goes when `release_outer` is called. In memory, layers are simply there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
+from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
+
+from . import families, hf, offload
+from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index
+from .block import MoEBlock
+from .disk import DiskWeights, Overlay
+from .tensors import to_meta
+
+QUANT_METHOD = "moe_compress"
+
+
+@dataclass
+class Layer:
+    """A live decoder layer.
+
+    Attributes:
+        index: its number.
+        module: the module itself.
+        block: its router and experts; None in a dense layer.
+    """
+
+    index: int
+    module: nn.Module
+    block: MoEBlock | None
+
+
+class MoEModel:
+    """Build with `open` or `wrap`.
+
+    Attributes:
+        module: the transformers model (skeleton or live).
+        config_values: its config as a dict (config.json as it stands, for a folder).
+        weights: where its tensors come from; None for a model in memory.
+        overlay: changed blocks that replace the folder's.
+        device: where inputs go.
+        stack: module path of the decoder layers that are compressed.
+        count_paths: keys of the config that hold the number of experts.
+        untouched: experts modules elsewhere (other towers), which stay as they are.
+    """
+
+    def __init__(self, module: PreTrainedModel, values: dict[str, Any]):
+        self.module = module
+        self.config_values = values
+        self.weights: DiskWeights | None = None
+        self.overlay: Overlay | None = None
+        self.device = torch.device("cpu")
+        self.stack = _find_stack(module)
+        self.untouched = sorted(p for p in expert_counts(module) if not p.startswith(self.stack + "."))
+        structure = decoded({k: v for k, v in values.items() if k != "quantization_config"})
+        self.count_paths: list[ConfigPath] = count_keys(module.config, structure, type(module), self.stack)
+        self._axes = expert_axes(module, structure, self.count_paths, self.stack)
+        self._paths = _one_per_layer(self._axes, self.stack)
+        self.original_experts = self.block(self.moe_layers[0]).num_experts
+        self._own = {i: frozenset(self.block(i).own_names()) for i in self.moe_layers}
+
+    # --- building ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        overlay: Overlay | None = None,
+    ) -> MoEModel:
+        """A checkpoint folder; reads headers and small tensors only.
+
+        Args:
+            path: folder with config.json and safetensors.
+            dtype: in what layers compute when they are live (float32 on a CPU: bfloat16 is several times slower there).
+            device: where live layers go.
+            overlay: changed blocks that replace the folder's.
+
+        Raises:
+            InputError, CheckpointError: no such folder, or it isn't what it claims to be.
+            UnsupportedModelError: a dense model, or a family that can't be handled, with the reason.
+        """
+        source = Checkpoint(path)
+        config = _read_config(source)
+        module = hf.skeleton(config, dtype)
+        model = cls(module, source.config)
+        quantized = source.config.get("quantization_config") or {}
+        if quantized.get("quant_method") == QUANT_METHOD:
+            for index, description in quantized["blocks"].items():
+                model.block(int(index)).restructure(description)
+        elif quantized:
+            raise UnsupportedModelError(
+                f"{path} is already quantized ({quantized.get('quant_method', 'unknown method')}); "
+                "start from the checkpoint in full precision"
+            )
+        model._own = {i: frozenset(model.block(i).own_names()) for i in model.moe_layers}
+        model.overlay = overlay
+        model.device = torch.device(device)
+        model.weights = DiskWeights(module, source, model.stack, model.device)
+        return model
+
+    @classmethod
+    def wrap(cls, module: PreTrainedModel) -> MoEModel:
+        """A loaded model, also one that accelerate dispatched over devices or offloaded."""
+        _refuse(module.config)
+        values = json.loads(module.config.to_json_string(use_diff=False))
+        model = cls(module, {**values, "architectures": [type(module).__name__]})
+        model.device = offload.execution_device(module.get_input_embeddings())
+        return model
+
+    # --- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def source(self) -> Checkpoint:
+        """The folder that the model is read from. Raises ValueError for a model in memory."""
+        if self.weights is None:
+            raise ValueError("this model is in memory, not read from a folder")
+        return self.weights.source
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers as modules."""
+        return self.module.get_submodule(self.stack)  # type: ignore[return-value]
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of the decoder layers with experts."""
+        return sorted(self._paths)
+
+    def block(self, index: int) -> MoEBlock:
+        """Router and experts of a layer, for looking: its tensors hold data only while the layer is live."""
+        if index not in self._paths:
+            raise InputError(f"decoder layer {index} has no experts")
+        layer = f"{self.stack}.{index}"
+        path = self._paths[index]
+        return MoEBlock(index, self.module.get_submodule(layer), path.removeprefix(layer + "."), self._axes[path])
+
+    @functools.cached_property
+    def stored_blocks(self) -> dict[int, dict[str, TensorInfo]]:
+        """Layer → disk name → info of its router's and experts' tensors as the folder stores them."""
+        assert self.weights is not None
+        return {i: self.weights.tensors(i, set(self._own[i])) for i in self.moe_layers}
+
+    def own_names(self, index: int) -> frozenset[str]:
+        """Names, relative to the layer, that a block's tensors have in the source."""
+        return self._own[index]
+
+    def axes(self, index: int) -> ExpertAxes:
+        """What counts experts in a layer's block."""
+        return self._axes[self._paths[index]]
+
+    def stored_dtypes(self, index: int) -> dict[str, torch.dtype]:
+        """Tensors of a layer (runtime names relative to it) → dtype in which the source holds them."""
+        if self.weights is not None:
+            return self.weights.stored_dtypes(index)
+        return {name: tensor.dtype for name, tensor in self.layers[index].state_dict().items()}
+
+    # --- live layers -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def layer(self, index: int, *, stored: bool = False) -> Iterator[Layer]:
+        """The decoder layer, live for the duration of the context.
+
+        Args:
+            index: its number.
+            stored: tensors in the dtypes of the folder and on the CPU, instead of compute dtype and device.
+        """
+        module = self.layers[index]
+        block = self.block(index) if index in self._paths else None
+        if self.weights is None:
+            yield Layer(index, module, block)
+            return
+        changed = self.overlay.get(index) if self.overlay is not None else None
+        self.weights.load_layer(index, block, self._own.get(index, frozenset()), changed, stored)
+        try:
+            yield Layer(index, module, block)
+        finally:
+            to_meta(module)
+
+    @contextmanager
+    def editing(self, layer: Layer) -> Iterator[MoEBlock]:
+        """Within the context the tensors of a live layer's block may be read and changed (it must not run there)."""
+        assert layer.block is not None
+        if self.weights is not None:
+            yield layer.block
+            return
+        with offload.editable(layer.module):
+            yield layer.block
+
+    @contextmanager
+    def reading(self, index: int | None) -> Iterator[dict[str, Tensor]]:
+        """Tensors of a decoder layer of a model in memory, by full name; of all that lies outside the layers for None."""
+        if index is None:
+            layers = set(self.layers.modules())
+            modules = [m for m in self.module.modules() if m not in layers]
+            wanted = lambda name: not name.startswith(self.stack + ".")  # noqa: E731
+        else:
+            modules = list(self.layers[index].modules())
+            wanted = lambda name: name.startswith(f"{self.stack}.{index}.")  # noqa: E731
+        with offload.real(modules):
+            yield {name: tensor for name, tensor in self.module.state_dict().items() if wanted(name)}
+
+    def release_outer(self) -> None:
+        """Let go of large tensors outside the decoder layers (folders only). They come back when they are needed."""
+        if self.weights is not None:
+            self.weights.release_outer()
+
+
+def read_config(path: str | Path) -> PreTrainedConfig:
+    """config.json of a checkpoint folder as transformers' config object. Raises like `MoEModel.open`."""
+    return _read_config(Checkpoint(path))
+
+
+def _read_config(source: Checkpoint) -> PreTrainedConfig:
+    values = source.config
+    model_type = values.get("model_type")
+    if not model_type:
+        raise CheckpointError(f"{source.folder / 'config.json'} names no model_type")
+    if reason := families.refusal(str(model_type)):
+        raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"transformers can't read {source.folder / 'config.json'}: {reason}") from error
+    _refuse(config)
+    return config
+
+
+def _refuse(config: PreTrainedConfig) -> None:
+    for model_type in (config.model_type, config.get_text_config().model_type):
+        if reason := families.refusal(model_type):
+            raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
+
+
+def _find_stack(module: PreTrainedModel) -> str:
+    """Module path of the list of decoder layers that holds the most experts modules, the text decoder's if several."""
+    lists: Counter[str] = Counter()
+    for path in expert_counts(module):
+        parts = path.split(".")
+        for position in range(len(parts) - 1, 0, -1):
+            if parts[position].isdigit():
+                lists[".".join(parts[:position])] += 1
+                break
+    if not lists:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no layers with experts: it is a dense model, or not of this kind"
+        )
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
+    inside = {id(m) for m in decoder.modules()} if decoder is not None else set()
+    text = [path for path in lists if id(module.get_submodule(path)) in inside]
+    return max(text or lists, key=lambda path: lists[path])
+
+
+def _one_per_layer(axes: dict[str, ExpertAxes], stack: str) -> dict[int, str]:
+    """Decoder layer → path of its experts module; the first, where a layer has several (text before vision)."""
+    found: dict[int, str] = {}
+    for path in axes:
+        index = layer_index(path, stack)
+        if index is not None:
+            found.setdefault(index, path)
+    return found

@@ -1,0 +1,120 @@
+"""Sizes of a model, layer by layer, as plain data: what passes forecast with, and what a report counts.
+
+A shape says nothing about weights, only how many there are and what they take on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .model import MoEModel
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer's experts.
+
+    Attributes:
+        num_experts: experts.
+        top_k: experts per token.
+        groups: (routing groups, groups a token may use) or None.
+        hidden, intermediate: sizes H and I of the experts' projections.
+        matrices: projections per expert (3 with a gate, 2 without).
+        biases: bias entries per expert.
+        weight_bytes: bytes of one stored weight before quantization.
+        bytes: what all experts of the layer take on disk.
+        kind: "fused" (dense weights) or what holds them now.
+    """
+
+    num_experts: int
+    top_k: int
+    groups: tuple[int, int] | None
+    hidden: int
+    intermediate: int
+    matrices: int
+    biases: int
+    weight_bytes: int
+    bytes: int
+    kind: str = "fused"
+
+    @property
+    def weights_per_expert(self) -> int:
+        """Weights in one expert's projections."""
+        return self.matrices * self.hidden * self.intermediate
+
+    @property
+    def weights(self) -> int:
+        """Weights in all experts' projections."""
+        return self.num_experts * self.weights_per_expert
+
+    @property
+    def dense_bytes_per_expert(self) -> int:
+        """Bytes of one expert unquantized, biases included."""
+        return (self.weights_per_expert + self.biases) * self.weight_bytes
+
+    def with_experts(self, count: int) -> LayerShape:
+        """The same with another number of dense experts."""
+        return replace(self, num_experts=count, bytes=count * self.dense_bytes_per_expert)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All layers with experts, and what everything else takes.
+
+    Attributes:
+        layers: decoder layer → its experts.
+        other_bytes: bytes of all tensors that are not experts (attention, embeddings, routers, shared experts, …).
+    """
+
+    layers: dict[int, LayerShape]
+    other_bytes: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return sum(layer.bytes for layer in self.layers.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.expert_bytes + self.other_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that an expert weight takes on disk, scales, zero points, padding and biases included."""
+        return 8 * self.expert_bytes / max(1, sum(layer.weights for layer in self.layers.values()))
+
+    def with_layers(self, layers: dict[int, LayerShape]) -> ModelShape:
+        """The same with some layers replaced."""
+        return replace(self, layers={**self.layers, **layers})
+
+
+def model_shape(model: MoEModel) -> ModelShape:
+    """Shape of a model as its source holds it (a folder's own dtypes, or the parameters in memory)."""
+    layers: dict[int, LayerShape] = {}
+    for index in model.moe_layers:
+        block = model.block(index)
+        experts = block.experts
+        weights = experts.weights()
+        count = experts.num_experts
+        dtypes = model.stored_dtypes(index)
+        down = next(n for n in block.own_names() if n.startswith(block.path) and "down_proj" in n)
+        weight_bytes = dtypes[down].itemsize
+        biases = sum(v.numel() for n, v in weights.items() if n.endswith("_bias")) // count
+        layer = LayerShape(
+            num_experts=count,
+            top_k=block.top_k,
+            groups=block.groups,
+            hidden=experts.hidden_size,
+            intermediate=int(weights.up.shape[1]),
+            matrices=len(weights.matrices()),
+            biases=biases,
+            weight_bytes=weight_bytes,
+            bytes=0,
+        )
+        layers[index] = layer.with_experts(count)
+    if model.weights is not None:
+        total = model.source.nbytes
+    else:
+        total = sum(t.numel() * t.element_size() for t in model.module.state_dict().values())
+    return ModelShape(layers, total - sum(layer.bytes for layer in layers.values()))

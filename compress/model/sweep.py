@@ -1,0 +1,277 @@
+"""Running many batches through a model with one decoder layer in memory.
+
+The model's own forward drives: each batch is one call of it, suspended whenever it reaches a decoder layer. While all
+calls wait before layer i, that layer is brought to life, run for every batch, and let go; then all calls go on to
+layer i + 1. So masks, position embeddings, per-layer inputs, states that layers hand to each other and whatever else
+a family does between its layers are the family's own, and nothing about it is known here.
+
+A suspended call needs a stack of its own: each runs in a thread. Only one thread runs at any time, in a fixed order,
+and the layers themselves run in the caller's thread: no concurrency, the same numbers in every run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import hf
+from .model import Layer, MoEModel
+from .tap import Observer, observe
+
+Batch = Mapping[str, Any]
+
+
+class Sweep:
+    """Batches on their way through the decoder layers. Iterate for one `Step` per layer, then read `outputs`.
+
+    Args:
+        model: on disk or in memory.
+        batches: keyword arguments of the model's forward for each call (`input_ids`, …).
+        hold: folder for hidden states (memory-mapped files), or None to hold them in memory.
+        first_sequence: number of the first sequence of each batch, for the taps' `sequence_T`.
+
+    Use as a context manager: leaving it restores the model and ends all calls.
+    """
+
+    def __init__(self, model: MoEModel, batches: Sequence[Batch], hold: Path | None = None):
+        self.model = model
+        self._calls = [_Call(model.module, batch, model.device) for batch in batches]
+        self._hold = hold
+        self._stack = ExitStack()
+        rows = [next(iter(b.values())).shape for b in batches]
+        starts = torch.tensor([0, *(r[0] for r in rows)]).cumsum(0).tolist()
+        self._sequences = [
+            (start + torch.arange(r[0])).repeat_interleave(r[1]) for start, r in zip(starts[:-1], rows, strict=True)
+        ]
+
+    def __enter__(self) -> Sweep:
+        self._layers = self.model.layers
+        self._stubs = nn.ModuleList([_Stub(index, layer) for index, layer in enumerate(self._layers)])
+        training = self.model.module.training
+        self.model.module.eval()
+        self._stack.callback(self.model.module.train, training)
+        self._stack.enter_context(hf.implementation(self.model.module))
+        self._stack.enter_context(torch.no_grad())
+        self._stack.callback(self._abort)
+        try:
+            for call in self._calls:
+                self._resume(call)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[Step]:
+        # The outer weights that embeddings needed are not needed again before the head.
+        self.model.release_outer()
+        for index in range(len(self._layers)):
+            waiting = {call.layer for call in self._calls}
+            if waiting == {index}:
+                with self.model.layer(index) as layer:
+                    step = Step(self, layer)
+                    yield step
+                    step.advance()
+            elif any(position is None or position <= index for position in waiting):
+                raise RuntimeError(f"calls wait at different layers {waiting} before layer {index}")
+            # Otherwise this forward passes the layer by, for every batch alike.
+
+    def outputs(self) -> Iterator[tuple[int, Tensor]]:
+        """(batch number, logits) of each call, one at a time; call after the last layer."""
+        for number, call in enumerate(self._calls):
+            self._resume(call)
+            if call.layer is not None:
+                raise RuntimeError(f"batch {number} is still at layer {call.layer}")
+            output, call.output = call.output, None
+            yield number, output
+        self.model.release_outer()
+
+    def _resume(self, call: _Call) -> None:
+        """Let a call go on; only meanwhile do stubs stand in the tree, so that layers load into their own places."""
+        parent_path, _, name = self.model.stack.rpartition(".")
+        parent = self.model.module.get_submodule(parent_path)
+        setattr(parent, name, self._stubs)
+        try:
+            call.resume()
+        finally:
+            setattr(parent, name, self._layers)
+
+    def _abort(self) -> None:
+        for call in self._calls:
+            call.abort()
+
+
+class Step:
+    """One decoder layer, live, with every batch waiting in front of it.
+
+    Attributes:
+        layer: the live layer.
+        index: its number.
+    """
+
+    def __init__(self, sweep: Sweep, layer: Layer):
+        self.layer = layer
+        self.index = layer.index
+        self._sweep = sweep
+        self._advanced = False
+
+    def run(self, observer: Observer | None = None) -> None:
+        """Run every batch through the layer and drop the results; `observer` gets a Tap for each."""
+        for number in range(len(self._sweep._calls)):
+            self._forward(number, observer)
+
+    def advance(self, observer: Observer | None = None) -> None:
+        """Run every batch through the layer and let it go on to the next. Without a call, happens at the end."""
+        if self._advanced:
+            return
+        self._advanced = True
+        last = self.index == len(self._sweep._layers) - 1
+        for number, call in enumerate(self._sweep._calls):
+            output = self._forward(number, observer)
+            call.value = self._held(output, number)
+            if not last:  # behind the last layer come norm and head: only when somebody asks for outputs
+                self._sweep._resume(call)
+
+    def _forward(self, number: int, observer: Observer | None) -> Any:
+        call = self._sweep._calls[number]
+        arguments, keywords = _to(call.arguments, self._sweep.model.device)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if observer is not None and self.layer.block is not None:
+                stack.enter_context(observe(self.layer.block, observer, self._sweep._sequences[number]))
+            return self.layer.module(*arguments, **keywords)
+
+    def _held(self, output: Any, number: int) -> Any:
+        """The layer's output where it waits for the next layer: mapped from a file if the sweep holds on disk."""
+        folder = self._sweep._hold
+        if folder is None:
+            return output
+        count = 0
+
+        def write(tensor: Tensor) -> Tensor:
+            nonlocal count
+            if tensor.numel() * tensor.element_size() < 1 << 20:
+                return tensor
+            # Two files in turn: the call's frame still holds the layer's input while the output is written.
+            file = folder / f"hidden-{number}-{count}-{self.index % 2}.bin"
+            count += 1
+            size = tensor.numel()
+            mapped = torch.from_file(str(file), shared=True, size=size, dtype=tensor.dtype).view(tensor.shape)
+            return mapped.copy_(tensor)
+
+        return _map(output, write)
+
+
+class _Aborted(BaseException):
+    """Ends a suspended call from inside."""
+
+
+_CURRENT = threading.local()
+
+
+class _Call:
+    """One forward of the model, in a thread of its own, suspended at decoder layers."""
+
+    def __init__(self, module: nn.Module, batch: Batch, device: torch.device):
+        self.layer: int | None = None  # where it waits
+        self.arguments: Any = None
+        self.value: Any = None  # what the layer returns to it
+        self.output: Any = None
+        self._error: BaseException | None = None
+        self._aborted = False
+        self._go = threading.Semaphore(0)
+        self._stopped = threading.Semaphore(0)
+        self._thread: threading.Thread | None = None
+        self._work = (module, batch, device)
+
+    def resume(self) -> None:
+        """Run until the call waits at the next layer or is finished."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        self._go.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def abort(self) -> None:
+        """End the call where it waits."""
+        if self._thread is not None and self._thread.is_alive():
+            self._aborted = True
+            self._go.release()
+            self._thread.join()
+        self.arguments = self.value = None
+
+    def wait_at(self, layer: int, arguments: Any) -> Any:
+        """Called by a stub, inside the thread: hand over the layer's arguments, wait for its output."""
+        self.layer, self.arguments = layer, arguments
+        self._stopped.release()
+        self._go.acquire()
+        if self._aborted:
+            raise _Aborted
+        value, self.value, self.arguments = self.value, None, None
+        return value
+
+    def _run(self) -> None:
+        self._go.acquire()
+        _CURRENT.call = self
+        module, batch, device = self._work
+        try:
+            with torch.no_grad():
+                keywords = _to(dict(batch), device)
+                if "use_cache" in inspect.signature(module.forward).parameters:
+                    keywords.setdefault("use_cache", False)  # nothing is generated: no keys and values to keep
+                result = module(**keywords)
+                self.output = result.logits if hasattr(result, "logits") else result[0]
+        except _Aborted:
+            pass
+        except BaseException as error:  # handed to the caller's thread by resume()
+            self._error = error
+        finally:
+            self.layer = None
+            self._stopped.release()
+
+
+class _Stub(nn.Module):
+    """Stands in for a decoder layer: looks like it, and suspends the call that reaches it."""
+
+    def __init__(self, index: int, layer: nn.Module):
+        super().__init__()
+        self.__dict__["_index"] = index
+        self.__dict__["_layer"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return _CURRENT.call.wait_at(self.__dict__["_index"], (arguments, keywords))
+
+
+def _map(value: Any, function: Any) -> Any:
+    """`function` applied to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(v, function) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(v, function) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, function) for k, v in value.items()}
+    return value
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return _map(value, lambda tensor: tensor.to(device))

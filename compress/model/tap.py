@@ -1,0 +1,130 @@
+"""Seeing what passes through a block while the model runs.
+
+A `Tap` is one batch on its way through one block. What the experts compute is computed once, by the implementation
+registered here, and everybody who looks gets the same tensors: no softmax, gate or selection is recomputed anywhere.
+
+Letters: T tokens of the batch, K experts per token, E experts, R = rows that reach an expert, sorted by expert.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import hf
+from .block import MoEBlock, read_routing
+from .dispatch import Dispatch
+from .experts import Experts, FusedExperts, run_experts
+
+
+@dataclass
+class Tap:
+    """One batch through one block.
+
+    Attributes:
+        layer: decoder layer.
+        experts: view of the experts that ran.
+        hidden_TH: input of the experts.
+        index_TK, weight_TK: routing as the model used it.
+        output_TH: output of the experts module (shared experts and scaling by the block not included).
+        logits_TE: what the router returned as its logits; None where the router returns none.
+        sequence_T: number of the calibration sequence that each token belongs to.
+    """
+
+    layer: int
+    experts: Experts
+    hidden_TH: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+    output_TH: Tensor
+    logits_TE: Tensor | None = None
+    sequence_T: Tensor | None = None
+    _parts: tuple[Dispatch, Tensor, Tensor] | None = None
+
+    @functools.cached_property
+    def parts(self) -> tuple[Dispatch, Tensor, Tensor]:
+        """Dispatch, neuron activations [R, I], expert outputs [R, H]; recomputed only where the experts kept none."""
+        if self._parts is not None:
+            return self._parts
+        return run_experts(self.experts, self.hidden_TH, self.index_TK, self.weight_TK)[1:]
+
+    @property
+    def dispatch(self) -> Dispatch:
+        """Rows sorted by expert."""
+        return self.parts[0]
+
+    @property
+    def activation_RI(self) -> Tensor:
+        """Neuron activations: inputs of the down projections."""
+        return self.parts[1]
+
+    @property
+    def output_RH(self) -> Tensor:
+        """Expert outputs before the routing weight."""
+        return self.parts[2]
+
+    @property
+    def input_RH(self) -> Tensor:
+        """Expert inputs, one row per (token, expert)."""
+        return self.hidden_TH[self.dispatch.token_R]
+
+
+Observer = Callable[[Tap], None]
+
+# Experts module → who looks at it now. Only ever filled inside `observe`.
+_WATCHED: dict[int, Callable[..., None]] = {}
+
+
+def _forward(module: nn.Module, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The registered experts implementation: any fused experts class, from its declared layout."""
+    experts = FusedExperts(module)
+    output, *parts = run_experts(experts, hidden_TH, index_TK, weight_TK)
+    watcher = _WATCHED.get(id(module))
+    if watcher is not None:
+        watcher(experts, hidden_TH, index_TK, weight_TK, output, tuple(parts))
+    return output
+
+
+hf.register_implementation(_forward)
+
+
+@contextmanager
+def observe(block: MoEBlock, observer: Observer, sequence_T: Tensor | None = None) -> Iterator[None]:
+    """Within the context, every forward of the block's experts hands a `Tap` to `observer`.
+
+    The model must run under `hf.implementation`. `sequence_T` is passed on into the taps.
+    """
+    module = block.experts_module
+    returned: list[Any] = [None]
+
+    def routed(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        returned[0] = output
+
+    def watch(experts: Experts, hidden: Tensor, index: Tensor, weight: Tensor, output: Tensor, parts: Any) -> None:
+        routing = read_routing(returned[0], len(hidden))
+        scores = routing.logits_TE if routing is not None else returned[0]
+        logits = scores.reshape(len(hidden), -1) if isinstance(scores, Tensor) else None
+        sequence = sequence_T if sequence_T is not None and len(sequence_T) == len(hidden) else None
+        with torch.no_grad():
+            observer(Tap(block.layer, experts, hidden, index, weight, output, logits, sequence, parts))
+
+    def ran(packed: nn.Module, arguments: Any, output: Tensor) -> None:
+        watch(packed, *arguments[:3], output, None)  # type: ignore[arg-type]
+
+    handles = [block.router.register_forward_hook(routed)]
+    if hf.is_fused_experts(module):
+        _WATCHED[id(module)] = watch
+    else:
+        handles.append(module.register_forward_hook(ran))
+    try:
+        yield
+    finally:
+        _WATCHED.pop(id(module), None)
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,24 @@
+"""Parameters and buffers by dotted name."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer, by dotted name."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        old = owner._parameters.get(leaf)
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=old is not None and old.requires_grad)
+
+
+def to_meta(module: nn.Module, *, recurse: bool = True, above: int = 0) -> None:
+    """Let go of parameters larger than `above` bytes; shapes and dtypes stay. Buffers stay."""
+    for part in module.modules() if recurse else (module,):
+        for leaf, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta and parameter.numel() * parameter.element_size() > above:
+                part._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

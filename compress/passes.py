@@ -1,0 +1,157 @@
+"""The contract of a pass, and the registry that finds passes by name.
+
+A pass plans before it changes. `forecast` predicts sizes from shapes alone (no weights, no data) and refuses what can't
+work. `plan` looks at all layers' statistics and decides, as plain data. `apply` changes one layer's block by its
+decision and knows nothing of the others. The method itself is a function on tensors beside the pass.
+
+To add one: a file in quant/, prune/ or merge/ (or anywhere, named under `plugins:` in a recipe) with a subclass of
+`Pass` under `@register`. Nothing else has to know about it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from moe_compress.calib.collect import Profile
+from moe_compress.calib.inputs import BlockInputs
+from moe_compress.calib.statistics import Statistic
+from moe_compress.errors import RecipeError, nearest
+from moe_compress.export.targets import Target
+from moe_compress.model import MoEBlock
+from moe_compress.model.shape import ModelShape
+
+# Folders whose modules are searched for passes.
+_HOMES = ("moe_compress.quant", "moe_compress.prune", "moe_compress.merge")
+
+
+class PassOptions(BaseModel):
+    """Base of a pass's options: unknown keys are errors, every field has a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass
+class Plan:
+    """What a pass decided, as plain data: saved as JSON, printable, comparable.
+
+    Attributes:
+        name: of the pass.
+        layers: decoder layer → its decision (JSON values only).
+        summary: what is worth reading at a glance.
+        notes: what the user should know (protected experts, fall-backs, limits that were hit).
+    """
+
+    name: str
+    layers: dict[int, dict[str, Any]]
+    summary: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "layers": {str(i): d for i, d in self.layers.items()}}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        """Back from `to_json`."""
+        return cls(**{**values, "layers": {int(i): d for i, d in values["layers"].items()}})
+
+
+class Pass(ABC):
+    """One step of a recipe.
+
+    Class attributes:
+        name: how recipes call it, "family.method".
+        summary: what it does, one line.
+        paper: where the method is from.
+        Options: its options.
+        accepts: kinds of experts that it can change (see LayerShape.kind).
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    Options: ClassVar[type[PassOptions]]
+    accepts: ClassVar[frozenset[str]] = frozenset({"fused"})
+
+    def __init__(self, options: PassOptions, target: Target):
+        self.options = options
+        self.target = target
+
+    def statistics(self) -> Sequence[Statistic]:
+        """What `plan` needs to have been measured."""
+        return ()
+
+    def needs_inputs(self) -> bool:
+        """Whether `apply` reads what the block read (collected with all earlier layers already changed)."""
+        return False
+
+    @abstractmethod
+    def forecast(self, shape: ModelShape) -> ModelShape:
+        """Sizes after this pass. Raises RecipeError or BudgetError when it can't be done, with the numbers."""
+
+    @abstractmethod
+    def plan(self, profile: Profile) -> Plan:
+        """Decide for all layers. Pure: the same profile gives the same plan."""
+
+    @abstractmethod
+    def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
+        """Change one block. Returns what was done and why, per layer and expert, as JSON values."""
+
+
+_REGISTRY: dict[str, type[Pass]] = {}
+_discovered = False
+
+
+def register(cls: type[Pass]) -> type[Pass]:
+    """Make a pass known under its name."""
+    existing = _REGISTRY.get(cls.name)
+    if existing is not None and existing.__qualname__ != cls.__qualname__:
+        raise ValueError(f"two passes are called {cls.name!r}: {existing.__module__} and {cls.__module__}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def all_passes() -> dict[str, type[Pass]]:
+    """Every known pass by name."""
+    global _discovered
+    if not _discovered:
+        _discovered = True
+        for home in _HOMES:
+            package = importlib.import_module(home)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{home}.{module.name}")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The pass of that name. Raises RecipeError with the nearest name there is."""
+    passes = all_passes()
+    if name not in passes:
+        raise RecipeError(f"no pass is called {name!r}{nearest(name, passes)}")
+    return passes[name]
+
+
+def load_plugin(path: Path) -> None:
+    """Import a file of the user's that registers passes. Raises RecipeError when it can't be imported."""
+    if not path.is_file():
+        raise RecipeError(f"plugin {path} doesn't exist")
+    name = f"moe_compress_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises is the user's to read
+        raise RecipeError(f"plugin {path} can't be imported: {type(error).__name__}: {error}") from error

@@ -1,0 +1,272 @@
+"""Recipes: what to compress, with what, how far, for whom. Read, checked, and refused with file, line and key.
+
+A recipe is a YAML file. Everything that can be wrong about it without looking at a model is found here; what needs the
+model's shapes is found by `feasibility.py`, before any work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moe_compress.calib.text import Calibration
+from moe_compress.errors import RecipeError
+from moe_compress.export.targets import Target, find_target
+from moe_compress.passes import Pass, PassOptions, find_pass, load_plugin
+
+KeyPath = tuple[str | int, ...]
+
+
+class Evaluation(BaseModel):
+    """What to score, before and after."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: list[str] = Field(default=[], description="Text files (or globs) for perplexity, KL divergence and agreement")
+    field: str = Field(default="text", description="Field of JSONL or Parquet rows that holds the text")
+    length: int = Field(default=2048, ge=2, description="Tokens of one window")
+    max_tokens: int | None = Field(default=None, ge=2, description="Tokens of each file at the most; default: all")
+    batch_size: int = Field(default=8, ge=1, description="Windows that run at a time")
+    tasks: list[str] = Field(default=[], description="lm-eval tasks")
+    task_path: str | None = Field(default=None, description="Folder with task files of your own; default: lm-eval's tasks")
+    limit: int | None = Field(default=None, ge=1, description="Items of each task at the most; default: all")
+
+
+class Compute(BaseModel):
+    """Where and how to compute."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="In what live layers compute; auto: float32 on a CPU, bfloat16 on a GPU"
+    )
+    hidden_states: Literal["auto", "memory", "disk"] = Field(
+        default="auto", description="Where hidden states of the calibration text wait between layers"
+    )
+
+
+class Recipe(BaseModel):
+    """A whole recipe. `steps` and `goal` are its passes and target, ready to use."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    model: str = Field(description="Checkpoint folder (config.json and safetensors)")
+    output: str = Field(description="Folder for the result; must not exist, or be empty")
+    target: str = Field(default="native", description="Runtime that the result is for; `moe-compress passes` lists them")
+    passes: list[Any] = Field(min_length=1, description="Passes in order: a name, or {name: {option: value}}")
+    calibration: Calibration | None = Field(default=None, description="Text that statistics are measured on")
+    evaluate: Evaluation = Field(default=Evaluation(), description="What to score, before and after")
+    compute: Compute = Field(default=Compute(), description="Where and how to compute")
+    seed: int = Field(default=0, description="Seed of everything random in the passes")
+    plugins: list[str] = Field(default=[], description="Python files that register passes of your own")
+    keep_workspace: bool = Field(default=False, description="Keep finished statistics and layers after success")
+
+    @property
+    def goal(self) -> Target:
+        """The target."""
+        return find_target(self.target)
+
+    def steps(self) -> list[Pass]:
+        """The passes with their options."""
+        return [build_pass(entry, self.goal, ("passes", number)) for number, entry in enumerate(self.passes)]
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as JSON values, defaults of passes filled in: what a result records, and what resuming compares."""
+        values = self.model_dump(mode="json")
+        values["passes"] = [{step.name: step.options.model_dump(mode="json")} for step in self.steps()]
+        return values
+
+
+class _At(RecipeError):
+    """A recipe error at a key, before file and line are known."""
+
+    def __init__(self, path: KeyPath, message: str):
+        super().__init__(message)
+        self.path = path
+
+
+def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read and check a recipe file.
+
+    Args:
+        path: YAML file.
+        overrides: dotted keys → YAML values ("passes.0.keep": "0.5"), as `--set` gives them.
+
+    Raises RecipeError with file, line, key and, for a misspelt one, the nearest valid name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"no such recipe: {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+        node = yaml.compose(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping (model: …, output: …, passes: …)")
+    for key, value in (overrides or {}).items():
+        _override(values, key, value)
+    try:
+        return make_recipe(values)
+    except _At as error:
+        line = _line(node, error.path)
+        where = f"{path}:{line}" if line else str(path)
+        raise RecipeError(f"{where}: {_dotted(error.path)}: {error}") from error
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Check a recipe given as a dict. Raises RecipeError."""
+    try:
+        recipe = Recipe(**values)
+    except ValidationError as error:
+        raise _explained(error, Recipe, ()) from error
+    for plugin in recipe.plugins:
+        load_plugin(Path(plugin))
+    try:
+        find_target(recipe.target)
+    except RecipeError as error:
+        raise _At(("target",), str(error)) from error
+    recipe.steps()
+    return recipe
+
+
+def build_pass(entry: Any, target: Target, path: KeyPath = ()) -> Pass:
+    """A pass from its entry in a recipe: a name, {name: options}, or a Pass already."""
+    if isinstance(entry, Pass):
+        return entry
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise _At(path, "a pass is a name, or one name with its options: {prune.experts: {keep: 0.75}}")
+    (name, options), = entry.items()
+    try:
+        cls = find_pass(str(name))
+    except RecipeError as error:
+        raise _At(path, str(error)) from error
+    if options is not None and not isinstance(options, dict):
+        raise _At((*path, name), "options are a mapping")
+    try:
+        return cls(cls.Options(**(options or {})), target)
+    except ValidationError as error:
+        raise _explained(error, cls.Options, (*path, name)) from error
+
+
+def _explained(error: ValidationError, model: type[BaseModel], path: KeyPath) -> _At:
+    """The first thing that is wrong, in words of the recipe."""
+    first = error.errors()[0]
+    location = tuple(first["loc"])
+    owner = _model_at(model, location[:-1])
+    if first["type"] == "extra_forbidden":
+        known = list(owner.model_fields) if owner else []
+        close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+        return _At((*path, *location), f"unknown key {location[-1]!r}{hint}")
+    if first["type"] == "missing":
+        field = owner.model_fields.get(str(location[-1])) if owner else None
+        what = f" ({field.description})" if field is not None and field.description else ""
+        return _At((*path, *location), f"this key is needed{what}")
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) and repr(given) not in message else ""
+    return _At((*path, *location), f"{message}{shown}")
+
+
+def _model_at(model: type[BaseModel], location: KeyPath) -> type[BaseModel] | None:
+    """The pydantic model whose fields live at a location."""
+    current: type[BaseModel] | None = model
+    for key in location:
+        if current is None:
+            return None
+        if isinstance(key, int) or key not in current.model_fields:
+            continue  # an index, or the name of a union's member
+        found = [
+            a
+            for a in _flatten(current.model_fields[key].annotation)
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
+        current = found[0] if found else None
+    return current
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    inner = get_args(annotation)
+    return [annotation] if not inner else [a for part in inner for a in _flatten(part)]
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+    """Set a dotted key. An entry of `passes` is reached by number, or by name; its options follow directly."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {key}={text}: the value is not YAML") from error
+    current: Any = values
+    parts = key.split(".")
+    if parts[0] == "passes" and len(parts) > 2:
+        current, parts = _pass_options(values, parts, key)
+    for part in parts[:-1]:
+        if isinstance(current, dict):
+            current = current.setdefault(part, {})
+        elif isinstance(current, list) and part.isdigit() and int(part) < len(current):
+            current = current[int(part)]
+        else:
+            raise RecipeError(f"--set {key}: nothing to set at {part!r}")
+    last = parts[-1]
+    if isinstance(current, dict):
+        current[last] = value
+    elif isinstance(current, list) and last.isdigit() and int(last) < len(current):
+        current[int(last)] = value
+    else:
+        raise RecipeError(f"--set {key}: nothing to set at {last!r}")
+
+
+def _pass_options(values: dict[str, Any], parts: list[str], key: str) -> tuple[dict[str, Any], list[str]]:
+    entries = values.get("passes")
+    if not isinstance(entries, list):
+        raise RecipeError(f"--set {key}: the recipe has no list of passes")
+    names = [next(iter(e)) if isinstance(e, dict) and e else e for e in entries]
+    if parts[1].isdigit() and int(parts[1]) < len(entries):
+        number, rest = int(parts[1]), parts[2:]
+    elif len(parts) > 3 and ".".join(parts[1:3]) in names:
+        number, rest = names.index(".".join(parts[1:3])), parts[3:]
+    else:
+        raise RecipeError(f"--set {key}: no such pass; there are {', '.join(f'{i}: {n}' for i, n in enumerate(names))}")
+    name = names[number]
+    options = entries[number].get(name) if isinstance(entries[number], dict) else None
+    entries[number] = {name: dict(options or {})}
+    return entries[number][name], rest
+
+
+def _line(node: yaml.Node | None, path: KeyPath) -> int | None:
+    """Line of the deepest part of a key path that the file has."""
+    line = node.start_mark.line + 1 if node is not None else None
+    for key in path:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(k, v) for k, v in node.value if k.value == str(key)]
+            if not pairs:
+                break
+            line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _dotted(path: KeyPath) -> str:
+    text = ""
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
+    return text or "recipe"
+
+
+__all__ = ["Compute", "Evaluation", "PassOptions", "Recipe", "build_pass", "make_recipe", "read_recipe"]

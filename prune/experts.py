@@ -1,0 +1,161 @@
+"""The pass `prune.experts`: remove whole experts, and the router's rows with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from moe_compress.calib.collect import Profile
+from moe_compress.calib.inputs import BlockInputs
+from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
+from moe_compress.counts import ExpertCounts, chosen, kept_count
+from moe_compress.errors import RecipeError
+from moe_compress.model import MoEBlock
+from moe_compress.model.shape import LayerShape, ModelShape
+from moe_compress.passes import Pass, PassOptions, Plan, register
+
+from .criteria import CRITERIA, find_criterion
+from .super_experts import super_experts
+
+
+class PruneOptions(PassOptions, ExpertCounts):
+    """Options of `prune.experts`."""
+
+    criterion: str = Field(default="reap", description="How experts are scored; the lowest go first")
+    scope: Literal["uniform", "global"] = Field(
+        default="uniform",
+        description="uniform: the same number in every layer; global: the lowest of all layers, by scores "
+        "that are made comparable (each layer's sum to 1)",
+    )
+    minimum: int | None = Field(
+        default=None, ge=1, description="Experts that a layer keeps at the least (global); default: twice the top-k"
+    )
+    protect_super_experts: bool = Field(default=True, description="Never remove experts with massive activations")
+    seed: int = Field(default=0, description="Seed of the criterion `random`")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        find_criterion(value)
+        return value
+
+
+@register
+class PruneExperts(Pass):
+    """Remove the experts that matter least by a criterion."""
+
+    name = "prune.experts"
+    summary = "remove whole experts by a criterion: " + ", ".join(CRITERIA)
+    paper = "REAP, arXiv 2510.13999 (default criterion)"
+    Options = PruneOptions
+    options: PruneOptions
+
+    def statistics(self) -> Sequence[Statistic]:
+        """The criterion's, and what finds super experts."""
+        found = list(find_criterion(self.options.criterion).statistics)
+        if self.options.protect_super_experts:
+            found.append(OutputNorms())
+        return list({s.key: s for s in [*found, Routing()]}.values())
+
+    def forecast(self, shape: ModelShape) -> ModelShape:
+        """Counts after pruning; a global plan is forecast as if it were uniform, its total is the same."""
+        if self.options.scope == "global" and self.target.uniform_experts:
+            raise RecipeError(
+                f"prune.experts: scope 'global' gives layers different numbers of experts, which the target "
+                f"{self.target.name!r} can't load; use scope: uniform, or target: native"
+            )
+        return shape.with_layers({i: layer.with_experts(self._kept(i, layer)) for i, layer in shape.layers.items()})
+
+    def plan(self, profile: Profile) -> Plan:
+        """Score all experts, protect super experts, keep the best."""
+        chosen_criterion = find_criterion(self.options.criterion)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        scores = {
+            layer: chosen_criterion.score(
+                {s.name: profile.of(layer, s) for s in chosen_criterion.statistics}, generator
+            )
+            for layer in profile.shape.layers
+        }
+        protected: dict[int, list[int]] = {}
+        if self.options.protect_super_experts:
+            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
+            protected = super_experts(maxima, profile.decoder_layers)
+        keep = self._choose(profile.shape, scores, protected)
+        unseen = {i: (profile.of(i, Routing())["counts"] == 0).sum().item() for i in scores}
+        layers = {
+            i: {
+                "keep": keep[i],
+                "remove": sorted(set(range(len(scores[i]))) - set(keep[i])),
+                "scores": [round(float(s), 9) for s in scores[i]],
+                "protected": protected.get(i, []),
+            }
+            for i in scores
+        }
+        notes = [f"layer {i}: super experts {e} are protected" for i, e in protected.items()]
+        notes += [f"layer {i}: {int(n)} experts saw no calibration token" for i, n in unseen.items() if n]
+        kept = sum(len(k) for k in keep.values())
+        total = sum(len(s) for s in scores.values())
+        return Plan(self.name, layers, {"kept": kept, "of": total, "criterion": self.options.criterion}, notes)
+
+    def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
+        """Drop the experts that the plan removes."""
+        block.keep(decision["keep"])
+        slots = [-1] * (len(decision["keep"]) + len(decision["remove"]))
+        for slot, expert in enumerate(decision["keep"]):
+            slots[expert] = slot
+        return {"removed": decision["remove"], "protected": decision["protected"], "slots": slots}
+
+    def _kept(self, index: int, layer: LayerShape) -> int:
+        return kept_count(self.name, index, layer, self.options)
+
+    def _choose(
+        self, shape: ModelShape, scores: dict[int, Tensor], protected: dict[int, list[int]]
+    ) -> dict[int, list[int]]:
+        counts = {i: self._kept(i, layer) for i, layer in shape.layers.items()}
+        if self.options.scope == "uniform":
+            return {i: chosen(scores[i], counts[i], shape.layers[i], protected.get(i, [])) for i in scores}
+        return _global_choice(shape, scores, sum(counts.values()), self.options.minimum, protected)
+
+
+def _global_choice(
+    shape: ModelShape,
+    scores: dict[int, Tensor],
+    total: int,
+    minimum: int | None,
+    protected: dict[int, list[int]],
+) -> dict[int, list[int]]:
+    """The `total` highest scores of all layers, each layer's share of its own sum, a minimum kept in every layer.
+
+    Group-limited layers keep whole numbers of experts per group: they take part with one step per group.
+    """
+    floors: dict[int, int] = {}
+    units: list[tuple[float, int, int]] = []  # score, layer, number of experts that come with it
+    for index, layer in shape.layers.items():
+        step = layer.groups[0] if layer.groups else 1
+        least = minimum if minimum is not None else min(layer.num_experts, 2 * layer.top_k)
+        least = max(least, layer.top_k, len(protected.get(index, [])))
+        if layer.groups:
+            groups, used = layer.groups
+            least = max(least, 2 * groups, -(-layer.top_k * groups // used))
+        floors[index] = min(layer.num_experts, -(-least // step) * step)
+        share = scores[index] / scores[index].sum().clamp_min(1e-300)
+        ordered = share.sort(descending=True).values
+        units += [
+            (float(ordered[n : n + step].mean()), index, step) for n in range(floors[index], layer.num_experts, step)
+        ]
+    kept = dict(floors)
+    if sum(floors.values()) > total:
+        raise RecipeError(
+            f"prune.experts: {total} experts are to be kept, but each layer keeps a minimum and these sum to "
+            f"{sum(floors.values())}; lower `minimum` or keep more"
+        )
+    left = total - sum(kept.values())
+    for _, index, step in sorted(units, key=lambda u: (-u[0], u[1])):
+        if step <= left:
+            kept[index] += step
+            left -= step
+    return {i: chosen(scores[i], kept[i], shape.layers[i], protected.get(i, [])) for i in scores}

@@ -1,0 +1,360 @@
+"""Experts whose weights stay packed: the module that runs them, and that the `native` format stores as it is.
+
+Each projection (gate, up, down) of all experts of a layer is held in stacks. A stack holds the same projection of
+several experts in one encoding: packed integers with group scales (and zero points), or dense. Which expert is in
+which stack is a list, so any mixture of widths is just several stacks, and the tensors in memory are the tensors in the
+file. While running, only experts that got tokens are unpacked, a few at a time; a dense copy of the layer never exists.
+
+docs/format.md specifies the tensors byte by byte.
+
+Letters: E experts, S experts of a stack, O/K output and input features of a projection, G groups, R rows by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_compress.model import EXPERTS_KINDS, ExpertWeights, FusedExperts, MoEBlock
+from moe_compress.model.dispatch import Dispatch, grouped_linear
+from moe_compress.model.experts import run_experts
+from moe_compress.quant.grid import Grid, Quantized, dequantize
+from moe_compress.quant.packing import pack, packed_words, unpack
+
+# Dense weights made at a time while running, bytes: enough for large matrix products, far below a layer.
+UNPACKED_BYTES = 64 << 20
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the matrices of a stack are stored.
+
+    Attributes:
+        bits: width of a code; 0 for dense weights.
+        group_size: weights that share a scale (along the input), -1 for a whole row.
+        symmetric: no zero points are stored.
+        dtype: of the scales, or of dense weights.
+    """
+
+    bits: int
+    group_size: int = -1
+    symmetric: bool = True
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """Name of the stack's tensors: "b3g64", with "z" where zero points are stored; "dense"."""
+        if self.bits == 0:
+            return "dense"
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        return f"b{self.bits}{group}{'' if self.symmetric else 'z'}"
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the codes."""
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the scales, or of dense weights."""
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    def matrix_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of one stored matrix, scales, zero points and padding included."""
+        size = self.torch_dtype.itemsize
+        if self.bits == 0:
+            return out_features * in_features * size
+        groups = self.grid.groups(in_features)
+        zeros = 0 if self.symmetric else 4 * packed_words(groups, self.bits)
+        return out_features * (4 * packed_words(in_features, self.bits) + groups * size + zeros)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        values: dict[str, Any] = {"bits": self.bits, "dtype": self.dtype}
+        if self.bits:
+            values |= {"group_size": self.group_size, "symmetric": self.symmetric}
+        return values
+
+
+class Stack(nn.Module):
+    """The same projection of several experts in one encoding.
+
+    Parameters (never trained): `codes` int32 [S, O, W], `scale` [S, O, G], `zero` int32 [S, O, Wz] if asymmetric; or
+    `weight` [S, O, K].
+    """
+
+    def __init__(self, encoding: Encoding, count: int, out_features: int, in_features: int, device: str = "meta"):
+        super().__init__()
+        self.encoding, self.in_features = encoding, in_features
+
+        def tensor(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(count, *shape, dtype=dtype, device=device), requires_grad=False)
+
+        if encoding.bits == 0:
+            self.weight = tensor(out_features, in_features, dtype=encoding.torch_dtype)
+            return
+        groups = encoding.grid.groups(in_features)
+        self.codes = tensor(out_features, packed_words(in_features, encoding.bits), dtype=torch.int32)
+        self.scale = tensor(out_features, groups, dtype=encoding.torch_dtype)
+        if not encoding.symmetric:
+            self.zero = tensor(out_features, packed_words(groups, encoding.bits), dtype=torch.int32)
+
+    @classmethod
+    def holding(cls, value: Quantized | Tensor) -> Stack:
+        """A stack with these matrices: quantized [S, O, K], or dense weights of that shape."""
+        if isinstance(value, Tensor):
+            count, out_features, in_features = value.shape
+            stack = cls(Encoding(0, dtype=_name(value.dtype)), count, out_features, in_features)
+            stack.weight = nn.Parameter(value.contiguous(), requires_grad=False)
+            return stack
+        count, out_features, in_features = value.codes.shape
+        grid = value.grid
+        encoding = Encoding(grid.bits, grid.group_size, grid.symmetric, _name(value.scale.dtype))
+        stack = cls(encoding, count, out_features, in_features)
+        stack.codes = nn.Parameter(pack(value.codes, grid.bits), requires_grad=False)
+        stack.scale = nn.Parameter(value.scale.contiguous(), requires_grad=False)
+        if value.zero is not None:
+            stack.zero = nn.Parameter(pack(value.zero, grid.bits), requires_grad=False)
+        return stack
+
+    def dense(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """The matrices in some slots, unpacked: [len(slots), O, K]."""
+        if self.encoding.bits == 0:
+            return self.weight[slots].to(dtype)
+        grid = self.encoding.grid
+        codes = unpack(self.codes[slots], grid.bits, self.in_features)
+        scale = self.scale[slots]
+        zero = None if grid.symmetric else unpack(self.zero[slots], grid.bits, scale.shape[-1])
+        return dequantize(Quantized(codes, scale, zero, grid), dtype)
+
+
+class PackedProjection(nn.Module):
+    """One projection of all experts of a layer.
+
+    Args:
+        stacks: encoding name → stack; slots of a stack are its experts in ascending order.
+        assignment: encoding name of each expert.
+    """
+
+    def __init__(self, stacks: dict[str, Stack], assignment: Sequence[str], out_features: int, in_features: int):
+        super().__init__()
+        self.assignment = list(assignment)
+        self.out_features, self.in_features = out_features, in_features
+        self.names = sorted(stacks)
+        for name in self.names:
+            self.add_module(name, stacks[name])
+        filled: dict[str, int] = {}
+        slots = []
+        for name in assignment:
+            slots.append(filled.get(name, 0))
+            filled[name] = slots[-1] + 1
+        # Plain lists, not buffers: they follow from the description, and needn't move between devices.
+        self._slots = slots
+
+    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The matrices of some experts, unpacked: [len(experts), O, K]."""
+        parts = []
+        order = []
+        for name in self.names:
+            positions = [p for p, e in enumerate(experts) if self.assignment[e] == name]
+            if positions:
+                stack: Stack = self.get_submodule(name)  # type: ignore[assignment]
+                slots = torch.tensor([self._slots[experts[p]] for p in positions], device=_device(stack))
+                parts.append(stack.dense(slots, dtype))
+                order += positions
+        if len(parts) == 1:
+            return parts[0]
+        back = torch.tensor(order, device=parts[0].device).argsort()
+        return torch.cat(parts)[back]
+
+    def linear(self, input_RK: Tensor, dispatch: Dispatch) -> Tensor:
+        """Each expert's rows times its own matrix → [R, O]; only experts with rows are unpacked, some at a time."""
+        output = input_RK.new_empty(input_RK.shape[0], self.out_features)
+        counts = dispatch.counts_E.tolist()
+        visited = [e for e, count in enumerate(counts) if count]
+        size = max(1, UNPACKED_BYTES // (self.out_features * self.in_features * input_RK.element_size()))
+        start = 0
+        for first in range(0, len(visited), size):
+            experts = visited[first : first + size]
+            ends = torch.tensor([counts[e] for e in experts]).cumsum(0)
+            rows = slice(start, start + int(ends[-1]))
+            offsets = ends.to(torch.int32).to(input_RK.device)
+            output[rows] = grouped_linear(input_RK[rows], self.dense(experts, input_RK.dtype), offsets)
+            start = rows.stop
+        return output
+
+
+class PackedExperts(nn.Module):
+    """Experts with packed weights: same forward as the experts class they replace, whose own activation they use.
+
+    Args:
+        original: the fused experts module that is replaced; its class's arithmetic is kept, its weights are dropped.
+        projections: "gate" (if the experts have one), "up", "down" → projection.
+        biases: "gate_bias", "up_bias", "down_bias" → [E, O], where experts have biases.
+    """
+
+    kind = "packed"
+    _original: FusedExperts
+
+    def __init__(self, original: nn.Module, projections: dict[str, PackedProjection], biases: dict[str, Tensor]):
+        super().__init__()
+        view = FusedExperts(original)
+        if view.has_norm:
+            self.post_expert_norm = original.post_expert_norm
+        for name, projection in projections.items():
+            self.add_module(f"{name}_proj", projection)
+        for name, value in biases.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        self.num_experts = len(projections["down"].assignment)
+        self.hidden_size = projections["down"].out_features
+        self.intermediate_size = projections["down"].in_features
+        for name in [n for n in original._parameters if n.startswith(("gate_up_proj", "up_proj", "down_proj"))]:
+            del original._parameters[name]
+        # Held outside the module tree: it has no weights any more, only the class's arithmetic.
+        object.__setattr__(self, "_original", view)
+
+    @property
+    def projections(self) -> dict[str, PackedProjection]:
+        """The projections there are, by name."""
+        names = [n for n in PROJECTIONS if f"{n}_proj" in self._modules]
+        return {n: self.get_submodule(f"{n}_proj") for n in names}  # type: ignore[misc]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Σ over a token's experts of weight · expert(token): [T, H], [T, K], [T, K] → [T, H]."""
+        return run_experts(self, hidden_states, top_k_index, top_k_weights)[0]
+
+    def activations(self, input_RH: Tensor, dispatch: Dispatch) -> Tensor:
+        """Neuron activations [R, I]."""
+        projected = {n: self._project(n, input_RH, dispatch) for n in self.projections if n != "down"}
+        view: FusedExperts = self._original
+        if view.has_gate:
+            return view.activate(view.interleave(projected["gate"], projected["up"]))
+        return view.activate(projected["up"])
+
+    def outputs(self, activation_RI: Tensor, dispatch: Dispatch) -> Tensor:
+        """Expert outputs [R, H]."""
+        output = self._project("down", activation_RI, dispatch)
+        return self.post_expert_norm(output) if self._original.has_norm else output
+
+    def weights(self) -> ExpertWeights:
+        """All experts, unpacked: a full-precision copy of the layer, for looking at."""
+        everyone = range(self.num_experts)
+        return self._weights(everyone)
+
+    def expert(self, index: int) -> ExpertWeights:
+        """One expert, unpacked."""
+        return self._weights([index]).map(lambda stacked: stacked[0])
+
+    def describe(self) -> dict[str, Any]:
+        """JSON from which `from_description` rebuilds the module."""
+        encodings: dict[str, Encoding] = {}
+        projections = {}
+        for name, projection in self.projections.items():
+            for encoding in projection.names:
+                encodings[encoding] = projection.get_submodule(encoding).encoding  # type: ignore[assignment]
+            projections[name] = {
+                "out_features": projection.out_features,
+                "in_features": projection.in_features,
+                "experts": projection.assignment,
+            }
+        return {
+            "encodings": {name: encodings[name].to_json() for name in sorted(encodings)},
+            "projections": projections,
+            "biases": {n: _name(p.dtype) for n, p in self._parameters.items() if p is not None},
+        }
+
+    @staticmethod
+    def from_description(block: MoEBlock, layout: dict[str, Any]) -> PackedExperts:
+        """The module for a block's experts, tensors on the meta device."""
+        encodings = {name: Encoding(**values) for name, values in layout["encodings"].items()}
+        projections = {}
+        biases = {}
+        for name, entry in layout["projections"].items():
+            assignment, out_features = entry["experts"], entry["out_features"]
+            stacks = {
+                e: Stack(encodings[e], assignment.count(e), out_features, entry["in_features"])
+                for e in dict.fromkeys(assignment)
+            }
+            projections[name] = PackedProjection(stacks, assignment, out_features, entry["in_features"])
+            if f"{name}_bias" in layout["biases"]:
+                dtype = getattr(torch, layout["biases"][f"{name}_bias"])
+                biases[f"{name}_bias"] = torch.empty(len(assignment), out_features, dtype=dtype, device="meta")
+        return PackedExperts(_fused(block), projections, biases)
+
+    def _weights(self, experts: Sequence[int]) -> ExpertWeights:
+        dtype = torch.float32
+        matrices = {n: p.dense(experts, dtype) for n, p in self.projections.items()}
+        index = torch.tensor(list(experts))
+        biases = {n: p.data[index] for n, p in self._parameters.items() if p is not None}
+        return ExpertWeights(**matrices, **biases)
+
+    def _project(self, name: str, input_RK: Tensor, dispatch: Dispatch) -> Tensor:
+        output = self.projections[name].linear(input_RK, dispatch)
+        bias = self._parameters.get(f"{name}_bias")
+        return output if bias is None else output + bias[dispatch.expert_R].to(output.dtype)
+
+
+def pack_experts(block: MoEBlock, matrices: dict[str, list[tuple[list[int], Quantized | Tensor]]]) -> PackedExperts:
+    """Replace a block's fused experts by packed ones.
+
+    Args:
+        block: with fused experts.
+        matrices: projection → [(experts, their matrices [S, O, K], quantized or dense)]; every expert once. Several
+            entries may share an encoding.
+
+    Returns:
+        The module now in place.
+    """
+    original = _fused(block)
+    weights = FusedExperts(original).weights()
+    biases = {n: v.clone() for n, v in weights.items() if n.endswith("_bias")}
+    projections = {}
+    for name, entries in matrices.items():
+        assignment: dict[int, str] = {}
+        collected: dict[str, list[tuple[int, Stack, int]]] = {}
+        for experts, value in entries:
+            stack = Stack.holding(value)
+            for slot, expert in enumerate(experts):
+                assignment[expert] = stack.encoding.name
+                collected.setdefault(stack.encoding.name, []).append((expert, stack, slot))
+        shape = getattr(weights, name).shape
+        stacks = {encoding: _joined(sorted(parts, key=lambda p: p[0])) for encoding, parts in collected.items()}
+        ordered = [assignment[e] for e in range(shape[0])]
+        projections[name] = PackedProjection(stacks, ordered, shape[1], shape[2])
+    module = PackedExperts(original, projections, biases)
+    block.replace_experts(module)
+    return module
+
+
+def _joined(parts: list[tuple[int, Stack, int]]) -> Stack:
+    """One stack from slots of several, in the order given."""
+    first = parts[0][1]
+    if all(stack is first for _, stack, _ in parts) and [slot for _, _, slot in parts] == list(range(len(parts))):
+        return first
+    joined = Stack(first.encoding, 0, 0, first.in_features)
+    for name in first._parameters:
+        pieces = [stack._parameters[name][slot] for _, stack, slot in parts]  # type: ignore[index]
+        joined._parameters[name] = nn.Parameter(torch.stack(pieces), requires_grad=False)
+    return joined
+
+
+def _fused(block: MoEBlock) -> nn.Module:
+    module = block.experts_module
+    return module._original.module if isinstance(module, PackedExperts) else module  # type: ignore[no-any-return]
+
+
+def _device(stack: Stack) -> torch.device:
+    return next(stack.parameters()).device
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+EXPERTS_KINDS["packed"] = PackedExperts.from_description
