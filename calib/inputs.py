@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_compress.model import Experts, Tap
+from moe_compress.model import FusedExperts, Tap
 from moe_compress.model.dispatch import Dispatch, grouped_gram
 
 
@@ -74,7 +74,7 @@ class BlockInputs:
         """Tokens seen."""
         return int(self.hidden_TH.shape[0])
 
-    def moments(self, experts: Experts, memory_limit: int = 1 << 30) -> Iterator[Moments]:
+    def moments(self, experts: FusedExperts, memory_limit: int = 1 << 30) -> Iterator[Moments]:
         """Second moments, a chunk of experts at a time, so many that one takes about `memory_limit` bytes."""
         weights = experts.weights()
         hidden, neurons = experts.hidden_size, weights.up.shape[1]
@@ -82,25 +82,19 @@ class BlockInputs:
         # Per expert: two moments, and its rows at every stage of the way to the down projection.
         rows_each = len(dispatch.row_R) // experts.num_experts + 1
         size = max(1, memory_limit // (4 * (hidden**2 + neurons**2 + rows_each * (hidden + 4 * neurons))))
-        starts = [0, *dispatch.offsets_E.tolist()]
-        for first in range(0, experts.num_experts, size):
-            chunk = range(first, min(first + size, experts.num_experts))
-            rows = slice(starts[chunk.start], starts[chunk.stop])
-            # Offsets that are flat outside the chunk: the other experts' rows are simply not there.
-            part = Dispatch(
-                dispatch.tokens,
-                dispatch.slots,
-                dispatch.row_R[rows],
-                dispatch.expert_R[rows],
-                (dispatch.offsets_E - starts[chunk.start]).clamp(0, starts[chunk.stop] - starts[chunk.start]),
-                dispatch.weight_R[rows],
-            )
+        for chunk in chunks(experts.num_experts, size):
+            _, part = dispatch.part(chunk)
             input_RH = self.hidden_TH[part.token_R]
-            activation = experts.activations(input_RH, part).float()
-            offsets = part.offsets_E[chunk.start : chunk.stop]
+            activation, _ = experts.with_weights(weights.map(lambda w, c=chunk: w[c.start : c.stop]), input_RH, part)
             yield Moments(
                 chunk,
-                part.counts_E[chunk.start : chunk.stop].double().cpu(),
-                grouped_gram(input_RH.float(), input_RH.float(), offsets),
-                grouped_gram(activation, activation, offsets),
+                part.counts_E.double().cpu(),
+                grouped_gram(input_RH.float(), input_RH.float(), part.offsets_E),
+                grouped_gram(activation.float(), activation.float(), part.offsets_E),
             )
+
+
+def chunks(count: int, size: int) -> Iterator[range]:
+    """Consecutive ranges of at most `size` numbers below `count`."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))

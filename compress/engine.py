@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
-from moe_compress.calib.collect import Profile, StatisticStore, collect, missing
+from moe_compress.calib.collect import MemoryStore, Profile, StatisticStore, collect, missing
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.routing import RoutingChange
 from moe_compress.calib.text import TokenBatches
@@ -25,6 +26,9 @@ from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Batch, Sweep
 from moe_compress.passes import Pass, Plan
 from moe_compress.progress import Monitor
+
+# Share of the free memory that hidden states may take before they go to disk.
+_HIDDEN_SHARE = 0.25
 
 
 class Commits(Protocol):
@@ -255,8 +259,6 @@ class MemoryStorage:
 
     def statistics(self, model_state: str, data: str) -> StatisticStore:
         """See Storage."""
-        from moe_compress.calib.collect import MemoryStore
-
         return self.stores.setdefault((model_state, data), MemoryStore())  # type: ignore[no-any-return]
 
     def pass_store(self, number: int, name: str) -> MemoryCommits:
@@ -291,6 +293,13 @@ class MemoryCommits:
 
     def drop(self, layer: int) -> None:
         """Nothing is held."""
+
+
+def holding(model: MoEModel, tokens: int, folder: Path, choice: str = "auto") -> Path | None:
+    """Where hidden states of a sweep wait: None for memory, or the folder ("auto": when they would take much of it)."""
+    size = tokens * model.module.config.get_text_config().hidden_size * model.module.dtype.itemsize
+    small = size < _HIDDEN_SHARE * psutil.virtual_memory().available
+    return None if choice == "memory" or (choice == "auto" and small) else folder
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

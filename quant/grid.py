@@ -1,10 +1,10 @@
 """Affine integer grids: what a group of quantized weights can be, and the scale that fits a given group best.
 
-Contract: a weight is approximated by `scale · (code − zero)`, with an unsigned code in [0, 2^bits − 1] per weight and one
-scale (if asymmetric also one zero point) per group of `group_size` consecutive weights along the last dimension. A
+Contract: a weight is approximated by `scale · (code − zero)`, with an unsigned code in [0, 2^bits − 1] per weight and
+one scale (if asymmetric also one zero point) per group of `group_size` consecutive weights along the last dimension. A
 scale is rounded to the dtype in which it will be stored *before* any code is computed with it, so what is stored is
-exactly what was optimised. All functions are pure, compute in float32, and work through a tensor in chunks that stay in
-cache, so they need little memory beyond their result.
+exactly what was optimised. All functions are pure, compute in float32, and work through a tensor in chunks that stay
+in cache, so they need little memory beyond their result.
 
 Shape letters: O output features, K input features, G groups along K, g weights of a group, B all leading dimensions
 (experts; none, one or several) as one.
@@ -27,8 +27,8 @@ SEARCHES: tuple[Search, ...] = ("none", "mse", "pnorm")
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PNORM = 2.4  # the exponent of GPTQ's and PMQ's clip search
 
-# The best step of a uniform quantizer of a unit Gaussian, by bits (J. Max, "Quantizing for minimum distortion", 1960). The
-# search starts below it: a range relative to the largest weight alone doesn't fit small and whole-row groups alike.
+# The best step of a uniform quantizer of a unit Gaussian, by bits (J. Max, "Quantizing for minimum distortion", 1960).
+# The search starts below it: a range relative to the largest weight alone doesn't fit small and whole-row groups alike.
 GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 # A geometric series of candidates, then four around the best (in steps of the series). Each is judged at its own
 # least-squares scale, which is why so few do: Gaussian and Student-t weights, 2 to 4 bits, groups of 32 to 2048 come
@@ -48,8 +48,9 @@ class Grid:
     `symmetric`: the zero point is fixed at 2^(bits−1) and nothing is stored for it. 1 bit is always symmetric, with the
     zero at 0.5, so its two values are ±scale/2.
     `signed_scale`: a symmetric group may have a negative scale, which moves the level that has no mirror image,
-    −2^(bits−1), to the positive side. None means where it pays: at 2 to 4 bits it takes 8 to 17 % off the squared error.
-    A runtime that multiplies by the scale needs to know nothing of it; False is for one that insists on positive scales.
+    −2^(bits−1), to the positive side. None means where it pays: at 2 to 4 bits it takes 10 to 17 % off the squared
+    error of groups of 64. A runtime that multiplies by the scale needs to know nothing of it; False is for one that
+    insists on positive scales.
 
     Raises RecipeError for values out of range.
     """
@@ -79,7 +80,7 @@ class Grid:
 
     @property
     def has_signed_scale(self) -> bool:
-        """Whether scales may be negative: `signed_scale`, with None and the grids to which it doesn't apply resolved."""
+        """Whether scales may be negative: `signed_scale`, with None and inapplicable values resolved."""
         if not self.symmetric or self.bits == 1:
             return False
         return self.bits <= 4 if self.signed_scale is None else self.signed_scale
@@ -95,7 +96,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized weight: `codes` uint8 [..., O, K], `scale` [..., O, G], `zero` uint8 [..., O, G] or None (symmetric)."""
+    """A quantized weight: `codes` uint8 [..., O, K], `scale` [..., O, G], `zero` uint8 [..., O, G], or None."""
 
     codes: Tensor
     scale: Tensor
@@ -115,14 +116,15 @@ def find_scales(
 
     `search`: "none" takes them from the group's extreme values (1 bit: from its mean magnitude). "mse" and "pnorm"
     minimise Σ importance · |w − ŵ|^p over the group, p = 2 or 2.4, and are never worse than "none" by that measure.
-    `importance`: [..., K] or [K], not negative, such as the diagonal of a Hessian; only its ratios matter, and only to a
-    search. Returns the scale [..., O, G] in `scale_dtype` and the zero point uint8 [..., O, G], None if symmetric. The scale
-    of an all-zero group is 0.
-    Raises InputError for shapes and arguments that don't fit, RunError for weights that are not finite or whose scale is
-    out of the range of `scale_dtype`.
+    `importance`: [..., K] or [K], not negative, such as the diagonal of a Hessian; only its ratios matter, and only to
+    a search.
+    Returns the scale [..., O, G] in `scale_dtype` and the zero point uint8 [..., O, G], None if symmetric. The scale of
+    an all-zero group is 0.
+    Raises InputError for shapes and arguments that don't fit, RunError for weights that are not finite or whose scale
+    is out of the range of `scale_dtype`.
 
-    Sources: the 1-bit scale from XNOR-Net (Rastegari et al. 2016, arXiv 1603.05279, eq. 6); p = 2.4 from GPTQ's code; scale
-    and codes in turn, each the best for the other, is Lloyd's algorithm restricted to uniform grids.
+    Sources: the 1-bit scale from XNOR-Net (Rastegari et al. 2016, arXiv 1603.05279, eq. 6); p = 2.4 from GPTQ's code;
+    scale and codes in turn, each the best for the other, is Lloyd's algorithm restricted to uniform grids.
     """
     if search not in SEARCHES:
         raise InputError(f"unknown search {search!r}; known: {', '.join(SEARCHES)}")
@@ -168,7 +170,8 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     weight_BOGg = torch.empty(codes_BOGg.shape, dtype=dtype, device=codes_BOGg.device)
     for batch, rows in _chunks(codes_BOGg):
         zero = quantized.grid.center if zero_BOG1 is None else zero_BOG1[batch, rows].float()
-        weight_BOGg[batch, rows] = codes_BOGg[batch, rows].float().sub_(zero).mul_(scale_BOG1[batch, rows].float()).to(dtype)
+        level = codes_BOGg[batch, rows].float().sub_(zero)
+        weight_BOGg[batch, rows] = level.mul_(scale_BOG1[batch, rows].float()).to(dtype)
     return weight_BOGg.view(quantized.codes.shape)
 
 
@@ -187,7 +190,7 @@ def nearest_level(weight: Tensor, scale: Tensor, low: Tensor | float, high: Tens
     ratio = weight / torch.where(scale == 0, math.inf, scale)
     if isinstance(low, float) and low == -0.5:
         return torch.where(ratio < 0, -0.5, 0.5)
-    return _clamp(ratio.round_(), low, high)
+    return ratio.round_().clamp_(low, high)  # type: ignore[call-overload, no-any-return, arg-type]
 
 
 def _fit(
@@ -253,7 +256,7 @@ def _sweep(weight: Tensor, importance: Tensor, grid: Grid, power: float) -> tupl
         # Which zero points are worth a try doesn't depend on the shrinking: trying them all gains less than 0.1 %.
         zero = (-smallest / torch.where(step == 0, math.inf, step)).clamp_(0, grid.max_code)
         zeros = [zero.floor(), zero.ceil()]
-    top = 1.05 * step
+    top = 1.3 * step  # beyond the extremes: at 4 bits groups of 16 gain 1 to 2 %, large groups nothing
     bottom = 0.7 * GAUSSIAN_STEP[grid.bits] * weight.square().mean(-1, keepdim=True).sqrt_()
     ratio = (torch.minimum(bottom, 0.9 * step) / torch.where(top == 0, math.inf, top)) ** (1 / (COARSE - 1))
     weighted = weight * importance
@@ -264,7 +267,8 @@ def _sweep(weight: Tensor, importance: Tensor, grid: Grid, power: float) -> tupl
     def judge(start: Tensor, zero: Tensor) -> None:
         nonlocal best_loss, best_start, best_scale, best_zero
         torch.mul(weight, 1 / torch.where(start == 0, math.inf, start), out=level)
-        _clamp(level.round_(), *level_range(grid, zero))
+        low, high = level_range(grid, zero)
+        level.round_().clamp_(low, high)  # type: ignore[call-overload, arg-type]
         product = torch.mul(level, weighted, out=spare).sum(-1, keepdim=True)
         norm = torch.mul(level, level, out=spare).mul_(importance).sum(-1, keepdim=True)
         scale = product / norm.clamp_min_(TINY)
@@ -299,19 +303,12 @@ def _error(weight: Tensor, scale: Tensor, level: Tensor, importance: Tensor, pow
     return difference.mul_(importance).sum(-1, keepdim=True)
 
 
-def _clamp(level: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """Clamp in place. The bounds are both tensors or both numbers, as `level_range` gives them."""
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return torch.maximum(level, torch.as_tensor(low), out=level).clamp_max_(torch.as_tensor(high))
-    return level.clamp_(low, high)
-
-
 def _grouped(weight: Tensor, grid: Grid) -> Tensor:
     """[..., O, K] as [B, O, G, g]."""
-    if weight.dim() < 2 or not weight.numel():
-        raise InputError(f"a weight to quantize is [..., out, in] and not empty, unlike {list(weight.shape)}")
+    if weight.dim() < 2 or not weight.shape[-1]:
+        raise InputError(f"a weight to quantize is [..., out, in], not {list(weight.shape)}")
     groups = grid.groups(weight.shape[-1])
-    return weight.reshape(-1, weight.shape[-2], groups, weight.shape[-1] // groups)
+    return weight.reshape(math.prod(weight.shape[:-2]), weight.shape[-2], groups, weight.shape[-1] // groups)
 
 
 def _grouped_importance(weight: Tensor, importance: Tensor | None, grid: Grid) -> Tensor | None:
@@ -325,7 +322,7 @@ def _grouped_importance(weight: Tensor, importance: Tensor | None, grid: Grid) -
         raise InputError("importance must be finite and not negative")
     importance = (importance / importance.amax(-1, keepdim=True).clamp_min(TINY)).float().expand(expected)
     groups = grid.groups(weight.shape[-1])
-    return importance.reshape(-1, 1, groups, weight.shape[-1] // groups)
+    return importance.reshape(math.prod(weight.shape[:-2]), 1, groups, weight.shape[-1] // groups)
 
 
 def _per_group(scale: Tensor, zero: Tensor | None, weight: Tensor, weight_BOGg: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -343,7 +340,7 @@ def _chunks(weight_BOGg: Tensor) -> Iterator[tuple[slice, slice]]:
     batches, rows, groups, size = weight_BOGg.shape
     limit = CHUNK_WEIGHTS.get(weight_BOGg.device.type, CHUNK_WEIGHTS["cuda"])
     rows_at_once = max(1, min(rows, limit // (groups * size)))
-    batches_at_once = max(1, limit // (rows * groups * size)) if rows_at_once == rows else 1
+    batches_at_once = max(1, limit // (rows_at_once * groups * size)) if rows_at_once >= rows else 1
     for batch in range(0, batches, batches_at_once):
         for row in range(0, rows, rows_at_once):
             yield slice(batch, batch + batches_at_once), slice(row, row + rows_at_once)

@@ -1,14 +1,14 @@
 """Bit-dense packing of small unsigned integers: 32 codes of b bits are exactly b int32 words, for every b from 1 to 8.
 
-Contract: along the last dimension, code i occupies the bits [i·b, (i+1)·b) of the row, counted from the lowest bit of the
-row's first word; a code may straddle two words. A row has ceil(K·b / 32) words and the bits left over are 0. This is the dense
-layout of compressed-tensors ≥ 0.18 (whose codes are signed: it adds 2^(b−1) before packing; a `Quantized.codes` has that
-added already). `unpack(pack(codes, bits), bits, K)` is `codes` for every K.
+Contract: along the last dimension, code i occupies the bits [i·b, (i+1)·b) of the row, counted from the lowest bit of
+the row's first word; a code may straddle two words. A row has ceil(K·b / 32) words and the bits left over are 0. This
+is the dense layout of compressed-tensors ≥ 0.18 (whose codes are signed: it adds 2^(b−1) before packing; in
+`Quantized.codes` that is added already). `unpack(pack(codes, bits), bits, K)` is `codes`, for every K.
 
-How it works: on a little-endian machine the words are one stream of bits, so each b bytes hold 8 codes. A field of 2, 4 or 8
-codes is read as one integer and spread to one byte per code by moving its upper half up, then the upper half of
-each half, and so on: two passes of vector instructions per step, no gather. Packing is the same backwards. Both work in
-chunks that stay in cache, so they need little memory beyond their result.
+How it works: on a little-endian machine the words are one stream of bits, and each b bytes hold 8 codes. A field of 2,
+4 or 8 codes is read as one integer and spread to one byte per code by moving its upper half up, then the upper half of
+each half, and so on: two passes of vector instructions per step and no gather. Packing is the same backwards. Both work
+in chunks that stay in cache, so they need little memory beyond their result.
 """
 
 from __future__ import annotations
@@ -55,11 +55,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         codes = torch.nn.functional.pad(codes, (0, padding))
     rows = codes.shape[:-1]
     whole_words = packed_words(codes.shape[-1], bits)
-    if bits == 8:
-        packed = codes.contiguous().view(torch.int32)
-        packed = packed.clone() if packed.data_ptr() == codes.data_ptr() else packed
-    else:
-        packed = _compress(codes.contiguous().view(-1), bits).view(torch.int32)
+    stream = codes.contiguous().view(-1)
+    packed = (stream.clone() if bits == 8 else _compress(stream, bits)).view(torch.int32)
     return packed.view(*rows, whole_words)[..., :words].contiguous()
 
 
@@ -136,7 +133,7 @@ def _copy_lanes(target: Tensor, source: Tensor, size: int) -> None:
 
 
 def _halves(offset: int, period: int, width: int, total: int) -> int:
-    """A mask of `width` bits at `offset`, repeated every `period` bits of an integer of `total` bits (never its sign bit)."""
+    """A mask of `width` bits at `offset`, repeated every `period` bits up to `total`; never the sign bit."""
     return sum(((1 << width) - 1) << start for start in range(offset, total, period))
 
 

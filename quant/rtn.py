@@ -1,10 +1,9 @@
 """Round-to-nearest, and the measure by which every quantizer of a linear layer is judged.
 
-Contract: pure functions, float32 inside, no state. Round-to-nearest is the one place where a weight becomes a `Quantized` without
-calibration data; with `importance` (a Hessian's diagonal) its scales heed the data, but no weight makes up for another's
-rounding: that is `moe_compress.quant.gptq`.
+Contract: pure functions, float32 inside. With an `importance` (a Hessian's diagonal) the scales of round-to-nearest
+heed the data, but no weight makes up for another's rounding: that is `moe_compress.quant.gptq`.
 
-Shape letters: E leading dimensions (experts), O output features, K input features.
+Shape letters: E experts, O output features, K input features, B columns of a block.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ def round_to_nearest(
     search: Search = "mse",
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> Quantized:
-    """`weight` [..., O, K] on `grid`: the best scale of every group (`find_scales`, same arguments), then the nearest codes.
+    """Quantize `weight` [..., O, K]: the best scale of every group, then the nearest codes.
 
-    Raises what `find_scales` raises.
+    Arguments and errors are those of `find_scales`.
     """
     scale, zero = find_scales(weight, grid, importance=importance, search=search, scale_dtype=scale_dtype)
     return Quantized(encode(weight, scale, zero, grid), scale, zero, grid)
@@ -37,8 +36,8 @@ def round_to_nearest(
 def output_error(difference_EOK: Tensor, hessian_EKK: Tensor) -> Tensor:
     """Σ_t (ΔW x_t)² of every output feature, float64 [E, O], for ΔW [E, O, K] and H = Σ_t x_t x_tᵀ [E, K, K].
 
-    Summed over O it is tr(ΔW H ΔWᵀ), the squared error of the layer's output on the calibration tokens, in units of H. As H is
-    symmetric, only its lower blocks are multiplied. Rounding can't make it negative.
+    Summed over O it is tr(ΔW H ΔWᵀ), the squared error of the layer's output on the calibration tokens, in units of H.
+    As H is symmetric, only its blocks on and above the diagonal are read. Never negative, even by rounding.
     Raises InputError for shapes that don't fit.
     """
     experts, _, in_features = difference_EOK.shape

@@ -20,29 +20,22 @@ Letters: U units, C choices of a unit, F those of them that no other choice of t
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pulp
-from numpy.typing import NDArray
 
 from moe_compress.errors import BudgetError, RecipeError, RunError, nearest
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
+from .integer import EXACT, Bools, Dual, Floats, Ints, close_gap, find_backend
 
 SOLVERS = ("auto", "highs", "cbc", "lagrange")
 AUTO_GAP = 1e-4  # where `auto` stops if no gap is asked for: costs are models, and off by far more
 MAX_BINARIES = 50_000  # `auto` starts no larger integer program; what `_improve` leaves has hundreds
 SWAPS = 64  # rounds of `_improve`, each a sort of the choices that are left
-EXACT = 1e-6  # what an integer solver's tolerances leave open, in parts of the gap that it was given to close
 
 
 @dataclass(frozen=True)
@@ -172,7 +165,7 @@ def solve_arrays(
         raise RecipeError(f"unknown solver {solver!r}{nearest(solver, SOLVERS)}")
     if gap is not None and not 0 <= gap < math.inf:
         raise RecipeError(f"gap must be 0 or more, not {gap}")
-    backend = "" if solver == "lagrange" else _backend(solver)
+    backend = "" if solver == "lagrange" else find_backend(solver)
     front = _frontier(*_checked(cost_UC, size_UC, mask_UC, names))
     rows = np.arange(len(front.cost))
     least = int(front.size[:, 0].sum())
@@ -196,7 +189,7 @@ def solve_arrays(
             allowed = wanted * min(abs(cost), abs(cost - excess)) if (cost > 0) == (cost > excess) else 0.0
             allowed *= 1 - EXACT
             try:
-                at_U, proven, note = _integer(dual, kept_UF, at_U, backend, allowed, time_limit)
+                at_U, proven, note = close_gap(dual, kept_UF, at_U, backend, allowed, time_limit)
             except RunError as error:
                 if solver != "auto":
                     raise
@@ -227,36 +220,6 @@ class _Frontier(NamedTuple):
     size: Ints
     cost: Floats  # inf where a unit has fewer than F
     valid: Bools
-
-
-@dataclass(frozen=True)
-class _Dual:
-    """The relaxation's solution. Sizes count from each unit's smallest choice, in steps of their common divisor.
-
-    Only whole steps can be used up, so the budget is rounded down to one: where experts have equal sizes this alone
-    makes the bound tight.
-    """
-
-    lam: float  # cost per step
-    room: int  # the budget less all smallest choices, in steps
-    steps: Ints  # [U, F]
-    base: Ints  # [U], the relaxation's own plan, which fits; r == 0 there
-    reduced: Floats  # [U, F], r; inf where there is no choice
-    rest: Ints  # [N, 3], the increments that don't fit: unit, target, steps
-
-    def unused(self, at_U: Ints) -> int:
-        """What the plan leaves of the budget, in steps."""
-        return self.room - int(self.steps[np.arange(len(at_U)), at_U].sum())
-
-    def excess(self, at_U: Ints) -> float:
-        """The plan's cost above the bound."""
-        return math.fsum([*self.reduced[np.arange(len(at_U)), at_U].tolist(), self.lam * self.unused(at_U)])
-
-    def kept(self, excess: float) -> Bools:
-        """Which choices, other than the relaxation's, a plan of no more than this excess may contain."""
-        kept_UF = self.reduced <= excess
-        kept_UF[np.arange(len(self.base)), self.base] = False
-        return kept_UF
 
 
 def _checked(cost: Floats, size: Ints, mask: Bools | None, names: Sequence[str] | None) -> tuple[Floats, Ints, Bools]:
@@ -293,7 +256,7 @@ def _frontier(cost_UC: Floats, size_UC: Ints, mask_UC: Bools) -> _Frontier:
     return _Frontier(column, np.where(valid, size, 0), np.where(valid, cost, np.inf), valid)
 
 
-def _relax(front: _Frontier, room: int) -> _Dual:
+def _relax(front: _Frontier, room: int) -> Dual:
     """Take the hulls' increments by falling gain per byte up to the first that doesn't fit in `room` bytes."""
     steps_UF = np.where(front.valid, front.size - front.size[:, :1], 0)
     divisor = int(np.gcd.reduce(steps_UF, axis=None)) or 1
@@ -320,10 +283,10 @@ def _relax(front: _Frontier, room: int) -> _Dual:
     lam = float(gains[order[fit]]) if fit < len(rest) else 0.0
     own = np.take_along_axis(front.cost, base[:, None], 1), np.take_along_axis(steps_UF, base[:, None], 1)
     reduced = np.where(front.valid, (front.cost - own[0]) + lam * (steps_UF - own[1]), np.inf)
-    return _Dual(lam, room, steps_UF, base, np.maximum(reduced, 0.0), rest[fit:])
+    return Dual(lam, room, steps_UF, base, np.maximum(reduced, 0.0), rest[fit:])
 
 
-def _fill_up(dual: _Dual) -> Ints:
+def _fill_up(dual: Dual) -> Ints:
     """The relaxation's plan and what still fits of the increments after it, of each unit in order."""
     at_U, left = dual.base.copy(), dual.unused(dual.base)
     blocked: set[int] = set()
@@ -337,7 +300,7 @@ def _fill_up(dual: _Dual) -> Ints:
     return at_U
 
 
-def _improve(front: _Frontier, dual: _Dual, at_U: Ints) -> Ints:
+def _improve(front: _Frontier, dual: Dual, at_U: Ints) -> Ints:
     """Change one or two units at a time while that helps, each time the best pair there is.
 
     With many units this takes the excess from about one increment's gain down by orders of magnitude, and it is the
@@ -371,86 +334,6 @@ def _improve(front: _Frontier, dual: _Dual, at_U: Ints) -> Ints:
             break
         at_U = changed
     return at_U
-
-
-def _integer(
-    dual: _Dual, kept_UF: Bools, at_U: Ints, backend: str, allowed: float, time_limit: float | None
-) -> tuple[Ints, float, str]:
-    """A plan at least as good as `at_U`, the excess below which none was proven to be, and a note."""
-    excess = dual.excess(at_U)
-    unit, to = np.nonzero(kept_UF)
-    steps, room = dual.steps[unit, to] - dual.steps[unit, dual.base[unit]], dual.unused(dual.base)
-    # Coefficients up to 1e6 keep single steps well above the solvers' tolerances on the row.
-    scale = max(1.0, float(np.abs(steps).max(initial=1)) / 1e6)
-    proven, note, tightened = 0.0, "", 0
-    for attempt in range(4):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # pulp 3 announces pulp 4
-            program = pulp.LpProblem("allocation", pulp.LpMinimize)
-            x = [pulp.LpVariable(f"x{i}", cat="Binary") for i in range(len(unit))]
-            most = math.floor(excess / dual.lam * (1 + 1e-9))  # steps, which are whole
-            unused = pulp.LpVariable("unused", lowBound=0, upBound=most / scale)
-            price = [*(dual.reduced[unit, to] / excess).tolist(), dual.lam * scale / excess if most else 0.0]
-            program += pulp.LpAffineExpression([*zip([*x, unused], price, strict=True)])
-            weight = zip(x, (steps / scale).tolist(), strict=True)
-            program += pulp.LpAffineExpression([*weight, (unused, 1.0)]) == (room - tightened) / scale
-            # A unit none of whose variables is 1 has the relaxation's choice.
-            for low, high in itertools.pairwise(np.flatnonzero(np.diff(unit, prepend=-1, append=-1)).tolist()):
-                if high - low > 1:
-                    program += pulp.LpAffineExpression([(v, 1.0) for v in x[low:high]]) <= 1
-            reached, said = _run(program, backend, allowed / excess, time_limit)
-        if not attempt:
-            proven, note = reached * excess, said
-        if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-            break
-        chosen = np.flatnonzero([(v.value() or 0) > 0.5 for v in x])
-        found = dual.base.copy()
-        found[unit[chosen]] = to[chosen]
-        over = -dual.unused(found)
-        if over <= 0:
-            at_U = found if dual.excess(found) < excess else at_U
-            break
-        tightened += over  # within the solver's tolerance but over the budget: ask again with less room
-    best = dual.excess(at_U)
-    return at_U, best if proven > best - EXACT * excess else max(proven, 0.0), note
-
-
-def _run(program: Any, backend: str, allowed: float, time_limit: float | None) -> tuple[float, str]:
-    """Solve in place. The lower bound that was proven, and a note if that isn't the optimum."""
-    options = {"msg": False, "gapAbs": allowed, "gapRel": 0.0, "timeLimit": time_limit}
-    try:
-        if backend == "highs":
-            program.solve(pulp.HiGHS(threads=1, mip_feasibility_tolerance=1e-9, **options))
-        else:
-            # By default CBC skips every plan that isn't 1e-5 better than the one it has. `threads=1` would start its
-            # threaded search, which hung until the time limit in 3 of 333 runs; without, it has no threads.
-            program.solve(_cbc(options=["increment 1e-9", "primalT 1e-9"], **options))
-    except pulp.PulpSolverError as error:
-        raise RunError(f"the solver {backend} failed: {error}") from error
-    bound = program.solverModel.getInfo().mip_dual_bound if backend == "highs" else 0.0  # CBC tells only in its log
-    bound = bound if math.isfinite(bound) else 0.0
-    if program.sol_status == pulp.LpSolutionOptimal:
-        return max(bound, float(pulp.value(program.objective)) - allowed), ""
-    return bound, f"{backend} stopped before it was done (time limit: {time_limit} s): the gap is what it left open"
-
-
-def _backend(solver: str) -> str:
-    """`highs`, `cbc`, or for `auto` '' if there is neither; `RecipeError` if the one asked for is missing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        if solver in ("auto", "highs") and pulp.HiGHS(msg=False).available():
-            return "highs"
-        if solver in ("auto", "cbc") and _cbc(msg=False).available():
-            return "cbc"
-    if solver == "auto":
-        return ""
-    package = "highspy" if solver == "highs" else "pulp[cbc]"
-    raise RecipeError(f"the solver {solver!r} is not installed: pip install {package}, or take 'auto'")
-
-
-def _cbc(**options: Any) -> Any:
-    """CBC: bundled with pulp up to 3, an extra from 4 on."""
-    return getattr(pulp, "PULP_CBC_CMD", pulp.COIN_CMD)(**options)
 
 
 def _groups(names: Sequence[str], equal: Sequence[Sequence[str]]) -> list[list[str]]:

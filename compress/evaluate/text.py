@@ -116,7 +116,13 @@ def score_text(
     """Run windows through a model, and through the original beside it, one layer of each in memory."""
     inputs = [{"input_ids": batch.ids} for batch in batches]
     with ExitStack() as stack:
-        sweeps = [stack.enter_context(Sweep(m, inputs, hold)) for m in (model, original) if m is not None]
+        sweeps = []
+        for number, each in enumerate((model, original)):
+            if each is not None:
+                own = hold / str(number) if hold is not None else None
+                if own is not None:
+                    own.mkdir(parents=True, exist_ok=True)
+                sweeps.append(stack.enter_context(Sweep(each, inputs, own)))
         for sweep in sweeps:
             for step in sweep:
                 step.advance()

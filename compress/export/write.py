@@ -17,13 +17,11 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import sidecar_files
 from moe_compress.checkpoint.writer import CheckpointWriter
+from moe_compress.constants import FORMAT_VERSION, QUANT_METHOD
 from moe_compress.errors import RecipeError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
-from moe_compress.model.model import QUANT_METHOD
 from moe_compress.progress import Progress
-
-FORMAT_VERSION = 1
 
 
 def write_folder(

@@ -6,7 +6,7 @@ expert, O and I output and input size of a projection.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,20 @@ class Dispatch:
     def counts_E(self) -> Tensor:
         """Rows per expert, int64."""
         return torch.diff(self.offsets_E.long(), prepend=self.offsets_E.new_zeros(1).long())
+
+    def part(self, experts: range) -> tuple[slice, Dispatch]:
+        """A run of consecutive experts: where their rows are, and a dispatch that counts them from 0."""
+        ends = self.offsets_E.tolist()
+        start, stop = ends[experts.start - 1] if experts.start else 0, ends[experts.stop - 1]
+        rows = slice(start, stop)
+        offsets = self.offsets_E[experts.start : experts.stop] - start
+        return rows, replace(
+            self,
+            row_R=self.row_R[rows],
+            expert_R=self.expert_R[rows] - experts.start,
+            offsets_E=offsets,
+            weight_R=self.weight_R[rows],
+        )
 
     def combine(self, output_RH: Tensor) -> Tensor:
         """Σ over a token's slots of weight · output → [T, H]. The order of summation is fixed, so runs repeat."""

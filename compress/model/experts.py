@@ -134,6 +134,29 @@ class FusedExperts:
         output = self._linear(activation_RI, "down_proj", dispatch)
         return self.module.post_expert_norm(output) if self.has_norm else output  # type: ignore[operator]
 
+    def with_weights(self, weights: ExpertWeights, input_RH: Tensor, dispatch: Dispatch) -> tuple[Tensor, Tensor]:
+        """What experts of this class would compute with other weights.
+
+        Args:
+            weights: canonical, of the experts that `dispatch` counts.
+            input_RH: rows sorted by expert.
+            dispatch: which rows are whose.
+
+        Returns:
+            Neuron activations [R, I'] and outputs [R, H].
+        """
+
+        def linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            output = grouped_linear(value, weight, dispatch.offsets_E)
+            return output if bias is None else output + bias[dispatch.expert_R]
+
+        projected = linear(input_RH, weights.up, weights.up_bias)
+        if weights.gate is not None:
+            projected = self.interleave(linear(input_RH, weights.gate, weights.gate_bias), projected)
+        activation = self.activate(projected)
+        output = linear(activation, weights.down, weights.down_bias)
+        return activation, self.module.post_expert_norm(output) if self.has_norm else output  # type: ignore[operator]
+
     def _linear(self, input_RI: Tensor, name: str, dispatch: Dispatch) -> Tensor:
         weight = getattr(self.module, name)
         output = grouped_linear(input_RI, weight.transpose(-2, -1) if self.transposed else weight, dispatch.offsets_E)

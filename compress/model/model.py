@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
+from moe_compress.constants import QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
 
 from . import families, hf, offload
@@ -28,8 +29,6 @@ from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expe
 from .block import MoEBlock
 from .disk import DiskWeights, Overlay
 from .tensors import to_meta
-
-QUANT_METHOD = "moe_compress"
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_compress.budget import knapsack
+from moe_compress.budget import integer, knapsack
 from moe_compress.budget.knapsack import ArraySolution, Choice, Unit, solve, solve_arrays
 from moe_compress.errors import BudgetError, RecipeError, RunError
 
@@ -332,14 +332,14 @@ def test_limits_are_noted_and_honest(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RunError("the solver highs failed: no such luck")
 
     monkeypatch.setattr(knapsack, "MAX_BINARIES", 50)
-    monkeypatch.setattr(knapsack, "_run", fails)
+    monkeypatch.setattr(integer, "_run", fails)
     with pytest.raises(RunError, match="no such luck"):
         solve_arrays(cost, size, budget, solver="highs")
     found = solve_arrays(cost, size, budget)
     check(found, cost, size, budget, best, exact=False)
     assert found.note == "the solver highs failed: no such luck: this is the Lagrangian plan"
 
-    monkeypatch.setattr(knapsack, "_run", gives_up)
+    monkeypatch.setattr(integer, "_run", gives_up)
     found = solve_arrays(cost, size, budget, solver="highs")
     check(found, cost, size, budget, best, exact=False)
     assert found.note == "highs did not finish"
@@ -382,7 +382,7 @@ def test_a_solution_within_tolerance_but_over_budget_is_not_returned(
     size = size * 10**12 + np.arange(12).reshape(4, 3) % 5
     budget = budget * 10**12 + 2
     calls = []
-    run = knapsack._run
+    run = integer._run
 
     def overdraws(program: Any, *rest: Any) -> tuple[float, str]:
         result = run(program, *rest)
@@ -393,6 +393,6 @@ def test_a_solution_within_tolerance_but_over_budget_is_not_returned(
                     variable.varValue = 1.0
         return result
 
-    monkeypatch.setattr(knapsack, "_run", overdraws)
+    monkeypatch.setattr(integer, "_run", overdraws)
     found = solve_arrays(cost, size, budget, solver=solver)
     check(found, cost, size, budget, brute(cost, size, budget), exact=False)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from moe_compress.calib import reading
 from moe_compress.calib import text as text_module
 from moe_compress.calib.text import Calibration, TextSource, TokenBatches, load_batches, load_windows
 from moe_compress.errors import DataError
@@ -138,20 +139,20 @@ def test_reading_stops_when_there_is_enough(tokenizer: Any, tmp_path: Path, monk
     got = load(path, tokenizer, sequences=2, length=16, shuffle=False)
     assert got.report["documents_read"] == text_module.CHUNK
     assert not got.report["everything_read"]
-    monkeypatch.setattr(text_module, "BUFFER_DOCUMENTS", 100)
+    monkeypatch.setattr(reading, "BUFFER_DOCUMENTS", 100)
     got = load(path, tokenizer, sequences=2, length=16)
     assert 100 <= got.report["documents_read"] <= 100 + text_module.CHUNK
-    monkeypatch.setattr(text_module, "BUFFER_CHARACTERS", 500)
+    monkeypatch.setattr(reading, "BUFFER_CHARACTERS", 500)
     assert load(path, tokenizer, sequences=2, length=16).report["documents_read"] <= 40
 
 
 def test_shuffle_buffer_yields_every_document_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import random
 
-    documents = [text_module._Document(str(i), None, "") for i in range(1000)]
+    documents = [reading.Document(str(i), None, "") for i in range(1000)]
     for size in (1, 7, 999, 5000):
-        monkeypatch.setattr(text_module, "BUFFER_DOCUMENTS", size)
-        order = [int(str(d.value)) for d in text_module._shuffled(documents, random.Random("0"))]
+        monkeypatch.setattr(reading, "BUFFER_DOCUMENTS", size)
+        order = [int(str(d.value)) for d in reading.shuffled(documents, random.Random("0"))]
         assert sorted(order) == list(range(1000))
         assert (order == sorted(order)) == (size == 1)
 
@@ -243,12 +244,12 @@ def test_formats_read_alike(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_plain_text_is_cut_at_blank_lines(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module, "PIECE", 30)
+    monkeypatch.setattr(reading, "PIECE", 30)
     paragraphs = [f"Paragraph {i} begins.\nIt ends.\n" for i in range(6)]
     (tmp_path / "a.txt").write_text("\n".join(paragraphs) + "x" * 200 + "\ny\n")
     (tmp_path / "b.md.gz").write_bytes(gzip.compress((tmp_path / "a.txt").read_bytes()))
     for name in ("a.txt", "b.md.gz"):
-        rows = list(text_module._plain_rows(tmp_path / name, whole=False))
+        rows = list(reading._plain_rows(tmp_path / name, whole=False))
         assert "".join(text for _, text in rows) == (tmp_path / "a.txt").read_text()
         assert [text for _, text in rows[:5]] == [p + "\n" for p in paragraphs[:5]]
         assert rows[1][0].endswith(f"{name}:4")

@@ -1,0 +1,203 @@
+"""`moe-compress`: the commands and how they fail.
+
+A user sees one line when something is wrong; exit code 2 when the input was wrong, 1 when a run failed. A traceback
+only with `--debug`. Heavy imports happen inside commands, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moe_compress.errors import MoeCompressError
+
+# Libraries that talk on import are told not to, before anything imports them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class _Commands(click.Group):
+    """Turns errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = "--debug" in sys.argv
+        try:
+            return super().invoke(ctx)
+        except MoeCompressError as error:
+            if debug:
+                raise
+            click.echo(f"moe-compress: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, BrokenPipeError):
+            raise
+        except click.ClickException:
+            raise
+        except click.exceptions.Exit:
+            raise
+        except MemoryError:
+            click.echo("moe-compress: out of memory; see --help of the command for what to reduce", err=True)
+            ctx.exit(1)
+        except Exception as error:
+            if debug:
+                raise
+            text = str(error).strip().splitlines()
+            what = f"{type(error).__name__}: {text[0] if text else ''}".strip()
+            click.echo(f"moe-compress: unexpected {what} (run again with --debug for the whole story)", err=True)
+            ctx.exit(1)
+
+
+debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="moe-compress")
+def main() -> None:
+    """Make Mixture-of-Experts language models small enough to run.
+
+    \b
+    moe-compress inspect MODEL          what a checkpoint holds, nothing loaded
+    moe-compress recipes                ready recipes
+    moe-compress run RECIPE             compress, verify, score
+    """
+
+
+def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--set")
+        settings[key] = value
+    return settings
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key, e.g. passes.0.keep=0.5; repeatable.")
+@click.option("--output", help="Output folder (short for --set output=…).")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the sizes that would result, change nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace what the output folder holds, once the new result is complete.")
+@click.option("--fresh", is_flag=True, help="Start over instead of continuing an interrupted run.")
+@debug_option
+def run(
+    recipe: str, settings: tuple[str, ...], output: str | None, dry_run: bool, overwrite: bool, fresh: bool, debug: bool
+) -> None:
+    """Carry out RECIPE, a YAML file or the name of a ready recipe.
+
+    Finished layers are kept beside the output; the same command continues an interrupted run.
+    """
+    from .show import show_forecast, show_result
+
+    from moe_compress.pipeline import plan_run
+    from moe_compress.pipeline import run as run_recipe
+    from moe_compress.recipe import read_recipe
+    from moe_compress.recipes import find_recipe
+
+    changes = _settings(settings)
+    if output is not None:
+        changes["output"] = output
+    checked = read_recipe(find_recipe(recipe), changes)
+    if dry_run:
+        show_forecast(checked, plan_run(checked)[1])
+        return
+    show_result(run_recipe(checked, overwrite=overwrite, fresh=fresh))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@debug_option
+def inspect(model: str, as_json: bool, debug: bool) -> None:
+    """Show what the checkpoint MODEL holds: family, layers, experts, sizes. Nothing is loaded."""
+    from .show import inspected, show_inspection
+
+    found = inspected(model)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        show_inspection(found)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--against", help="The original: KL divergence and agreement are measured against it.")
+@click.option("--text", multiple=True, help="Text file or glob; repeatable.")
+@click.option("--length", type=int, default=2048, show_default=True, help="Tokens of one window.")
+@click.option("--max-tokens", type=int, help="Tokens of each file at the most.")
+@click.option("--tasks", help="lm-eval tasks, separated by commas.")
+@click.option("--task-path", type=click.Path(), help="Folder with lm-eval task files of your own.")
+@click.option("--limit", type=int, help="Items of each task at the most.")
+@click.option("--batch-size", type=int, default=8, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write the scores to a file.")
+@debug_option
+def evaluate(model: str, json_file: str | None, debug: bool, **wanted: Any) -> None:
+    """Score the checkpoint MODEL on text and tasks, layer by layer if it doesn't fit in memory."""
+    from .show import evaluated, show_scores
+
+    scores = evaluated(model, **wanted)
+    show_scores(scores)
+    if json_file:
+        Path(json_file).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+@main.command()
+@click.argument("folder")
+@debug_option
+def verify(folder: str, debug: bool) -> None:
+    """Check a checkpoint written by moe-compress: every tensor, and the logits of the loaded model."""
+    from moe_compress.export.verify import verify as check
+    from moe_compress.progress import Monitor
+    from moe_compress.units import show_bytes
+
+    with Monitor().stage("verify") as progress:
+        result = check(Path(folder), progress)
+    click.echo(
+        f"{folder}: {result.tensors} tensors ({show_bytes(result.bytes)}) as written; {result.loader}; "
+        f"logits within {result.distance:.2g} of their spread (allowed {result.tolerance:g})"
+    )
+
+
+@main.command()
+@click.argument("name", required=False)
+@debug_option
+def passes(name: str | None, debug: bool) -> None:
+    """List the passes and targets, or explain the pass NAME and its options."""
+    from .show import show_pass, show_passes
+
+    if name is None:
+        show_passes()
+    else:
+        show_pass(name)
+
+
+@main.command()
+@debug_option
+def families(debug: bool) -> None:
+    """List the model families of the installed transformers: supported, or why not."""
+    from .show import show_families
+
+    show_families()
+
+
+@main.command()
+@click.argument("name", required=False)
+@debug_option
+def recipes(name: str | None, debug: bool) -> None:
+    """List the ready recipes, or print the recipe NAME."""
+    from moe_compress.recipes import find_recipe, ready_recipes
+
+    if name is not None:
+        click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        return
+    for path, summary in ready_recipes().items():
+        click.echo(f"{path:<28} {summary}")
+
+
+Command = Callable[..., Any]

@@ -1,0 +1,4 @@
+"""Names that are written into files, and read back by parts that mustn't import each other."""
+
+QUANT_METHOD = "moe_compress"
+FORMAT_VERSION = 1

@@ -1,0 +1,97 @@
+"""Everything that is scored of a result, beside the original: text and tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from moe_compress.engine import holding
+from moe_compress.export.loader import load
+from moe_compress.export.verify import fits_in_memory
+from moe_compress.feasibility import check_length
+from moe_compress.model import MoEModel
+from moe_compress.progress import Monitor
+from moe_compress.recipe import Evaluation
+
+from .text import find_files, load_text, score_text
+
+
+def check_scoring(model: MoEModel, wanted: Evaluation) -> None:
+    """Raise InputError or DataError for files and tasks that don't exist, before any work."""
+    if wanted.text:
+        find_files(wanted.text)
+        check_length(model, wanted.length, "evaluate.length")
+    if wanted.tasks:
+        from .tasks import check_tasks  # lm-eval takes seconds to import
+
+        check_tasks(wanted.tasks, Path(wanted.task_path) if wanted.task_path else None)
+
+
+def score_folders(
+    folder: Path, original: Path | None, wanted: Evaluation, like: MoEModel, hold: Path | None, monitor: Monitor
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores of a checkpoint, and of the original on the same text and tasks.
+
+    Args:
+        folder: the checkpoint to score.
+        original: what it is compared with, or None.
+        wanted: text and tasks.
+        like: gives device and dtype.
+        hold: folder for hidden states that memory has no room for, or None to keep them in memory anyhow.
+        monitor: stages.
+
+    Returns:
+        (of the original, of the checkpoint): `perplexity`, `tasks`; of the checkpoint also `kl` and `agreement`.
+    """
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    if not wanted.text and not wanted.tasks:
+        return before, after
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dtype, device = like.module.dtype, like.device
+    if wanted.text:
+        files = find_files(wanted.text)
+        batches = load_text(files, tokenizer, wanted.length, wanted.field, wanted.max_tokens, wanted.batch_size)
+        model = MoEModel.open(folder, dtype=dtype, device=device)
+        reference = MoEModel.open(original, dtype=dtype, device=device) if original is not None else None
+        total = len(model.layers) * (1 if reference is None else 2)
+        with monitor.stage("score: text", total) as progress:
+            tokens = sum(batch.ids.numel() for batch in batches) * (1 if reference is None else 2)
+            scores = score_text(model, batches, reference, holding(model, tokens, hold) if hold else None, progress)
+        before |= scores.summary("before") if reference is not None else {}
+        after |= scores.summary("after") | scores.drift()
+    if wanted.tasks:
+        for which, at in (("original", original), ("result", folder)):
+            if at is not None:
+                with monitor.stage(f"score: tasks, {which}") as progress:
+                    found = _tasks(at, tokenizer, wanted, dtype, device, progress)
+                (after if at is folder else before)["tasks"] = found
+    return before, after
+
+
+def _tasks(
+    folder: Path, tokenizer: Any, wanted: Evaluation, dtype: torch.dtype, device: torch.device, progress: Any
+) -> dict[str, dict[str, float]]:
+    """Through the loaded model where it fits in memory, streamed otherwise."""
+    from .tasks import score_tasks
+
+    if fits_in_memory(folder, dtype):
+        model: Any = load(folder, dtype=dtype).to(device)
+    else:
+        model = MoEModel.open(folder, dtype=dtype, device=device)
+    return score_tasks(
+        model,
+        tokenizer,
+        wanted.tasks,
+        task_path=Path(wanted.task_path) if wanted.task_path else None,
+        batch_size=wanted.batch_size,
+        limit=wanted.limit,
+        max_length=None,
+        progress=progress,
+    )
+
+
+__all__ = ["check_scoring", "score_folders"]

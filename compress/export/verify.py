@@ -1,0 +1,120 @@
+"""Is this folder, byte for byte and number for number, what was computed?
+
+Every tensor is read back and compared with its digest, the key sets with the manifest, and the checkpoint is loaded by
+the loader that its users will use and asked the probe again. A model that doesn't fit in memory is streamed instead,
+and the result says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from moe_compress import probe
+from moe_compress.checkpoint.reader import Checkpoint, read_json
+from moe_compress.checkpoint.writer import MANIFEST, tensor_digest
+from moe_compress.errors import InputError, VerificationError
+from moe_compress.model import MoEModel
+from moe_compress.model.sweep import Sweep
+from moe_compress.progress import Progress
+from moe_compress.units import show_bytes
+
+from .loader import load
+
+# Share of the available memory that loading a whole model may take.
+_MEMORY_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked.
+
+    Attributes:
+        tensors, bytes: read back and equal to their digests.
+        loader: what loaded the model for the probe.
+        distance: largest relative difference of the probe's logits; `tolerance` is what was allowed.
+    """
+
+    tensors: int
+    bytes: int
+    loader: str
+    distance: float
+    tolerance: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dict(vars(self))
+
+
+def verify(folder: Path, progress: Progress, device: str = "cpu") -> Verified:
+    """Check a checkpoint that this package wrote.
+
+    Raises:
+        InputError: the folder has no manifest of this package.
+        CheckpointError: it can't be read. VerificationError: it differs from what was computed; says in what.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder} has no {MANIFEST}: only checkpoints written by moe-compress can be verified")
+    manifest = read_json(folder / MANIFEST)
+    with Checkpoint(folder) as checkpoint:
+        listed = manifest["tensors"]
+        missing, extra = sorted(listed.keys() - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - listed.keys())
+        if missing or extra:
+            what = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which was never written"
+            raise VerificationError(f"{folder} {what} ({len(missing)} missing, {len(extra)} unknown tensors)")
+        for name, entry in listed.items():
+            if tensor_digest(checkpoint.get(name)) != entry["sha256"]:
+                raise VerificationError(f"{folder / entry['file']}: tensor {name!r} is not what was written: write it again")
+            progress.step()
+        total = checkpoint.nbytes
+    loader, dtype, logits = ask(folder, manifest["probe"]["input_ids"], device)
+    tolerance = probe.TOLERANCE[dtype]
+    worst = probe.distance(manifest["probe"], logits)
+    if worst > tolerance:
+        raise VerificationError(
+            f"{folder} loads ({loader}), but its logits differ from those computed by {worst:.2g} of their spread "
+            f"(allowed: {tolerance:g})"
+        )
+    return Verified(len(listed), total, loader, worst, tolerance)
+
+
+def ask(folder: Path, tokens: list[int], device: str) -> tuple[str, torch.dtype, torch.Tensor]:
+    """(loader, dtype, logits [T, V]) of the probe's tokens, by transformers' own loader if the model fits in memory."""
+    ids = torch.tensor([tokens])
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    needed, available = loaded_bytes(folder, dtype), psutil.virtual_memory().available
+    if needed <= _MEMORY_SHARE * available:
+        with torch.no_grad():
+            module = load(folder, dtype=dtype).to(device)
+            return "transformers from_pretrained", dtype, module(input_ids=ids.to(device)).logits[0].float().cpu()
+    model = MoEModel.open(folder, dtype=dtype, device=device)
+    with Sweep(model, [{"input_ids": ids}]) as sweep:
+        for step in sweep:
+            step.advance()
+        logits = next(sweep.outputs())[1][0].float().cpu()
+    why = f"streamed: whole it takes {show_bytes(needed)}, {show_bytes(available)} are free"
+    return why, dtype, logits
+
+
+def loaded_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Memory that the loaded model takes: packed integers as they are, the rest in `dtype`."""
+    with Checkpoint(folder) as checkpoint:
+        packed = checkpoint.config.get("quantization_config") is not None
+        total = 0
+        for name, info in checkpoint.tensors.items():
+            count = info.nbytes // info.dtype.itemsize
+            keeps = not info.dtype.is_floating_point or (packed and name.endswith(".scale"))
+            total += info.nbytes if keeps else count * dtype.itemsize
+        return total
+
+
+def fits_in_memory(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether a checkpoint can be loaded whole."""
+    return loaded_bytes(folder, dtype) <= _MEMORY_SHARE * psutil.virtual_memory().available
+
+
+__all__ = ["Verified", "ask", "fits_in_memory", "loaded_bytes", "verify"]

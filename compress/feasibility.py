@@ -1,0 +1,65 @@
+"""Everything about a recipe that needs the model's shapes, checked before anything is loaded or measured."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_compress.errors import InputError, RecipeError
+from moe_compress.export.targets import Target
+from moe_compress.model import MoEModel
+from moe_compress.model.shape import ModelShape
+from moe_compress.passes import Pass
+from moe_compress.units import show_bytes
+
+
+def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[ModelShape]:
+    """Sizes after each pass. Raises RecipeError or BudgetError for a pass that can't follow, or a size that can't be."""
+    shapes = []
+    for number, step in enumerate(passes):
+        for index, layer in shape.layers.items():
+            if layer.kind not in step.accepts:
+                before = next(p.name for p in reversed(passes[:number]))
+                raise RecipeError(
+                    f"passes[{number}]: {step.name} can't follow {before}: the experts of layer {index} are {layer.kind} by then"
+                )
+        shape = step.forecast(shape)
+        shapes.append(shape)
+    last = shapes[-1]
+    if target.uniform_experts and len({layer.num_experts for layer in last.layers.values()}) > 1:
+        raise RecipeError(f"target {target.name!r} loads the same number of experts in every layer only")
+    return shapes
+
+
+def check_calibration(model: MoEModel, passes: Sequence[Pass], has_text: bool, length: int) -> None:
+    """Raise RecipeError when calibration text is needed and missing, or longer than the model can read."""
+    needing = [step.name for step in passes if step.statistics() or step.needs_inputs()]
+    if needing and not has_text:
+        raise RecipeError(f"{needing[0]} measures the model on text: add `calibration: {{sources: FILE.jsonl}}` to the recipe")
+    check_length(model, length if needing else 0, "calibration.length")
+
+
+def check_length(model: MoEModel, length: int, key: str) -> None:
+    """Raise RecipeError when sequences are longer than the positions that the model knows."""
+    known = getattr(model.module.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(known, int) and length > known:
+        raise RecipeError(f"{key} is {length}, and the model reads at most {known} tokens (max_position_embeddings)")
+
+
+def check_disk(output: Path, workspace: Path, before: ModelShape, shapes: Sequence[ModelShape]) -> None:
+    """Raise InputError when the result and the work on the way to it won't fit on the disk.
+
+    The workspace holds one changed copy of the experts at any time (a pass's layers replace the former pass's).
+    """
+    result = shapes[-1].total_bytes
+    work = max(shape.expert_bytes for shape in shapes)
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if result + work > free:
+        raise InputError(
+            f"{folder} has {show_bytes(free)} free; the result takes {show_bytes(result)} and the work on the way to it "
+            f"{show_bytes(work)} more: free some, or choose an output on another disk"
+        )

@@ -1,0 +1,227 @@
+"""A whole run: recipe in, verified and scored checkpoint out.
+
+validate → feasibility → (measure → plan → apply) per pass → export → verify → score → report. Every stage that
+finishes is kept in the workspace beside the output; the same command continues where a killed run was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from moe_compress import feasibility, probe
+from moe_compress.calib.text import load_batches
+from moe_compress.checkpoint.atomic import write_json
+from moe_compress.checkpoint.reader import read_json
+from moe_compress.checkpoint.workspace import Workspace, short_digest
+from moe_compress.checkpoint.writer import MANIFEST, check_output
+from moe_compress.engine import Calibrated, CommittedBlocks, Outcome, device_and_dtype, holding, run_passes
+from moe_compress.errors import InputError
+from moe_compress.evaluate.score import check_scoring, score_folders
+from moe_compress.export.verify import Verified, verify
+from moe_compress.export.write import write_folder
+from moe_compress.model import MoEModel
+from moe_compress.model.shape import ModelShape, model_shape
+from moe_compress.passes import Pass
+from moe_compress.progress import Monitor
+from moe_compress.recipe import Recipe, read_recipe
+from moe_compress.report.build import build, versions
+from moe_compress.report.text import markdown
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would give (`--dry-run`): sizes before, after each pass, and what is needed."""
+
+    passes: list[Pass]
+    before: ModelShape
+    shapes: list[ModelShape]
+
+    @property
+    def after(self) -> ModelShape:
+        """Sizes of the result."""
+        return self.shapes[-1]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run gave.
+
+    Attributes:
+        output: the checkpoint's folder; report.json and report.md are in it.
+        report: what report.json holds.
+    """
+
+    output: Path
+    report: dict[str, Any]
+
+
+def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
+    """Open the model and check everything that needs no data. Raises InputError and its kinds."""
+    passes = recipe.steps()
+    device, dtype = device_and_dtype(recipe.compute.device, recipe.compute.dtype)
+    model = MoEModel.open(recipe.model, dtype=dtype, device=device)
+    before = model_shape(model)
+    shapes = feasibility.forecast(before, passes, recipe.goal)
+    calibration = recipe.calibration
+    feasibility.check_calibration(model, passes, calibration is not None, calibration.length if calibration else 0)
+    check_scoring(model, recipe.evaluate)
+    feasibility.check_disk(Path(recipe.output), _workspace_of(recipe), before, shapes)
+    return model, Forecast(passes, before, shapes)
+
+
+def run(
+    recipe: Recipe | str | Path,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    monitor: Monitor | None = None,
+) -> Finished:
+    """Carry out a recipe.
+
+    Args:
+        recipe: a recipe, or the path of its file.
+        overrides: dotted keys → YAML values, for a file.
+        overwrite: whether the output folder may hold something (it is replaced when the new result is complete).
+        fresh: forget the finished work of an earlier run with this output.
+        monitor: shows and remembers stages.
+
+    Raises:
+        InputError and its kinds: recipe, model or data are wrong; nothing was changed.
+        RunError and its kinds: something failed on the way; the same call continues.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe, overrides)
+    monitor = monitor or Monitor()
+    output = Path(recipe.output)
+    with monitor.stage("check"):
+        model, expected = plan_run(recipe)
+        fingerprint = model.source.fingerprint()
+        calibrated, tokenizer = _calibration(model, recipe, expected.passes)
+        identity = _identity(recipe, expected.passes, fingerprint, calibrated)
+        run_id = short_digest(identity)
+        if not _is_own(output, run_id):
+            check_output(output, overwrite)
+        workspace = Workspace(_workspace_of(recipe), identity, fresh=fresh)
+    if workspace.resumed:
+        monitor.note(f"continuing the run in {workspace.folder}")
+    calibrated.hold = holding(model, calibrated.tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
+
+    stores = [workspace.pass_store(number, step.name) for number, step in enumerate(expected.passes)]
+    model.overlay = CommittedBlocks(stores)
+    outcomes = run_passes(model, expected.passes, expected.before, calibrated, workspace, fingerprint, monitor)
+
+    if not _is_own(output, run_id):
+        _export(model, recipe, outcomes, output, run_id, calibrated, tokenizer, monitor, overwrite)
+    with monitor.stage("verify", len(read_json(output / MANIFEST)["tensors"])) as progress:
+        verified = verify(output, progress, str(model.device))
+    scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, workspace.scratch("score"), monitor)
+    report = _report(recipe, expected, outcomes, calibrated, scores, verified, monitor)
+    write_json(output / "report.json", report)
+    (output / "report.md").write_text(markdown(report), encoding="utf-8")
+    if not recipe.keep_workspace:
+        workspace.remove()
+    return Finished(output, report)
+
+
+def _export(
+    model: MoEModel,
+    recipe: Recipe,
+    outcomes: list[Outcome],
+    output: Path,
+    run_id: str,
+    calibrated: Calibrated,
+    tokenizer: Any,
+    monitor: Monitor,
+    overwrite: bool,
+) -> None:
+    with monitor.stage("probe"):
+        ids = calibrated.text.ids if calibrated.text is not None else None
+        expected = probe.streamed(model, probe.probe_tokens(ids, tokenizer))
+    manifest = {
+        "run": run_id,
+        "versions": versions(),
+        "recipe": recipe.plain(),
+        "passes": [{"name": o.name, "plan": o.plan.summary} for o in outcomes],
+        "probe": expected,
+    }
+    with monitor.stage("export", len(model.layers)) as progress:
+        write_folder(model, output, manifest, progress, overwrite=overwrite)
+
+
+def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[Calibrated, Any]:
+    tokenizer = _tokenizer(recipe.model)
+    needed = any(step.statistics() or step.needs_inputs() for step in passes)
+    if recipe.calibration is None or not needed:
+        return Calibrated(None), tokenizer
+    if tokenizer is None:
+        raise InputError(f"{recipe.model} has no tokenizer that transformers can load, and calibration needs one")
+    vocabulary = model.module.config.get_text_config().vocab_size
+    text = load_batches(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary)
+    return Calibrated(text, recipe.calibration.batch_size), tokenizer
+
+
+def _tokenizer(folder: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # whoever needs one says so
+
+
+def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, calibrated: Calibrated) -> dict[str, Any]:
+    """What decides about the bytes of the result: finished work of another identity is not this run's."""
+    plain = recipe.plain()
+    return {
+        "model": fingerprint,
+        "passes": plain["passes"],
+        "target": plain["target"],
+        "calibration": plain["calibration"],
+        "data": calibrated.digest,
+        "seed": plain["seed"],
+        "compute": {k: v for k, v in plain["compute"].items() if k != "hidden_states"},
+        "versions": versions(),
+    }
+
+
+def _workspace_of(recipe: Recipe) -> Path:
+    output = Path(recipe.output)
+    return output.with_name(output.name + ".work")
+
+
+def _is_own(output: Path, run_id: str) -> bool:
+    """Whether the output folder is complete and this very run's: then only what comes after the export is left."""
+    manifest = output / MANIFEST
+    return manifest.is_file() and read_json(manifest).get("run") == run_id
+
+
+def _report(
+    recipe: Recipe,
+    expected: Forecast,
+    outcomes: list[Outcome],
+    calibrated: Calibrated,
+    scores: tuple[dict[str, Any], dict[str, Any]],
+    verified: Verified,
+    monitor: Monitor,
+) -> dict[str, Any]:
+    return build(
+        recipe=recipe.plain(),
+        before=expected.before,
+        outcomes=outcomes,
+        calibration=calibrated.text.report if calibrated.text is not None else None,
+        scores_before=scores[0],
+        scores_after=scores[1],
+        stages=monitor.records(),
+        facts={
+            "verification": verified.to_json(),
+            "tokens_seen": calibrated.tokens,
+            "forecast_bytes": expected.after.total_bytes,
+        },
+    )
+
+
+__all__ = ["Finished", "Forecast", "plan_run", "run"]

@@ -1,0 +1,94 @@
+"""The same report for people: a table on the terminal, and report.md beside the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moe_compress.units import show_bytes
+
+Rows = list[tuple[str, str, str]]
+
+
+def headline(report: dict[str, Any]) -> Rows:
+    """(what, before, after) of sizes and every score."""
+    before, after = report["before"], report["after"]
+    rows: Rows = [
+        ("checkpoint", show_bytes(before["bytes"]), show_bytes(after["bytes"])),
+        ("experts", show_bytes(before["expert_bytes"]), show_bytes(after["expert_bytes"])),
+        ("bits per expert weight", f"{before['bits_per_weight']:.3g}", f"{after['bits_per_weight']:.3g}"),
+    ]
+    for name, value in after["perplexity"].items():
+        old = before["perplexity"].get(name)
+        rows.append((f"perplexity {name}", "" if old is None else f"{old:.4g}", f"{value:.4g}"))
+    for name in after["kl"]:
+        rows.append((f"KL to original {name}", "", f"{after['kl'][name]:.4f}"))
+    for name in after["agreement"]:
+        rows.append((f"same top token {name}", "", f"{after['agreement'][name]:.1%}"))
+    for task, metrics in after["tasks"].items():
+        for metric, value in metrics.items():
+            old = before["tasks"].get(task, {}).get(metric)
+            rows.append((f"{task} {metric}", "" if old is None else f"{old:.3f}", f"{value:.3f}"))
+    return rows
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """report.md."""
+    lines = [f"# {report['recipe'].get('model', 'model')} → {report['recipe'].get('output', 'in memory')}", ""]
+    lines += _table(("", "before", "after"), headline(report))
+    lines += ["", "## What was done", ""]
+    for step in report["passes"]:
+        size = f"{show_bytes(step['expert_bytes'])} of experts, {step['bits_per_weight']:.3g} bits per weight"
+        lines.append(f"- **{step['name']}** → {size}")
+        lines += [f"  - {key}: {_plain(value)}" for key, value in step["summary"].items()]
+        lines += [f"  - {note}" for note in step["notes"]]
+    lines += ["", "## Layers", ""]
+    lines += _table(
+        ("layer", "experts before", "experts", "bytes before", "bytes", "former choices still made"),
+        [
+            (
+                str(layer["layer"]),
+                str(layer["num_experts_before"]),
+                str(layer["num_experts"]),
+                show_bytes(layer["expert_bytes_before"]),
+                show_bytes(layer["expert_bytes"]),
+                _kept_choices(layer),
+            )
+            for layer in report["layers"]
+        ],
+    )
+    if report.get("calibration"):
+        lines += ["", "## Calibration", ""]
+        lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in report["calibration"].items()]
+    if report.get("verification"):
+        checked = report["verification"]
+        lines += ["", "## Verification", ""]
+        lines.append(
+            f"- {checked['tensors']} tensors ({show_bytes(checked['bytes'])}) read back and equal; loaded by "
+            f"{checked['loader']}; logits within {checked['distance']:.2g} of their spread (allowed {checked['tolerance']:g})"
+        )
+    lines += ["", "## What it took", ""]
+    lines += _table(
+        ("stage", "seconds", "peak memory"),
+        [(s["name"], f"{s['seconds']:.1f}", show_bytes(s["peak_memory_bytes"])) for s in report["stages"]],
+    )
+    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()), ""]
+    return "\n".join(lines)
+
+
+def _kept_choices(layer: dict[str, Any]) -> str:
+    shares = [step["routing"]["kept_choices"] for step in layer["passes"] if "routing" in step]
+    return ", ".join(f"{share:.1%}" for share in shares)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(v) for v in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,26 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from moe_compress.errors import RecipeError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """"12 GB", "3.5GiB", "800MB" or a number of bytes → bytes. Raises RecipeError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?)?B?\s*", str(text).upper())
+    if not match:
+        raise RecipeError(f"{text!r} is not a size; write it like 12 GB, 3.5 GiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def show_bytes(count: float) -> str:
+    """Bytes in decimal units, three digits: 2.62 GB."""
+    sign, count = ("-", -count) if count < 0 else ("", count)
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{sign}{count / factor:.3g} {unit}"
+    return f"{sign}{count:.0f} bytes"

@@ -1,0 +1,98 @@
+"""What it costs to quantize an expert: measured on the calibration text, before anything is quantized.
+
+Letters: E experts, B candidate widths, R rows (token, expert), Q sequences of the calibration text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moe_compress.calib.inputs import BlockInputs, chunks
+from moe_compress.calib.statistics import Accumulator, Result, Statistic
+from moe_compress.errors import UnsupportedModelError
+from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock, Tap
+from moe_compress.model.dispatch import Dispatch
+
+from .grid import Grid, dequantize
+from .rtn import round_to_nearest
+
+# Bytes of rows and re-quantized weights at a time.
+_CHUNK_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class QuantizationError(Statistic):
+    """Error at the block's output when one expert alone is quantized, all others and the router exact.
+
+    Result: `error` [E, B] ε_eb = Σ over sequences of ‖Z − Z_{e←b bits}‖_F, Z the block's output on a sequence (PMQ,
+    arXiv 2410.06270, Eq. 3): as everything else is exact, Z − Z' is the expert's own weighted change on its tokens.
+    `squared` [E, B] Σ over tokens of ‖z_t − z'_t‖². Quantizer: round-to-nearest on the grid that will be used.
+    """
+
+    name: ClassVar[str] = "quantization_error"
+    bits: tuple[int, ...] = (1, 2, 3, 4, 8)
+    group_size: int = 64
+    symmetric: bool = True
+
+    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
+        """See Statistic."""
+        if block.kind != "fused":
+            raise UnsupportedModelError(f"layer {block.layer} is quantized already")
+        return _Errors(self, FusedExperts(block.experts_module))
+
+    def grid(self, bits: int) -> Grid:
+        """The grid of a width."""
+        return Grid(bits, self.group_size, self.symmetric or bits == 1)
+
+
+class _Errors(Accumulator):
+    """Keeps the block's inputs; errors are computed at the end, so that each expert is quantized once per width."""
+
+    def __init__(self, settings: QuantizationError, experts: FusedExperts):
+        self.settings, self.experts = settings, experts
+        self.inputs = BlockInputs()
+        self.sequences: list[Tensor] = []
+        self.seen = 0
+
+    def update(self, tap: Tap) -> None:
+        self.inputs.observe(tap)
+        count = tap.hidden_TH.shape[0]
+        # Without sequence numbers (input of another shape than the text) a batch counts as one sequence.
+        own = tap.sequence_T if tap.sequence_T is not None else torch.full((count,), self.seen)
+        self.sequences.append(own)
+        self.seen += 1
+
+    def result(self) -> Result:
+        sequence_T = torch.cat(self.sequences)
+        number = int(sequence_T.max()) + 1
+        weights = self.experts.weights()
+        count = self.experts.num_experts
+        dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, count)
+        squared_BEQ = torch.zeros(len(self.settings.bits), count, number, dtype=torch.float64)
+        rows_each = len(dispatch.row_R) // count + 1
+        width = weights.parameters // count + rows_each * (3 * self.experts.hidden_size + 4 * weights.up.shape[1])
+        for chunk in chunks(count, max(1, _CHUNK_BYTES // (8 * width))):
+            _, part = dispatch.part(chunk)
+            if not len(part.row_R):
+                continue
+            own = weights.map(lambda w, c=chunk: w[c.start : c.stop])
+            input_RH = self.inputs.hidden_TH[part.token_R]
+            exact = self.experts.with_weights(own, input_RH, part)[1]
+            sequence_R = sequence_T.to(part.token_R.device)[part.token_R]
+            for column, bits in enumerate(self.settings.bits):
+                rounded = self.experts.with_weights(self._rounded(own, bits), input_RH, part)[1]
+                change = (exact - rounded).float().square().sum(-1).double() * part.weight_R.double().square()
+                target_C = squared_BEQ[column, chunk.start : chunk.stop].view(-1)
+                target_C.index_add_(0, (part.expert_R * number + sequence_R).cpu(), change.cpu())
+        return {"error": squared_BEQ.sqrt().sum(-1).T.contiguous(), "squared": squared_BEQ.sum(-1).T.contiguous()}
+
+    def _rounded(self, weights: ExpertWeights, bits: int) -> ExpertWeights:
+        grid = self.settings.grid(bits)
+        values = dict(weights.items())
+        for name, matrix in weights.matrices():
+            values[name] = dequantize(round_to_nearest(matrix, grid), matrix.dtype)
+        return ExpertWeights(**values)

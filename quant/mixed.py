@@ -1,0 +1,351 @@
+"""The pass `quantize.mixed`: every expert at the width that a multiple-choice program gives it, in packed integers.
+
+Plan: what each expert would cost at each width is measured, and one program over all layers spends a budget of real
+bytes (scales, zero points and padding counted). Apply: round-to-nearest, or GPTQ on what the experts really read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from moe_compress.budget.knapsack import solve_arrays
+from moe_compress.calib.collect import Profile
+from moe_compress.calib.inputs import BlockInputs, Moments, chunks
+from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
+from moe_compress.errors import BudgetError, RecipeError
+from moe_compress.model import FusedExperts, MoEBlock
+from moe_compress.model.shape import LayerShape, ModelShape
+from moe_compress.passes import Pass, PassOptions, Plan, register
+from moe_compress.prune.super_experts import super_experts
+from moe_compress.units import parse_bytes, show_bytes
+
+from .cost import QuantizationError
+from .gptq import gptq, shrink_hessians
+from .grid import Grid, Quantized
+from .packed import Encoding, pack_experts
+from .rtn import round_to_nearest
+
+# Dense weights (float32) and solver workspace made at a time.
+_CHUNK_BYTES = 512 << 20
+
+
+class MixedOptions(PassOptions):
+    """Options of `quantize.mixed`."""
+
+    bits: float | None = Field(
+        default=None, gt=0, le=16, description="Budget: average bits per expert weight; scales, zero points and padding count"
+    )
+    size: str | None = Field(default=None, description='Instead of `bits`: size of the whole checkpoint, e.g. "12 GB"')
+    widths: list[int] = Field(default=[1, 2, 3, 4, 8], min_length=1, description="Widths that an expert may get")
+    scope: Literal["global", "layer"] = Field(
+        default="global", description="Who shares the budget: all experts of the model, or each layer's by themselves (PMQ)"
+    )
+    allocation: Literal["program", "uniform"] = Field(
+        default="program", description="Who decides: the program, or the same mixture of two widths everywhere (control)"
+    )
+    method: Literal["gptq", "rtn"] = Field(default="gptq", description="GPTQ, or round-to-nearest (needs no data to apply)")
+    group_size: int = Field(default=64, ge=-1, description="Weights that share a scale, -1 for a whole row")
+    symmetric: bool = Field(default=True, description="No zero points (what servers load)")
+    search: Literal["none", "mse", "pnorm"] = Field(default="mse", description="How scales are found")
+    alpha: float = Field(default=1.0, ge=0, description="Exponent of how often an expert is chosen, in its cost (PMQ)")
+    beta: float = Field(default=1.5, ge=0, description="Exponent of its routing weight")
+    gamma: float = Field(default=2.0, gt=0, description="Exponent of its measured error")
+    damping: float = Field(default=0.01, ge=0, description="GPTQ: added to the Hessian's diagonal, times its mean")
+    shrinkage: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPTQ: tokens that the layer's mean Hessian counts for in each expert's own; default: an eighth of its size",
+    )
+    protect_super_experts: bool = Field(
+        default=True, description="Experts with massive activations get the largest of `widths`"
+    )
+
+    @field_validator("widths")
+    @classmethod
+    def _known_widths(cls, value: list[int]) -> list[int]:
+        if not set(value) <= set(range(1, 9)):
+            raise ValueError("widths are 1 to 8 bits")
+        return sorted(set(value))
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.bits is None) == (self.size is None):
+            raise ValueError('give either `bits` (average per weight, e.g. 2.5) or `size` (of the checkpoint, e.g. "12 GB")')
+        return self
+
+
+@register
+class QuantizeMixed(Pass):
+    """Quantize experts, each to its own width, under one budget."""
+
+    name = "quantize.mixed"
+    summary = "quantize experts, bits per expert from a program under one budget of real bytes; GPTQ or round-to-nearest"
+    paper = "PMQ, arXiv 2410.06270 (allocation); GPTQ, arXiv 2210.17323"
+    Options = MixedOptions
+    options: MixedOptions
+
+    def statistics(self) -> Sequence[Statistic]:
+        """Error of each expert at each width, and what weighs it."""
+        if self.options.allocation == "uniform":
+            return [OutputNorms()] if self.options.protect_super_experts else []
+        found: list[Statistic] = [self._error, Routing()]
+        return [*found, OutputNorms()] if self.options.protect_super_experts else found
+
+    def needs_inputs(self) -> bool:
+        """GPTQ reads what the experts read."""
+        return self.options.method == "gptq"
+
+    def forecast(self, shape: ModelShape) -> ModelShape:
+        """Sizes at the budget. Raises RecipeError for widths or groups that don't fit, BudgetError for a budget that can't."""
+        foreign = set(self.options.widths) - set(self.target.bits)
+        if self.target.quantized_format is None or foreign:
+            can = f"loads {self.target.bits}" if self.target.quantized_format else "loads no quantized experts"
+            raise RecipeError(f"quantize.mixed: the target {self.target.name!r} {can}, widths are {self.options.widths}")
+        for index, layer in shape.layers.items():
+            for what, length in (("hidden size", layer.hidden), ("neurons", layer.intermediate)):
+                if self.options.group_size != -1 and length % self.options.group_size:
+                    raise RecipeError(
+                        f"quantize.mixed: group_size {self.options.group_size} doesn't divide the {what} {length} of "
+                        f"layer {index}; {_largest_group(layer, self.options.group_size)} does"
+                    )
+        budget = self._budget(shape)
+        least = sum(layer.num_experts * self._expert_bytes(layer, min(self.options.widths)) for layer in shape.layers.values())
+        if least > budget:
+            raise BudgetError(
+                f"quantize.mixed: the budget is {show_bytes(budget)} for all experts, and at {min(self.options.widths)} bits "
+                f"with groups of {self.options.group_size} they take {show_bytes(least)}: allow more, smaller widths or larger groups"
+            )
+        most = {i: layer.num_experts * self._expert_bytes(layer, max(self.options.widths)) for i, layer in shape.layers.items()}
+        share = min(1.0, budget / sum(most.values()))
+        return shape.with_layers(
+            {i: replace(layer, bytes=int(most[i] * share), kind="packed") for i, layer in shape.layers.items()}
+        )
+
+    def plan(self, profile: Profile) -> Plan:
+        """A width for every expert."""
+        protected: dict[int, list[int]] = {}
+        if self.options.protect_super_experts:
+            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
+            protected = super_experts(maxima, profile.decoder_layers)
+        if self.options.allocation == "uniform":
+            bits, summary = self._uniform(profile.shape), {}
+        else:
+            bits, summary = self._solved(profile, protected)
+        layers: dict[int, dict[str, Any]] = {
+            i: {"bits": widths, "protected": protected.get(i, [])} for i, widths in bits.items()
+        }
+        used = sum(self._expert_bytes(profile.shape.layers[i], b) for i, widths in bits.items() for b in widths)
+        everything = [b for widths in bits.values() for b in widths]
+        summary |= {
+            "expert_bytes": used,
+            "budget_bytes": self._budget(profile.shape),
+            "experts_per_width": {str(b): everything.count(b) for b in self.options.widths},
+        }
+        notes = [f"layer {i}: super experts {e} get {max(self.options.widths)} bits" for i, e in protected.items()]
+        return Plan(self.name, layers, summary, notes)
+
+    def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
+        """Quantize and pack a block's experts."""
+        experts = FusedExperts(block.experts_module)
+        results = list(self._by_gptq(experts, decision["bits"], inputs) if inputs is not None else self._by_rtn(experts, decision["bits"]))
+        matrices: dict[str, list[tuple[list[int], Quantized | Tensor]]] = {}
+        notes: dict[int, dict[str, Any]] = {}
+        for result in results:
+            matrices.setdefault(result.projection, []).append((result.experts, result.quantized))
+            for expert, values in result.report.items():
+                notes.setdefault(expert, {}).update(values)
+        pack_experts(block, matrices)
+        report = [{"bits": b, **notes.get(e, {})} for e, b in enumerate(decision["bits"])]
+        return {"experts": report, "protected": decision["protected"]}
+
+    # --- plan --------------------------------------------------------------------------------------------------
+
+    @property
+    def _error(self) -> QuantizationError:
+        return QuantizationError(tuple(self.options.widths), self.options.group_size, self.options.symmetric)
+
+    def _budget(self, shape: ModelShape) -> int:
+        if self.options.bits is not None:
+            return int(self.options.bits * sum(layer.weights for layer in shape.layers.values()) / 8)
+        assert self.options.size is not None
+        return parse_bytes(self.options.size) - shape.other_bytes
+
+    def _grid(self, bits: int) -> Grid:
+        return Grid(bits, self.options.group_size, self.options.symmetric or bits == 1)
+
+    def _expert_bytes(self, layer: LayerShape, bits: int) -> int:
+        encoding = Encoding(bits, self.options.group_size, self.options.symmetric or bits == 1)
+        wide = encoding.matrix_bytes(layer.intermediate, layer.hidden)
+        narrow = encoding.matrix_bytes(layer.hidden, layer.intermediate)
+        return (layer.matrices - 1) * wide + narrow + layer.biases * layer.weight_bytes
+
+    def _uniform(self, shape: ModelShape) -> dict[int, list[int]]:
+        """In every layer the same mixture of the two widths around the budget, spread evenly over the experts."""
+        widths = self.options.widths
+        budget = self._budget(shape)
+
+        def total(bits: int) -> int:
+            return sum(layer.num_experts * self._expert_bytes(layer, bits) for layer in shape.layers.values())
+
+        low = max(b for b in widths if total(b) <= budget)
+        higher = [b for b in widths if b > low]
+        if not higher:
+            return {i: [low] * layer.num_experts for i, layer in shape.layers.items()}
+        high = higher[0]
+        share = (budget - total(low)) / (total(high) - total(low))
+        result = {}
+        for index, layer in shape.layers.items():
+            if self.target.bits_per == "layer":
+                result[index] = [low] * layer.num_experts
+                continue
+            steps = [int((e + 1) * share + 1e-9) - int(e * share + 1e-9) for e in range(layer.num_experts)]
+            result[index] = [high if step else low for step in steps]
+        return result
+
+    def _solved(self, profile: Profile, protected: dict[int, list[int]]) -> tuple[dict[int, list[int]], dict[str, Any]]:
+        layers = profile.shape.layers
+        costs = {i: self._costs(profile, i) for i in layers}
+        sizes = {i: np.array([self._expert_bytes(layers[i], b) for b in self.options.widths], np.int64) for i in layers}
+        allowed = {i: np.ones_like(costs[i], dtype=bool) for i in layers}
+        for index, experts in protected.items():
+            allowed[index][experts, :-1] = False
+        budget = self._budget(profile.shape)
+        if self.options.scope == "global":
+            return self._program(list(layers), costs, sizes, allowed, budget)
+        bits: dict[int, list[int]] = {}
+        summaries = []
+        weights = sum(layer.weights for layer in layers.values())
+        for index, layer in layers.items():
+            part, summary = self._program([index], costs, sizes, allowed, budget * layer.weights // weights)
+            bits |= part
+            summaries.append(summary)
+        return bits, {"solver": summaries[0]["solver"], "gap": max(s["gap"] for s in summaries)}
+
+    def _program(
+        self,
+        layers: list[int],
+        costs: dict[int, NDArray[np.float64]],
+        sizes: dict[int, NDArray[np.int64]],
+        allowed: dict[int, NDArray[np.bool_]],
+        budget: int,
+    ) -> tuple[dict[int, list[int]], dict[str, Any]]:
+        """Solve for some layers together. A unit is an expert, or a whole layer where the target wants one width."""
+        whole = self.target.bits_per == "layer"
+        counts = {i: len(costs[i]) for i in layers}
+        cost = [costs[i].sum(0, keepdims=True) if whole else costs[i] for i in layers]
+        size = [sizes[i][None] * counts[i] if whole else np.repeat(sizes[i][None], counts[i], 0) for i in layers]
+        mask = [allowed[i].all(0, keepdims=True) if whole else allowed[i] for i in layers]
+        solution = solve_arrays(np.concatenate(cost), np.concatenate(size), budget, np.concatenate(mask), gap=0.0)
+        widths = np.array(self.options.widths)[solution.choice]
+        bits: dict[int, list[int]] = {}
+        start = 0
+        for index in layers:
+            units = 1 if whole else counts[index]
+            own = widths[start : start + units].tolist()
+            bits[index] = own * counts[index] if whole else own
+            start += units
+        return bits, {"solver": solution.solver, "gap": float(solution.gap), "cost": float(solution.cost)}
+
+    def _costs(self, profile: Profile, index: int) -> NDArray[np.float64]:
+        """φ^α · ω^β · ε^γ of every expert and width (PMQ, Eq. 4); φ and ω sum to 1 in a layer, ε is measured."""
+        routing = profile.of(index, Routing())
+        frequency = routing["counts"] / routing["counts"].sum().clamp_min(1)
+        weight = routing["gate"] / routing["gate"].sum().clamp_min(1e-300)
+        error = profile.of(index, self._error)["error"]
+        factor = frequency**self.options.alpha * weight**self.options.beta
+        cost: NDArray[np.float64] = (factor.unsqueeze(1) * error**self.options.gamma).numpy()
+        return cost
+
+    # --- apply -------------------------------------------------------------------------------------------------
+
+    def _by_rtn(self, experts: FusedExperts, bits: list[int]) -> Sequence[_Result]:
+        weights = experts.weights()
+        results = []
+        size = max(1, _CHUNK_BYTES // (16 * weights.parameters // experts.num_experts))
+        for name, stacked in weights.matrices():
+            for chunk in chunks(experts.num_experts, size):
+                for width, members in _by_width(bits, chunk).items():
+                    quantized = round_to_nearest(stacked[members], self._grid(width), search=self.options.search)
+                    results.append(_Result(name, members, quantized, {}))
+        return results
+
+    def _by_gptq(self, experts: FusedExperts, bits: list[int], inputs: BlockInputs) -> Sequence[_Result]:
+        weights = experts.weights()
+        rows = torch.zeros((), dtype=torch.float64)
+        means: list[Tensor] = []
+        for part in inputs.moments(experts, _CHUNK_BYTES):
+            sums = (part.input_CHH.sum(0), part.activation_CII.sum(0))
+            means = [m + s for m, s in zip(means, sums, strict=True)] if means else list(sums)
+            rows += part.rows_C.sum()
+        means = [m / float(rows.clamp_min(1)) for m in means]
+        results: list[_Result] = []
+        for part in inputs.moments(experts, _CHUNK_BYTES):
+            for width, members in _by_width(bits, part.experts).items():
+                results += self._solve(weights, part, members, width, means)
+        return results
+
+    def _solve(
+        self, weights: Any, part: Moments, members: list[int], width: int, means: list[Tensor]
+    ) -> Sequence[_Result]:
+        local = [e - part.experts.start for e in members]
+        rows = part.rows_C[local]
+        grid = self._grid(width)
+        inward = [n for n, _ in weights.matrices() if n != "down"]
+        stacked = torch.cat([getattr(weights, n)[members] for n in inward], dim=1)  # gate and up read the same
+        results = []
+        for names, matrices, moment, mean in (
+            (inward, stacked, part.input_CHH, means[0]),
+            (["down"], weights.down[members], part.activation_CII, means[1]),
+        ):
+            hessian = shrink_hessians(moment[local], rows, self.options.shrinkage, mean_KK=mean)
+            solved = gptq(matrices, hessian, grid, damping=self.options.damping, search=self.options.search)
+            report = {
+                e: {
+                    "tokens": int(rows[i]),
+                    f"{'_'.join(names)}_error": float(solved.error_E[i]),
+                    f"{'_'.join(names)}_rtn_error": float(solved.rtn_error_E[i]),
+                    f"{'_'.join(names)}_damping": float(solved.damping_E[i]),
+                }
+                for i, e in enumerate(members)
+            }
+            height = matrices.shape[1] // len(names)
+            for position, name in enumerate(names):
+                own = slice(position * height, (position + 1) * height)
+                results.append(_Result(name, members, _rows(solved.quantized, own), report if position == 0 else {}))
+        return results
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One projection of some experts, quantized; what to say of each expert."""
+
+    projection: str
+    experts: list[int]
+    quantized: Quantized
+    report: dict[int, dict[str, Any]]
+
+
+def _by_width(bits: list[int], experts: range) -> dict[int, list[int]]:
+    """Width → those of `experts` that get it."""
+    found: dict[int, list[int]] = {}
+    for expert in experts:
+        found.setdefault(bits[expert], []).append(expert)
+    return dict(sorted(found.items()))
+
+
+def _rows(quantized: Quantized, rows: slice) -> Quantized:
+    zero = None if quantized.zero is None else quantized.zero[:, rows]
+    return Quantized(quantized.codes[:, rows], quantized.scale[:, rows], zero, quantized.grid)
+
+
+def _largest_group(layer: LayerShape, below: int) -> int:
+    """The largest group size up to `below` that divides both sides of an expert."""
+    return max(g for g in range(1, below + 1) if layer.hidden % g == 0 and layer.intermediate % g == 0)
