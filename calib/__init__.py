@@ -1,0 +1,1 @@
+"""Text → token batches → per-layer statistics."""

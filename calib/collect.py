@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from moe_compress.model import MoEModel
+import torch
+
+from moe_compress.errors import RunError
+from moe_compress.model import MoEBlock, MoEModel, Tap
 from moe_compress.model.shape import ModelShape
-from moe_compress.model.sweep import Batch, Sweep
+from moe_compress.model.sweep import Step, Sweep
 from moe_compress.progress import Progress
 
 from .statistics import Result, Statistic
@@ -61,48 +64,50 @@ class Profile:
         return result
 
 
-def collect(
-    model: MoEModel,
-    sweep: Sweep,
-    statistics: Sequence[Statistic],
-    store: StatisticStore,
-    tokens: int,
-    progress: Progress,
-) -> None:
+def collect(sweep: Sweep, statistics: Sequence[Statistic], store: StatisticStore, progress: Progress) -> None:
     """Measure what `store` lacks, layer by layer, in one sweep.
 
     Args:
-        model: the model that `sweep` runs over.
         sweep: entered, at the first layer.
         statistics: what to measure; those with equal keys are measured once.
         store: results are put there as soon as a layer is done.
-        tokens: tokens of the whole sweep.
         progress: told about every layer.
     """
     wanted = {statistic.key: statistic for statistic in statistics}
+    open_layers = {i for i in sweep.model.moe_layers if any(store.get(i, k) is None for k in wanted)}
     for step in sweep:
         block = step.layer.block
-        if block is not None:
-            missing = {k: s for k, s in wanted.items() if store.get(step.index, k) is None}
-            accumulators = {key: statistic.start(block, tokens) for key, statistic in missing.items()}
-
-            def observe(tap, accumulators=accumulators):  # type: ignore[no-untyped-def]
-                for accumulator in accumulators.values():
-                    accumulator.update(tap)
-
-            step.advance(observe if accumulators else None)
-            for key, accumulator in accumulators.items():
-                store.put(step.index, key, accumulator.result())
-        else:
+        lacking = {k: s for k, s in wanted.items() if store.get(step.index, k) is None} if block is not None else {}
+        if block is None or not lacking:
             step.advance()
+        else:
+            _measure(step, block, lacking, store)
+        open_layers.discard(step.index)
         progress.layer(step.index)
+        if not open_layers:
+            break  # what lies behind is measured already
 
 
-def missing(
-    model: MoEModel, statistics: Sequence[Statistic], store: StatisticStore
-) -> list[Statistic]:
+def _measure(step: Step, block: MoEBlock, lacking: dict[str, Statistic], store: StatisticStore) -> None:
+    accumulators = {key: statistic.start(block, step.tokens) for key, statistic in lacking.items()}
+
+    def observe(tap: Tap) -> None:
+        for accumulator in accumulators.values():
+            accumulator.update(tap)
+
+    step.advance(observe)
+    with step.readable():
+        for key, accumulator in accumulators.items():
+            result = accumulator.result()
+            for name, value in result.items():
+                if value.is_floating_point() and not torch.isfinite(value).all():
+                    raise RunError(
+                        f"layer {step.index}: {key}.{name} is not finite: the layer's weights, or what it reads, hold "
+                        "values that are not numbers"
+                    )
+            store.put(step.index, key, result)
+
+
+def missing(model: MoEModel, statistics: Sequence[Statistic], store: StatisticStore) -> list[Statistic]:
     """Those statistics that the store lacks for some layer."""
     return [s for s in statistics if any(store.get(i, s.key) is None for i in model.moe_layers)]
-
-
-__all__ = ["Batch", "MemoryStore", "Profile", "StatisticStore", "collect", "missing"]

@@ -6,7 +6,7 @@ moments are made per chunk of experts, from these inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,12 +80,12 @@ class BlockInputs:
         hidden, neurons = experts.hidden_size, weights.up.shape[1]
         dispatch = Dispatch.of(self.index_TK, self.weight_TK, experts.num_experts)
         # Per expert: two moments, and its rows at every stage of the way to the down projection.
-        rows_each = len(dispatch.row_R) // experts.num_experts + 1
-        size = max(1, memory_limit // (4 * (hidden**2 + neurons**2 + rows_each * (hidden + 4 * neurons))))
-        for chunk in chunks(experts.num_experts, size):
+        moments = hidden**2 + neurons**2
+        sizes = [4 * (moments + rows * (hidden + 4 * neurons)) for rows in dispatch.counts_E.tolist()]
+        for chunk in chunks(sizes, memory_limit):
             _, part = dispatch.part(chunk)
             input_RH = self.hidden_TH[part.token_R]
-            activation, _ = experts.with_weights(weights.map(lambda w, c=chunk: w[c.start : c.stop]), input_RH, part)
+            activation, _ = experts.with_weights(weights.part(chunk), input_RH, part)
             yield Moments(
                 chunk,
                 part.counts_E.double().cpu(),
@@ -94,7 +94,13 @@ class BlockInputs:
             )
 
 
-def chunks(count: int, size: int) -> Iterator[range]:
-    """Consecutive ranges of at most `size` numbers below `count`."""
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
+def chunks(sizes: Sequence[int], limit: int) -> Iterator[range]:
+    """Consecutive ranges of items whose sizes sum to at most `limit`; a larger item is a range of its own."""
+    start, total = 0, 0
+    for item, size in enumerate(sizes):
+        if item > start and total + size > limit:
+            yield range(start, item)
+            start, total = item, 0
+        total += size
+    if sizes:
+        yield range(start, len(sizes))

@@ -109,6 +109,7 @@ class Rows:
         domains: tags of the documents that are wanted; None for all.
         rng: shuffles files and documents; None leaves them in order.
         one_file: the path must be a single file, and a plain text is one document.
+        piece: characters after which a text is cut, at a blank, into documents of their own; None leaves them whole.
 
     Attributes (as far as reading has come):
         read, usable: rows.
@@ -123,15 +124,19 @@ class Rows:
         domains: Sequence[str] | None = None,
         rng: random.Random | None = None,
         one_file: bool = False,
+        piece: int | None = None,
     ) -> None:
         self.source, self.root, self.domains, self.rng, self.one_file = source, root, domains, rng, one_file
+        self.piece = piece
         self.read = self.usable = 0
         self.skipped: Counter[str] = Counter()
         self.seen: set[str] = set()
 
     def documents(self) -> Iterator[Document]:
         """In file order, or shuffled with `rng`."""
-        documents = itertools.islice(self._usable(), self.source.limit)
+        documents: Iterator[Document] = itertools.islice(self._usable(), self.source.limit)
+        if self.piece is not None:
+            documents = itertools.chain.from_iterable(pieces(document, self.piece) for document in documents)
         return documents if self.rng is None else shuffled(documents, self.rng)
 
     def _usable(self) -> Iterator[Document]:
@@ -325,6 +330,21 @@ def _check_value(value: Any, source: TextSource, where: str) -> None:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             has = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
             raise DataError(f"{field}: message {i} must have role and content, not {has}")
+
+
+def pieces(document: Document, characters: int) -> Iterator[Document]:
+    """A long text as several documents of about that many characters, cut after a blank; others as they are."""
+    text = document.value
+    if not isinstance(text, str):
+        yield document
+        return
+    start = 0
+    while len(text) - start > 1.5 * characters:
+        blanks = [text.rfind(blank, start + characters // 2, start + characters) for blank in ("\n\n", "\n", " ")]
+        end = next((blank + 1 for blank in blanks if blank >= 0), start + characters)
+        yield document._replace(value=text[start:end])
+        start = end
+    yield document._replace(value=text[start:])
 
 
 def shuffled(documents: Iterable[Document], rng: random.Random) -> Iterator[Document]:

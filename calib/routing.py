@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_compress.model import Tap
 
@@ -24,6 +23,7 @@ class RoutingChange:
     def __init__(self, before: BlockInputs, slots: Sequence[int] | None):
         self._index_TK, self._weight_TK = before.index_TK, before.weight_TK
         self._slots = None if slots is None else torch.tensor(list(slots))
+        self._experts = len(slots) if slots is not None else 1 << 62
         self._seen = 0
         self._kept_choices = 0
         self._choices = 0
@@ -34,14 +34,16 @@ class RoutingChange:
         """Take one batch after the change into account."""
         rows = slice(self._seen, self._seen + tap.hidden_TH.shape[0])
         self._seen = rows.stop
-        before = self._index_TK[rows]
+        # Zero weights and indices beyond the last expert are slots that nobody serves: no choices (see Dispatch.of).
+        before, weight = self._index_TK[rows], self._weight_TK[rows].double()
+        served = (weight != 0) & (before < self._experts)
         if self._slots is not None:
-            before = self._slots.to(before.device)[before]
-        hit_TK = (before.unsqueeze(-1) == tap.index_TK.unsqueeze(1)).any(-1) & (before >= 0)
-        weight = self._weight_TK[rows].double()
-        self._choices += hit_TK.numel()
+            before = self._slots.to(before.device)[before.clamp_max(self._experts - 1)]
+        after = tap.index_TK.masked_fill(tap.weight_TK == 0, -2)
+        hit_TK = (before.unsqueeze(-1) == after.unsqueeze(1)).any(-1) & (before >= 0) & served
+        self._choices += int(served.sum())
         self._kept_choices += int(hit_TK.sum())
-        self._weight += float(weight.sum())
+        self._weight += float(weight[served].sum())
         self._kept_weight += float(weight[hit_TK].sum())
 
     def result(self) -> dict[str, Any]:
@@ -51,14 +53,3 @@ class RoutingChange:
             "kept_choices": self._kept_choices / max(1, self._choices),
             "kept_weight": self._kept_weight / self._weight if self._weight else 0.0,
         }
-
-
-def merged_slots(groups: Sequence[Sequence[int]], experts: int) -> list[int]:
-    """Slot of each expert when each group becomes one expert, in order of its first given member."""
-    slots = torch.full((experts,), -1, dtype=torch.int64)
-    for slot, members in enumerate(groups):
-        slots[torch.tensor(list(members))] = slot
-    return slots.tolist()
-
-
-__all__ = ["RoutingChange", "Tensor", "merged_slots"]

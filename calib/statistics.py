@@ -117,10 +117,10 @@ class _NormSums(Accumulator):
 
     def update(self, tap: Tap) -> None:
         dispatch = tap.dispatch
-        norm = tap.output_RH.float().norm(dim=-1).double()
+        norm = torch.linalg.vector_norm(tap.output_RH, dim=-1, dtype=torch.float32).double()
         gated = norm * dispatch.weight_R.double()
         self.sums += torch.stack([_sum_rows(r, dispatch, self.experts) for r in (norm, gated, gated**2)]).cpu()
-        largest = tap.output_RH.abs().amax(dim=-1).double()
+        largest = torch.linalg.vector_norm(tap.output_RH, ord=float("inf"), dim=-1).double()
         self.maximum.scatter_reduce_(0, dispatch.expert_R.cpu(), largest.cpu(), "amax")
 
     def result(self) -> Result:
@@ -193,7 +193,7 @@ class _SimilaritySums(Accumulator):
 
     def update(self, tap: Tap) -> None:
         count = tap.hidden_TH.shape[0]
-        # Token number t of the sweep is taken where t·sample/expected passes a whole number: evenly, whatever the batches.
+        # Token t of the sweep is taken where t·sample/expected passes a whole number: evenly, whatever the batches.
         share = torch.arange(self.seen, self.seen + count + 1) * min(self.settings.sample, self.expected)
         self.seen += count
         taken = torch.diff(share // self.expected) > 0
@@ -212,4 +212,5 @@ def all_outputs(tap: Tap, hidden_TH: Tensor) -> Tensor:
     index = torch.arange(experts, device=hidden_TH.device).expand(tokens, experts)
     dispatch = Dispatch.of(index, torch.ones_like(index, dtype=hidden_TH.dtype), experts)
     activation = tap.experts.activations(hidden_TH[dispatch.token_R], dispatch)
-    return tap.experts.outputs(activation, dispatch).view(experts, tokens, -1)
+    output = tap.experts.outputs(activation, dispatch)
+    return output.view(experts, tokens, output.shape[-1])

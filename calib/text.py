@@ -9,6 +9,8 @@ The contract:
   are of states that the model is never in. A document's own leading BOS (chat templates write one) is dropped, so that
   BOS is at position 0 and nowhere else.
 - Documents of different domains never share a sequence, so that every sequence has one tag.
+- What is shuffled and joined is no longer than about one sequence: a longer document is cut, at a blank, into documents
+  of their own. Otherwise a few long documents would be all that a calibration sees.
 - Reading stops when there is enough. Shuffling draws from a buffer of at most 10,000 documents or 64 million
   characters: a smaller source is shuffled as a whole, over a larger one (its files in shuffled order) the buffer moves
   as a window.
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "TextSource", "TokenBatches", "TokenWindows", "load_batches", "load_windows"]
 
 FEW = 2  # more sequences per document than this is worth a warning
+CHARACTERS_PER_TOKEN = 4  # roughly; decides where long documents are cut
 CHUNK = 16  # documents tokenised in one call: the most that is tokenised beyond what is needed
 
 
@@ -62,7 +65,8 @@ class Calibration(BaseModel):
     packing: bool = Field(
         default=True,
         description="Join documents, each followed by EOS, and cut them into sequences; what is left over of a domain "
-        "isn't used. If false, a sequence is the beginning of one document, and shorter documents are dropped.",
+        "isn't used. When shuffled, documents longer than about a sequence are cut first. If false, a sequence is the "
+        "beginning of one document, and shorter documents are dropped.",
     )
     seed: int = Field(default=0, description="Of the shuffling.")
     shuffle: bool = Field(
@@ -82,7 +86,7 @@ class Calibration(BaseModel):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
-        return [{"path": item} if isinstance(item, str) else item for item in items]
+        return [{"path": str(item)} if isinstance(item, str | Path) else item for item in items]
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,14 +282,14 @@ class _Encoder:
         encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
-    def encode(self, rows: Rows) -> Iterator[tuple[list[int], str | None]]:
-        """Each document's tokens, without `prefix`, and its tag."""
+    def encode(self, rows: Rows) -> Iterator[tuple[list[int], Document]]:
+        """Each document's tokens, without `prefix`, and the document."""
         documents = rows.documents()
         while chunk := list(itertools.islice(documents, CHUNK)):
             for document, ids in zip(chunk, self._ids([self._text(d) for d in chunk]), strict=True):
                 own = len(self.prefix) if self.prefix and ids[: len(self.prefix)] == self.prefix else 0
                 if ids[own:]:
-                    yield ids[own:], document.domain
+                    yield ids[own:], document
                 else:
                     rows.skipped["no tokens"] += 1
 
@@ -315,11 +319,20 @@ class _Stream:
 
     def __init__(self, source: TextSource, root: Path, encoder: _Encoder, calibration: Calibration, index: int) -> None:
         rng = random.Random(f"{calibration.seed}/{index}") if calibration.shuffle else None
-        self.rows = Rows(source, root, calibration.domains, rng)
+        # One long document mustn't fill the set: when documents are shuffled and joined, its parts are too.
+        cut = calibration.shuffle and calibration.packing
+        piece = CHARACTERS_PER_TOKEN * calibration.length if cut else None
+        self.rows = Rows(source, root, calibration.domains, rng, piece=piece)
         self.taken: list[tuple[list[int], str | None]] = []
         self.exhausted = False
-        self.used = self.tokens = self.longest = 0  # documents, tokens, tokens of the longest document
+        self.tokens = self.longest = 0  # tokens, tokens of the longest document
+        self._used: set[str] = set()
         self._made = (self._packed if calibration.packing else self._cut)(encoder, calibration.length)
+
+    @property
+    def used(self) -> int:
+        """Documents of which something is in a sequence."""
+        return len(self._used)
 
     def take(self, count: int) -> None:
         """Move up to `count` more sequences to `taken`."""
@@ -340,32 +353,34 @@ class _Stream:
 
     def _packed(self, encoder: _Encoder, length: int) -> Iterator[tuple[list[int], str | None]]:
         body = length - len(encoder.prefix)
-        buffers: dict[str | None, tuple[list[int], list[int]]] = {}  # tokens, and where in them documents begin
-        for ids, domain in encoder.encode(self.rows):
+        # Of each domain: tokens, and where in them which document begins.
+        buffers: dict[str | None, tuple[list[int], list[tuple[int, str]]]] = {}
+        for ids, document in encoder.encode(self.rows):
+            domain = document.domain
             buffer, starts = buffers.setdefault(domain, ([], []))
-            starts.append(len(buffer))
+            starts.append((len(buffer), document.where))
             buffer += ids
             if encoder.eos is not None and ids[-1] != encoder.eos:  # chat templates may end with it
                 buffer.append(encoder.eos)
-            self.tokens += len(buffer) - starts[-1]
+            self.tokens += len(buffer) - starts[-1][0]
             cut = 0
             while len(buffer) - cut >= body:
                 cut += body
-                self.used += len([start for start in starts if cut - body <= start < cut])
+                self._used.update(where for start, where in starts if start < cut)
                 yield encoder.prefix + buffer[cut - body : cut], domain
             del buffer[:cut]
-            starts[:] = [start - cut for start in starts if start >= cut]
+            starts[:] = [(start - cut, where) for start, where in starts if start >= cut]
 
     def _cut(self, encoder: _Encoder, length: int) -> Iterator[tuple[list[int], str | None]]:
-        for ids, domain in encoder.encode(self.rows):
+        for ids, document in encoder.encode(self.rows):
             sequence = encoder.prefix + ids[: length - len(encoder.prefix)]
             self.tokens += len(ids)
             self.longest = max(self.longest, len(encoder.prefix) + len(ids))
             if len(sequence) < length:
                 self.rows.skipped["shorter than a sequence"] += 1
             else:
-                self.used += 1
-                yield sequence, domain
+                self._used.add(document.where)
+                yield sequence, document.domain
 
 
 def _quotas(streams: Sequence[_Stream], count: int) -> list[int]:

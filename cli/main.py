@@ -79,10 +79,14 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
 
 @main.command()
 @click.argument("recipe")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key, e.g. passes.0.keep=0.5; repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key, e.g. passes.0.keep=0.5; repeatable."
+)
 @click.option("--output", help="Output folder (short for --set output=…).")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the sizes that would result, change nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace what the output folder holds, once the new result is complete.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace what the output folder holds, once the new result is complete."
+)
 @click.option("--fresh", is_flag=True, help="Start over instead of continuing an interrupted run.")
 @debug_option
 def run(
@@ -92,12 +96,12 @@ def run(
 
     Finished layers are kept beside the output; the same command continues an interrupted run.
     """
-    from .show import show_forecast, show_result
-
     from moe_compress.pipeline import plan_run
     from moe_compress.pipeline import run as run_recipe
     from moe_compress.recipe import read_recipe
     from moe_compress.recipes import find_recipe
+
+    from .show import show_forecast, show_result
 
     changes = _settings(settings)
     if output is not None:

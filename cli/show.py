@@ -24,7 +24,10 @@ console = Console(highlight=False)
 def show_forecast(recipe: Recipe, forecast: Forecast) -> None:
     """Sizes before and after each pass."""
     table = Table("", "checkpoint", "experts", "bits per weight", "experts per layer", box=None, pad_edge=False)
-    for name, shape in [("source", forecast.before), *zip([p.name for p in forecast.passes], forecast.shapes, strict=True)]:
+    for name, shape in [
+        ("source", forecast.before),
+        *zip([p.name for p in forecast.passes], forecast.shapes, strict=True),
+    ]:
         counts = sorted({layer.num_experts for layer in shape.layers.values()})
         table.add_row(
             name,
@@ -95,7 +98,9 @@ def show_inspection(found: dict[str, Any]) -> None:
         f"{show_bytes(found['bytes'])}, of which experts {show_bytes(found['expert_bytes'])} ({share:.0%}), "
         f"{found['expert_weights'] / 1e9:.3g} billion weights at {found['bits_per_weight']:.3g} bits"
     )
-    table = Table("layers", "experts", "top-k", "groups", "hidden", "neurons", "held as", "bytes each", box=None, pad_edge=False)
+    table = Table(
+        "layers", "experts", "top-k", "groups", "hidden", "neurons", "held as", "bytes each", box=None, pad_edge=False
+    )
     for first, last, layer in _runs(found["layers"]):
         groups = layer["routing_groups"]
         table.add_row(
@@ -113,7 +118,9 @@ def show_inspection(found: dict[str, Any]) -> None:
         console.print(f"left as they are: {', '.join(found['experts_elsewhere'])}", markup=False)
     if found["tensors_the_model_class_does_not_own"]:
         names = found["tensors_the_model_class_does_not_own"]
-        console.print(f"carried over as they are: {len(names)} tensors that the model class doesn't own ({names[0]}, …)")
+        console.print(
+            f"carried over as they are: {len(names)} tensors that the model class doesn't own ({names[0]}, …)"
+        )
 
 
 def _runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:

@@ -52,7 +52,7 @@ _QUANTIZERS = "transformers.quantizers.auto"
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):
-    """Registers the native format as soon as transformers' table of quantizers exists, without importing transformers."""
+    """Registers the native format as soon as transformers' table of quantizers exists; imports nothing itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

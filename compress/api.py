@@ -14,7 +14,7 @@ from moe_compress.calib.text import Calibration, TokenBatches, load_batches
 from moe_compress.checkpoint.writer import check_output
 from moe_compress.engine import Calibrated, MemoryStorage, Outcome, run_passes
 from moe_compress.errors import InputError
-from moe_compress.evaluate.text import TextScores, WindowBatch, find_files, load_text, score_batches
+from moe_compress.evaluate.text import TextScores, WindowBatch, load_text, score_batches
 from moe_compress.export.targets import find_target
 from moe_compress.export.write import write_memory
 from moe_compress.model import MoEModel
@@ -161,8 +161,7 @@ def _windows(view: MoEModel, tokenizer: Any, wanted: Evaluation) -> list[WindowB
     if tokenizer is None:
         raise InputError("scoring text needs the model's tokenizer: pass `tokenizer=`")
     feasibility.check_length(view, wanted.length, "length")
-    files = find_files(wanted.text)
-    return load_text(files, tokenizer, wanted.length, wanted.field, wanted.max_tokens, wanted.batch_size)
+    return load_text(tokenizer, wanted, view.module.config.get_text_config().vocab_size)
 
 
 def _report(

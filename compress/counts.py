@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Self
 
+import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
@@ -16,7 +18,9 @@ from moe_compress.model.shape import LayerShape
 class ExpertCounts(BaseModel):
     """`keep` (a share) or `experts` (a number); a pass's options inherit it."""
 
-    keep: float | None = Field(default=None, gt=0, le=1, description="Share of the experts that a layer keeps, e.g. 0.75")
+    keep: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the experts that a layer keeps, e.g. 0.75"
+    )
     experts: int | None = Field(default=None, ge=1, description="Instead of `keep`: the number of experts per layer")
 
     @model_validator(mode="after")
@@ -39,13 +43,30 @@ def kept_count(name: str, index: int, layer: LayerShape, options: ExpertCounts) 
     return count
 
 
-def chosen(scores: Tensor, count: int, layer: LayerShape, protected: Sequence[int]) -> list[int]:
-    """The `count` best experts, ascending; the same number from every routing group; the protected among them."""
+def ranked(scores: Tensor, layer: LayerShape, protected: Sequence[int]) -> Tensor:
+    """Experts of each routing group, the one to keep first in front: [groups, experts per group]."""
     scores = scores.double().clone()
     if protected:
         scores[list(protected)] = float("inf")
     groups = layer.groups[0] if layer.groups else 1
     size = layer.num_experts // groups
-    best = scores.view(groups, size).argsort(dim=1, descending=True, stable=True)[:, : count // groups]
-    kept = best + size * best.new_tensor(range(groups)).unsqueeze(1)
-    return sorted(kept.flatten().tolist())
+    order = scores.view(groups, size).argsort(dim=1, descending=True, stable=True)
+    return order + size * torch.arange(groups).unsqueeze(1)
+
+
+def least_kept(layer: LayerShape, protected: Sequence[int]) -> int:
+    """Experts that a layer must keep for the protected to be among them, as many of every routing group."""
+    groups = layer.groups[0] if layer.groups else 1
+    size = layer.num_experts // groups
+    return groups * max(Counter(e // size for e in protected).values(), default=0)
+
+
+def chosen(scores: Tensor, count: int, layer: LayerShape, protected: Sequence[int]) -> list[int]:
+    """The `count` best experts, ascending; the same number from every routing group; the protected among them.
+
+    Raises RecipeError when the protected are more.
+    """
+    if (least := least_kept(layer, protected)) > count:
+        raise RecipeError(f"{len(protected)} experts are protected, for which {least} must be kept, not {count}")
+    order = ranked(scores, layer, protected)
+    return sorted(order[:, : count // len(order)].flatten().tolist())

@@ -26,29 +26,46 @@ from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Batch, Sweep
 from moe_compress.passes import Pass, Plan
 from moe_compress.progress import Monitor
+from moe_compress.units import parse_bytes
 
 # Share of the free memory that hidden states may take before they go to disk.
 _HIDDEN_SHARE = 0.25
+# Share of the free memory that a whole model may take where it needn't be loaded.
+_WHOLE_SHARE = 0.7
 
 
 class Commits(Protocol):
     """Where one pass's finished layers go."""
 
-    def plan(self) -> dict[str, Any] | None: ...
-    def save_plan(self, plan: dict[str, Any]) -> None: ...
-    def has(self, layer: int) -> bool: ...
+    def plan(self) -> dict[str, Any] | None:
+        """The saved plan, or None."""
+
+    def save_plan(self, plan: dict[str, Any]) -> None:
+        """Keep the plan."""
+
+    def has(self, layer: int) -> bool:
+        """Whether the layer is finished."""
+
     def commit(
         self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]
-    ) -> None: ...
-    def report(self, layer: int) -> dict[str, Any]: ...
-    def drop(self, layer: int) -> None: ...
+    ) -> None:
+        """Keep a changed block: all of it or nothing."""
+
+    def report(self, layer: int) -> dict[str, Any]:
+        """What was reported of a finished layer."""
+
+    def drop(self, layer: int) -> None:
+        """The layer's tensors won't be read again."""
 
 
 class Storage(Protocol):
     """Where statistics and commits go."""
 
-    def statistics(self, model_state: str, data: str) -> StatisticStore: ...
-    def pass_store(self, number: int, name: str) -> Commits: ...
+    def statistics(self, model_state: str, data: str) -> StatisticStore:
+        """The store for one state of the model and one set of data."""
+
+    def pass_store(self, number: int, name: str) -> Commits:
+        """The commits of a recipe's pass."""
 
 
 @dataclass
@@ -163,9 +180,11 @@ def _plan(
     store = storage.statistics(state, calibrated.digest)
     lacking = missing(model, step.statistics(), store)
     if lacking:
-        with monitor.stage(f"{step.name}: measure", len(model.layers)) as progress:
-            with Sweep(model, calibrated.batches(), calibrated.hold) as sweep:
-                collect(model, sweep, lacking, store, calibrated.tokens, progress)
+        with (
+            monitor.stage(f"{step.name}: measure", len(model.layers)) as progress,
+            Sweep(model, calibrated.batches(), calibrated.hold) as sweep,
+        ):
+            collect(sweep, lacking, store, progress)
     with monitor.stage(f"{step.name}: plan"):
         plan = step.plan(Profile(shape, store, len(model.layers)))
     commits.save_plan(plan.to_json())
@@ -283,7 +302,9 @@ class MemoryCommits:
         """Whether the layer was changed."""
         return layer in self.reports
 
-    def commit(self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]) -> None:
+    def commit(
+        self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]
+    ) -> None:
         """The model itself holds the tensors."""
         self.reports[layer] = report
 
@@ -297,13 +318,19 @@ class MemoryCommits:
 
 def holding(model: MoEModel, tokens: int, folder: Path, choice: str = "auto") -> Path | None:
     """Where hidden states of a sweep wait: None for memory, or the folder ("auto": when they would take much of it)."""
-    size = tokens * model.module.config.get_text_config().hidden_size * model.module.dtype.itemsize
+    # A suspended call holds the embedded text, the layer's input, and the output that is being made.
+    size = 3 * tokens * model.module.config.get_text_config().hidden_size * model.module.dtype.itemsize
     small = size < _HIDDEN_SHARE * psutil.virtual_memory().available
     return None if choice == "memory" or (choice == "auto" and small) else folder
 
 
+def memory_limit(setting: str) -> int:
+    """Bytes that a whole model may take where loading it is an option: a number, or a share of what is free."""
+    return int(_WHOLE_SHARE * psutil.virtual_memory().available) if setting == "auto" else parse_bytes(setting)
+
+
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve "auto": a GPU if there is one; float32 on a CPU (bfloat16 is several times slower there), else bfloat16."""
+    """Resolve "auto": a GPU if there is one; float32 on a CPU (bfloat16 is several times slower), else bfloat16."""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if dtype == "auto":
         return where, torch.float32 if where.type == "cpu" else torch.bfloat16

@@ -15,14 +15,15 @@ from moe_compress.units import show_bytes
 
 
 def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[ModelShape]:
-    """Sizes after each pass. Raises RecipeError or BudgetError for a pass that can't follow, or a size that can't be."""
+    """Sizes after each pass. Raises RecipeError, BudgetError for a pass that can't follow or a size that can't be."""
     shapes = []
     for number, step in enumerate(passes):
         for index, layer in shape.layers.items():
             if layer.kind not in step.accepts:
                 before = next(p.name for p in reversed(passes[:number]))
                 raise RecipeError(
-                    f"passes[{number}]: {step.name} can't follow {before}: the experts of layer {index} are {layer.kind} by then"
+                    f"passes[{number}]: {step.name} can't follow {before}: the experts of layer {index} are "
+                    f"{layer.kind} by then"
                 )
         shape = step.forecast(shape)
         shapes.append(shape)
@@ -36,7 +37,9 @@ def check_calibration(model: MoEModel, passes: Sequence[Pass], has_text: bool, l
     """Raise RecipeError when calibration text is needed and missing, or longer than the model can read."""
     needing = [step.name for step in passes if step.statistics() or step.needs_inputs()]
     if needing and not has_text:
-        raise RecipeError(f"{needing[0]} measures the model on text: add `calibration: {{sources: FILE.jsonl}}` to the recipe")
+        raise RecipeError(
+            f"{needing[0]} measures the model on text: add `calibration: {{sources: FILE.jsonl}}` to the recipe"
+        )
     check_length(model, length if needing else 0, "calibration.length")
 
 
@@ -60,6 +63,6 @@ def check_disk(output: Path, workspace: Path, before: ModelShape, shapes: Sequen
     free = shutil.disk_usage(folder).free
     if result + work > free:
         raise InputError(
-            f"{folder} has {show_bytes(free)} free; the result takes {show_bytes(result)} and the work on the way to it "
-            f"{show_bytes(work)} more: free some, or choose an output on another disk"
+            f"{folder} has {show_bytes(free)} free; the result takes {show_bytes(result)} and the work on the way "
+            f"to it {show_bytes(work)} more: free some, or choose an output on another disk"
         )

@@ -119,8 +119,10 @@ def run(
     if not _is_own(output, run_id):
         _export(model, recipe, outcomes, output, run_id, calibrated, tokenizer, monitor, overwrite)
     with monitor.stage("verify", len(read_json(output / MANIFEST)["tensors"])) as progress:
-        verified = verify(output, progress, str(model.device))
-    scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, workspace.scratch("score"), monitor)
+        verified = verify(output, progress, str(model.device), recipe.compute.memory)
+    scores = score_folders(
+        output, Path(recipe.model), recipe.evaluate, model, workspace.scratch("score"), monitor, recipe.compute.memory
+    )
     report = _report(recipe, expected, outcomes, calibrated, scores, verified, monitor)
     write_json(output / "report.json", report)
     (output / "report.md").write_text(markdown(report), encoding="utf-8")
@@ -183,7 +185,7 @@ def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, calibrated: 
         "calibration": plain["calibration"],
         "data": calibrated.digest,
         "seed": plain["seed"],
-        "compute": {k: v for k, v in plain["compute"].items() if k != "hidden_states"},
+        "compute": {k: v for k, v in plain["compute"].items() if k not in ("hidden_states", "memory")},
         "versions": versions(),
     }
 

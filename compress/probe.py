@@ -68,5 +68,3 @@ def distance(expected: dict[str, Any], logits_TV: Tensor) -> float:
     total = (logits.logsumexp(-1) - torch.tensor(expected["logsumexp"])).abs().max()
     worst = float(torch.maximum(change, total)) / max(expected["spread"], 1e-6)
     return worst if worst == worst else float("inf")
-
-

@@ -18,7 +18,14 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 
 _SAMPLE_SECONDS = 0.05
@@ -112,7 +119,10 @@ class _Bar(Progress):
         self._count += 1
         rate = (time.perf_counter() - self._start) / self._count
         self._bars.update(
-            self._task, advance=1, description=f"{self._name} · {text}" if text else self._name, rate=f"{rate:.2g} s each"
+            self._task,
+            advance=1,
+            description=f"{self._name} · {text}" if text else self._name,
+            rate=f"{rate:.2g} s each",
         )
 
 

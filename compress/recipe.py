@@ -33,7 +33,9 @@ class Evaluation(BaseModel):
     max_tokens: int | None = Field(default=None, ge=2, description="Tokens of each file at the most; default: all")
     batch_size: int = Field(default=8, ge=1, description="Windows that run at a time")
     tasks: list[str] = Field(default=[], description="lm-eval tasks")
-    task_path: str | None = Field(default=None, description="Folder with task files of your own; default: lm-eval's tasks")
+    task_path: str | None = Field(
+        default=None, description="Folder with task files of your own; default: lm-eval's tasks"
+    )
     limit: int | None = Field(default=None, ge=1, description="Items of each task at the most; default: all")
 
 
@@ -45,6 +47,11 @@ class Compute(BaseModel):
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, …")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="In what live layers compute; auto: float32 on a CPU, bfloat16 on a GPU"
+    )
+    memory: str = Field(
+        default="auto",
+        description='Most that a whole model may take where loading it is an option (verifying, tasks), e.g. "8 GB"; '
+        "auto: 70% of what is free. A larger one is streamed layer by layer",
     )
     hidden_states: Literal["auto", "memory", "disk"] = Field(
         default="auto", description="Where hidden states of the calibration text wait between layers"
@@ -58,7 +65,9 @@ class Recipe(BaseModel):
 
     model: str = Field(description="Checkpoint folder (config.json and safetensors)")
     output: str = Field(description="Folder for the result; must not exist, or be empty")
-    target: str = Field(default="native", description="Runtime that the result is for; `moe-compress passes` lists them")
+    target: str = Field(
+        default="native", description="Runtime that the result is for; `moe-compress passes` lists them"
+    )
     passes: list[Any] = Field(min_length=1, description="Passes in order: a name, or {name: {option: value}}")
     calibration: Calibration | None = Field(default=None, description="Text that statistics are measured on")
     evaluate: Evaluation = Field(default=Evaluation(), description="What to score, before and after")
@@ -77,13 +86,13 @@ class Recipe(BaseModel):
         return [build_pass(entry, self.goal, ("passes", number)) for number, entry in enumerate(self.passes)]
 
     def plain(self) -> dict[str, Any]:
-        """The recipe as JSON values, defaults of passes filled in: what a result records, and what resuming compares."""
+        """The recipe as JSON values, defaults of passes filled in: what is recorded, and what resuming compares."""
         values = self.model_dump(mode="json")
         values["passes"] = [{step.name: step.options.model_dump(mode="json")} for step in self.steps()]
         return values
 
 
-class _At(RecipeError):
+class _KeyError(RecipeError):
     """A recipe error at a key, before file and line are known."""
 
     def __init__(self, path: KeyPath, message: str):
@@ -117,9 +126,9 @@ def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         _override(values, key, value)
     try:
         return make_recipe(values)
-    except _At as error:
-        line = _line(node, error.path)
-        where = f"{path}:{line}" if line else str(path)
+    except _KeyError as error:
+        at = _line(node, error.path)
+        where = f"{path}:{at}" if at else str(path)
         raise RecipeError(f"{where}: {_dotted(error.path)}: {error}") from error
 
 
@@ -134,7 +143,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     try:
         find_target(recipe.target)
     except RecipeError as error:
-        raise _At(("target",), str(error)) from error
+        raise _KeyError(("target",), str(error)) from error
     recipe.steps()
     return recipe
 
@@ -146,21 +155,21 @@ def build_pass(entry: Any, target: Target, path: KeyPath = ()) -> Pass:
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise _At(path, "a pass is a name, or one name with its options: {prune.experts: {keep: 0.75}}")
-    (name, options), = entry.items()
+        raise _KeyError(path, "a pass is a name, or one name with its options: {prune.experts: {keep: 0.75}}")
+    ((name, options),) = entry.items()
     try:
         cls = find_pass(str(name))
     except RecipeError as error:
-        raise _At(path, str(error)) from error
+        raise _KeyError(path, str(error)) from error
     if options is not None and not isinstance(options, dict):
-        raise _At((*path, name), "options are a mapping")
+        raise _KeyError((*path, name), "options are a mapping")
     try:
         return cls(cls.Options(**(options or {})), target)
     except ValidationError as error:
         raise _explained(error, cls.Options, (*path, name)) from error
 
 
-def _explained(error: ValidationError, model: type[BaseModel], path: KeyPath) -> _At:
+def _explained(error: ValidationError, model: type[BaseModel], path: KeyPath) -> _KeyError:
     """The first thing that is wrong, in words of the recipe."""
     first = error.errors()[0]
     location = tuple(first["loc"])
@@ -169,15 +178,15 @@ def _explained(error: ValidationError, model: type[BaseModel], path: KeyPath) ->
         known = list(owner.model_fields) if owner else []
         close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-        return _At((*path, *location), f"unknown key {location[-1]!r}{hint}")
+        return _KeyError((*path, *location), f"unknown key {location[-1]!r}{hint}")
     if first["type"] == "missing":
         field = owner.model_fields.get(str(location[-1])) if owner else None
         what = f" ({field.description})" if field is not None and field.description else ""
-        return _At((*path, *location), f"this key is needed{what}")
+        return _KeyError((*path, *location), f"this key is needed{what}")
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) and repr(given) not in message else ""
-    return _At((*path, *location), f"{message}{shown}")
+    return _KeyError((*path, *location), f"{message}{shown}")
 
 
 def _model_at(model: type[BaseModel], location: KeyPath) -> type[BaseModel] | None:

@@ -10,7 +10,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 
 def parse_bytes(text: str | int) -> int:
-    """"12 GB", "3.5GiB", "800MB" or a number of bytes → bytes. Raises RecipeError for anything else."""
+    """ "12 GB", "3.5GiB", "800MB" or a number of bytes → bytes. Raises RecipeError for anything else."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?)?B?\s*", str(text).upper())
     if not match:
         raise RecipeError(f"{text!r} is not a size; write it like 12 GB, 3.5 GiB or a number of bytes")

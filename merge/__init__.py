@@ -1,0 +1,1 @@
+"""Several experts into one: grouping, combining."""

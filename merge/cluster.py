@@ -50,7 +50,7 @@ def inertia(similarity_EE: Tensor, groups: list[list[int]]) -> float:
 
 
 def _plus_plus(similarity: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """Labels from k-means++ seeds: each next seed with probability proportional to its squared distance to the nearest."""
+    """Labels from k-means++ seeds: the next with probability proportional to its squared distance to the nearest."""
     count = len(similarity)
     squared = similarity.diagonal()
     seeds = [int(torch.randint(count, (1,), generator=generator))]

@@ -11,41 +11,47 @@ from torch import Tensor
 
 def weighted_average(matrices_NOK: Tensor, weight_N: Tensor) -> Tensor:
     """Σ w_i W_i / Σ w_i over the members: [..., N, O, K], [..., N] → [..., O, K], summed in float64."""
-    share = (weight_N / weight_N.sum(-1, keepdim=True)).double()
+    share = (weight_N / weight_N.sum(-1, keepdim=True)).to(matrices_NOK.device, torch.float64)
     return torch.einsum("...n,...nok->...ok", share, matrices_NOK.double())
 
 
-def joint_subspace(matrices_NOK: Tensor, rank: int, whitening_NKK: Tensor | None = None) -> Tensor:
-    """The leading `rank` left singular vectors of [W_1 S_1 … W_N S_N]: an orthonormal basis [..., O, rank], float64.
+def output_gram(matrices_NOK: Tensor, moment_NKK: Tensor | None = None) -> Tensor:
+    """Σ_i W_i M_i W_iᵀ over the members, [..., O, O] float64: the second moment of what they put out.
 
-    They are eigenvectors of Σ_i W_i S_i S_iᵀ W_iᵀ, so the wide matrix is never formed; with S_i S_iᵀ the second moment of
-    member i's inputs, `whitening_NKK` holds those moments (no Cholesky factor is needed). Without, S_i is the identity.
+    M_i is the second moment of member i's inputs, [..., N, K, K]; the identity without.
     """
     matrices = matrices_NOK.double()
-    right = matrices if whitening_NKK is None else matrices @ whitening_NKK.double()
-    gram_OO = torch.einsum("...nok,...npk->...op", right, matrices)
-    gram_OO = (gram_OO + gram_OO.transpose(-2, -1)) / 2
-    return torch.linalg.eigh(gram_OO).eigenvectors.flip(-1)[..., :rank]
+    right = matrices if moment_NKK is None else matrices @ moment_NKK.to(matrices)
+    return torch.einsum("...nok,...npk->...op", right, matrices)
 
 
-def subspace_merge(
-    matrices_NOK: Tensor, weight_N: Tensor, rank: int, whitening_NKK: Tensor | None = None
-) -> Tensor:
+def joint_subspace(gram_OO: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis [..., O, rank] of the directions in which the members put out most.
+
+    With S_i S_iᵀ = M_i, the left singular vectors of [W_1 S_1 … W_N S_N] are the eigenvectors of `output_gram`: neither
+    the wide matrix nor a Cholesky factor is ever formed. In the dtype of the Gram matrix.
+    """
+    symmetric = (gram_OO + gram_OO.transpose(-2, -1)) / 2
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
+    return vectors.flip(-1)[..., :rank]
+
+
+def subspace_merge(matrices_NOK: Tensor, weight_N: Tensor, rank: int, gram_OO: Tensor | None = None) -> Tensor:
     """Sub-MoE's merge: [..., N, O, K] → [..., O, K] (arXiv 2506.23266, section 3.2, "union" decomposition).
 
     The paper decomposes the members put side by side, [W_1 S_1 … W_N S_N] = U Σ [V_1ᵀ … V_Nᵀ], averages the V_i by
     frequency and multiplies back. As U_r Σ_r V_iᵀ = U_r U_rᵀ W_i S_i, the result is U_r U_rᵀ · (Σ w_i W_i / Σ w_i): the
     weighted average, projected onto the members' joint output subspace. At full rank the projection is the identity,
-    whatever the whitening, and the merge is plain weighted averaging (methods.md C3): the SVD is then not computed.
+    whatever the whitening: the merge is plain weighted averaging, and the SVD is not computed.
 
     Args:
         matrices_NOK: members.
         weight_N: their weights, not all zero.
         rank: dimension of the joint subspace that is kept, 1 … O.
-        whitening_NKK: second moments of each member's inputs, or None.
+        gram_OO: second moment of the members' outputs (`output_gram`, or measured); None: of the weights alone.
     """
     average = weighted_average(matrices_NOK, weight_N)
     if rank >= matrices_NOK.shape[-2]:
         return average
-    basis = joint_subspace(matrices_NOK, rank, whitening_NKK)
+    basis = joint_subspace(output_gram(matrices_NOK) if gram_OO is None else gram_OO, rank).to(average)
     return basis @ (basis.transpose(-2, -1) @ average)

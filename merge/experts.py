@@ -14,17 +14,23 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_compress.calib.collect import Profile
-from moe_compress.calib.inputs import BlockInputs
-from moe_compress.calib.routing import merged_slots
+from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.calib.statistics import OutputNorms, OutputSimilarity, Routing, Statistic
 from moe_compress.counts import ExpertCounts, kept_count
-from moe_compress.model import ExpertWeights, MoEBlock
+from moe_compress.errors import RecipeError
+from moe_compress.model import FusedExperts, MoEBlock
+from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 from moe_compress.prune.super_experts import super_experts
 
 from .cluster import inertia, kmeans
-from .combine import subspace_merge, weighted_average
+from .combine import output_gram, subspace_merge, weighted_average
+
+# Weight of the matrices themselves in the second moment of their outputs: directions that a group's few tokens say
+# nothing about are ordered by the weights, not left to round-off.
+PRIOR = 1e-4
+_CHUNK_BYTES = 512 << 20
 
 
 class MergeOptions(PassOptions, ExpertCounts):
@@ -35,7 +41,7 @@ class MergeOptions(PassOptions, ExpertCounts):
     )
     router: Literal["weighted", "dominant", "mean"] = Field(
         default="weighted",
-        description="The group's router row: members' rows by their weights, the row of the member with the largest, or their mean",
+        description="The group's router row: rows by weight, the weightiest member's row, or the mean",
     )
     sample: int = Field(default=1024, ge=1, description="Tokens per layer on which outputs are compared")
     protect_super_experts: bool = Field(default=True, description="Experts with massive activations stay by themselves")
@@ -46,9 +52,14 @@ class SubspaceOptions(MergeOptions):
     """Options of `merge.subspace`."""
 
     rank: float = Field(
-        default=0.75, gt=0, le=1, description="Share of the joint output subspace that is kept; 1 is plain averaging"
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of the joint output subspace that is kept (saves no bytes: weights stay dense)",
     )
-    whiten: bool = Field(default=True, description="Weigh the subspace by the second moments of each member's inputs")
+    whiten: bool = Field(
+        default=True, description="Find the subspace from the members' outputs on their tokens, not from the weights"
+    )
 
 
 class _MergeExperts(Pass):
@@ -96,7 +107,7 @@ class _MergeExperts(Pass):
                 "groups": groups,
                 "weights": [[float(usage[e]) for e in g] for g in groups],
                 "dominant": [_dominant(g, usage) for g in groups],
-                "inertia": inertia(similarity, groups),
+                "spread": inertia(similarity, groups),
                 "protected": alone.get(index, []),
             }
         notes = [f"layer {i}: super experts {e} are not merged" for i, e in alone.items()]
@@ -109,55 +120,47 @@ class _MergeExperts(Pass):
         groups, weights = decision["groups"], [torch.tensor(w, dtype=torch.float64) for w in decision["weights"]]
         weights = [w if float(w.sum()) > 0 else torch.ones_like(w) for w in weights]
         experts = block.num_experts
-        old = block.experts.weights()
-        merged = self._merged(block, old, groups, weights, inputs)
+        merged = self._merged(block, groups, weights, inputs)
         mixing = torch.zeros(len(groups), experts, dtype=torch.float64)
         for slot, (members, weight) in enumerate(zip(groups, weights, strict=True)):
             mixing[slot, torch.tensor(members)] = self._router_mixture(weight)
-        block.regroup(decision["dominant"], mixing)
+        slots = merged_slots(groups, experts)
+        block.regroup(decision["dominant"], mixing, slots)
         new = block.experts.weights()
         for name, target in new.items():
             for slot, tensors in merged.items():
                 target[slot] = tensors[name].to(target)
         return {
             "groups": groups,
-            "slots": merged_slots(groups, experts),
+            "slots": slots,
             "protected": decision["protected"],
-            "output_similarity_lost": decision["inertia"],
+            "spread_within_groups": decision["spread"],
         }
 
     def _merged(
-        self,
-        block: MoEBlock,
-        old: ExpertWeights,
-        groups: list[list[int]],
-        weights: list[Tensor],
-        inputs: BlockInputs | None,
+        self, block: MoEBlock, groups: list[list[int]], weights: list[Tensor], inputs: BlockInputs | None
     ) -> dict[int, dict[str, Tensor]]:
         """Slot → merged tensors by name, for groups of more than one; groups of a size are merged in one call."""
         merged: dict[int, dict[str, Tensor]] = {}
+        grams = self._grams(block, groups, inputs)
         for size in sorted({len(g) for g in groups} - {1}):
             slots = [s for s, g in enumerate(groups) if len(g) == size]
-            members_GN = torch.tensor([groups[s] for s in slots])
             weight_GN = torch.stack([weights[s] for s in slots])
-            for name, stacked in old.items():
-                values = self._combine(name, stacked[members_GN], weight_GN, members_GN, block, inputs)
-                for slot, value in zip(slots, values, strict=True):
+            for name, stacked in block.experts.weights().items():
+                members = stacked[torch.tensor([groups[s] for s in slots])]
+                gram = grams[name][slots] if name in grams else None
+                for slot, value in zip(slots, self._combine(members, weight_GN, gram), strict=True):
                     merged.setdefault(slot, {})[name] = value
         return merged
 
-    def _combine(
-        self,
-        name: str,
-        members: Tensor,
-        weight_GN: Tensor,
-        members_GN: Tensor,
-        block: MoEBlock,
-        inputs: BlockInputs | None,
-    ) -> Tensor:
+    def _grams(self, block: MoEBlock, groups: list[list[int]], inputs: BlockInputs | None) -> dict[str, Tensor]:
+        """Projection → second moment of each group's outputs [G, O, O], where the subclass needs it."""
+        return {}
+
+    def _combine(self, members: Tensor, weight_GN: Tensor, gram_GOO: Tensor | None) -> Tensor:
         """Groups' merged tensors [G, …] from their members' [G, N, …]."""
         if members.dim() == 3:  # biases
-            return weighted_average(members.unsqueeze(-2), weight_GN).squeeze(-2)
+            return weighted_average(members.unsqueeze(-1), weight_GN).squeeze(-1)
         return weighted_average(members, weight_GN)
 
     def _usage(self, profile: Profile, index: int) -> Tensor:
@@ -198,37 +201,63 @@ class MergeSubspace(_MergeExperts):
     Options = SubspaceOptions
     options: SubspaceOptions
 
-    def _merged(
-        self,
-        block: MoEBlock,
-        old: ExpertWeights,
-        groups: list[list[int]],
-        weights: list[Tensor],
-        inputs: BlockInputs | None,
-    ) -> dict[int, dict[str, Tensor]]:
-        self._moments: dict[str, Tensor] = {}
-        if self.options.whiten and self.options.rank < 1:
-            assert inputs is not None
-            self._moments = _second_moments(block, inputs)
-        try:
-            return super()._merged(block, old, groups, weights, inputs)
-        finally:
-            self._moments = {}
+    def _grams(self, block: MoEBlock, groups: list[list[int]], inputs: BlockInputs | None) -> dict[str, Tensor]:
+        if not self.options.whiten or self.options.rank == 1 or inputs is None:
+            return {}
+        return output_moments(FusedExperts(block.experts_module), groups, inputs)
 
-    def _combine(
-        self,
-        name: str,
-        members: Tensor,
-        weight_GN: Tensor,
-        members_GN: Tensor,
-        block: MoEBlock,
-        inputs: BlockInputs | None,
-    ) -> Tensor:
+    def _combine(self, members: Tensor, weight_GN: Tensor, gram_GOO: Tensor | None) -> Tensor:
         if members.dim() == 3:
-            return super()._combine(name, members, weight_GN, members_GN, block, inputs)
+            return super()._combine(members, weight_GN, gram_GOO)
         rank = max(1, round(self.options.rank * members.shape[-2]))
-        moments = self._moments.get("down" if name == "down" else "input")
-        return subspace_merge(members, weight_GN, rank, None if moments is None else moments[members_GN])
+        plain = output_gram(members)
+        if gram_GOO is not None:
+            gram_GOO = _unit_trace(gram_GOO.to(plain)) + PRIOR * _unit_trace(plain)
+        return subspace_merge(members, weight_GN, rank, plain if gram_GOO is None else gram_GOO)
+
+
+def output_moments(experts: FusedExperts, groups: Sequence[Sequence[int]], inputs: BlockInputs) -> dict[str, Tensor]:
+    """Projection → Σ over each group's members and their tokens of z zᵀ, z what the member's projection puts out.
+
+    Equal to Σ_i W_i M_i W_iᵀ with M_i the second moment of member i's inputs, without the memory of the M_i.
+
+    Returns:
+        "gate" (if there is one), "up", "down" → [G, O, O] float32; groups of one get zeros.
+    """
+    weights = experts.weights()
+    group_E = torch.full((experts.num_experts,), -1)
+    for number, members in enumerate(groups):
+        group_E[torch.tensor(list(members))] = number if len(members) > 1 else -1
+    dispatch = Dispatch.of(inputs.index_TK, inputs.weight_TK, experts.num_experts)
+    shapes = {name: matrix.shape[1] for name, matrix in weights.matrices()}
+    grams = {n: torch.zeros(len(groups), o, o, device=weights.down.device) for n, o in shapes.items()}
+    width = sum(o * o for o in shapes.values())
+    row = 3 * experts.hidden_size + 4 * weights.up.shape[1]
+    for chunk in chunks([4 * (width + rows * row) for rows in dispatch.counts_E.tolist()], _CHUNK_BYTES):
+        _, part = dispatch.part(chunk)
+        own = weights.part(chunk)
+        input_RH = inputs.hidden_TH[part.token_R]
+        activation_RI, _ = experts.with_weights(own, input_RH, part)
+        group_C = group_E[chunk.start : chunk.stop]
+        merged = (group_C >= 0).nonzero().flatten()
+        for name, matrix in own.matrices():
+            output = grouped_linear(activation_RI if name == "down" else input_RH, matrix, part.offsets_E).float()
+            gram = grouped_gram(output, output, part.offsets_E)
+            grams[name].index_add_(0, group_C[merged].to(gram.device), gram[merged.to(gram.device)])
+    return grams
+
+
+def merged_slots(groups: Sequence[Sequence[int]], experts: int) -> list[int]:
+    """Slot of each expert when group j becomes slot j."""
+    slots = torch.full((experts,), -1, dtype=torch.int64)
+    for slot, members in enumerate(groups):
+        slots[torch.tensor(list(members))] = slot
+    return slots.tolist()
+
+
+def _unit_trace(gram_GOO: Tensor) -> Tensor:
+    trace = gram_GOO.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return gram_GOO / torch.where(trace > 0, trace, 1)
 
 
 def _partition(
@@ -238,24 +267,10 @@ def _partition(
     single = [[e] for e in members if e in alone]
     rest = [e for e in members if e not in alone]
     if len(single) >= count:
-        raise ValueError(f"{len(single)} experts are to stay by themselves, and only {count} groups are allowed")
+        raise RecipeError(f"{len(single)} experts are to stay by themselves, and only {count} groups are allowed")
     inside = similarity[rest][:, rest]
     return single + [[rest[i] for i in group] for group in kmeans(inside, count - len(single), generator)]
 
 
 def _dominant(group: list[int], usage: Tensor) -> int:
     return max(group, key=lambda e: (float(usage[e]), -e))
-
-
-def _second_moments(block: MoEBlock, inputs: BlockInputs) -> dict[str, Tensor]:
-    """Second moments of gate/up inputs and of down inputs of all experts; of the whole layer where one saw no token."""
-    parts = list(inputs.moments(block.experts))
-    rows = torch.cat([p.rows_C for p in parts])
-    found = {
-        "input": torch.cat([p.input_CHH.cpu() for p in parts]),
-        "down": torch.cat([p.activation_CII.cpu() for p in parts]),
-    }
-    for moment in found.values():
-        layer = moment.sum(dim=0) / rows.sum().clamp_min(1)
-        moment[rows == 0] = layer
-    return found

@@ -1,0 +1,1 @@
+"""Removing experts: criteria, choice, protection."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
-from moe_compress.counts import ExpertCounts, chosen, kept_count
+from moe_compress.counts import ExpertCounts, chosen, kept_count, least_kept, ranked
 from moe_compress.errors import RecipeError
 from moe_compress.model import MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
@@ -137,16 +137,14 @@ def _global_choice(
     for index, layer in shape.layers.items():
         step = layer.groups[0] if layer.groups else 1
         least = minimum if minimum is not None else min(layer.num_experts, 2 * layer.top_k)
-        least = max(least, layer.top_k, len(protected.get(index, [])))
+        least = max(least, layer.top_k, least_kept(layer, protected.get(index, [])))
         if layer.groups:
             groups, used = layer.groups
             least = max(least, 2 * groups, -(-layer.top_k * groups // used))
         floors[index] = min(layer.num_experts, -(-least // step) * step)
         share = scores[index] / scores[index].sum().clamp_min(1e-300)
-        ordered = share.sort(descending=True).values
-        units += [
-            (float(ordered[n : n + step].mean()), index, step) for n in range(floors[index], layer.num_experts, step)
-        ]
+        price = share[ranked(scores[index], layer, protected.get(index, []))].mean(dim=0)  # of each further step
+        units += [(float(price[n // step]), index, step) for n in range(floors[index], layer.num_experts, step)]
     kept = dict(floors)
     if sum(floors.values()) > total:
         raise RecipeError(

@@ -25,14 +25,12 @@ def super_experts(maxima: dict[int, Tensor], decoder_layers: int) -> dict[int, l
         decoder_layers: number of decoder layers.
     """
     everything = torch.cat([m.double() for m in maxima.values()])
-    limit = max(
-        float(torch.quantile(everything, QUANTILE)),
-        float(everything.max()) * OF_MAXIMUM,
-        float(everything.median()) * OF_MEDIAN,
-    )
+    # "lower": of a few hundred experts the interpolated percentile lies above all but one.
+    quantile = float(torch.quantile(everything, QUANTILE, interpolation="lower"))
+    limit = max(float(everything.max()) * OF_MAXIMUM, float(everything.median()) * OF_MEDIAN)
     last = round(FORMING_SHARE * decoder_layers)
     return {
         layer: found
         for layer, values in maxima.items()
-        if layer < last and (found := (values > limit).nonzero().flatten().tolist())
+        if layer < last and (found := ((values > limit) & (values >= quantile)).nonzero().flatten().tolist())
     }

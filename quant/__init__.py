@@ -1,0 +1,1 @@
+"""Fewer bits: grids, packing, solvers, allocation, packed experts."""

@@ -73,13 +73,14 @@ class _Errors(Accumulator):
         count = self.experts.num_experts
         dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, count)
         squared_BEQ = torch.zeros(len(self.settings.bits), count, number, dtype=torch.float64)
-        rows_each = len(dispatch.row_R) // count + 1
-        width = weights.parameters // count + rows_each * (3 * self.experts.hidden_size + 4 * weights.up.shape[1])
-        for chunk in chunks(count, max(1, _CHUNK_BYTES // (8 * width))):
+        width = weights.parameters // count
+        row = 3 * self.experts.hidden_size + 4 * weights.up.shape[1]
+        sizes = [8 * width + 4 * rows * row for rows in dispatch.counts_E.tolist()]
+        for chunk in chunks(sizes, _CHUNK_BYTES):
             _, part = dispatch.part(chunk)
             if not len(part.row_R):
                 continue
-            own = weights.map(lambda w, c=chunk: w[c.start : c.stop])
+            own = weights.part(chunk)
             input_RH = self.inputs.hidden_TH[part.token_R]
             exact = self.experts.with_weights(own, input_RH, part)[1]
             sequence_R = sequence_T.to(part.token_R.device)[part.token_R]

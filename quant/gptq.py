@@ -122,16 +122,19 @@ def shrink_hessians(
     """Per-token Hessians [E, K, K], each drawn towards the layer's by how few tokens its expert saw.
 
     H_e = (n_e · mean_e + κ · mean_layer) / (n_e + κ), where `hessian_EKK` holds the sums n_e · mean_e, `tokens_E` the
-    n_e, and mean_layer = Σ sums / Σ n, or `mean_KK` where only some of a layer's experts are given. κ is `strength`, in tokens: an expert with κ tokens is half its own. An expert
-    without tokens is exactly the layer's. The default is K/4: on the demo checkpoint, with experts that saw K/8 to 8 K
-    tokens, it was always within 5 % of the best of K/8, K/4 and K/2; K/8 lost up to 15 %, no shrinking a factor of 2.
-    Provisional: one small model, its tokens drawn from Gaussians with the experts' real covariances.
-    Raises InputError for shapes or counts that don't fit, DataError when no expert saw a token.
+    n_e, and mean_layer is Σ sums / Σ n, or `mean_KK` where only some of a layer's experts are given. κ is `strength`,
+    in tokens: an expert with κ tokens is half its own. An expert without tokens is exactly the layer's.
+    The default is K/4: on the demo checkpoint, with experts that saw K/8 to 8 K tokens, it was always within 5 % of the
+    best of K/8, K/4 and K/2; K/8 lost up to 15 %, no shrinking a factor of 2. Provisional: one small model, its tokens
+    drawn from Gaussians with the experts' real covariances.
+    Raises InputError for shapes or counts that don't fit, DataError when no expert saw a token and no mean is given.
     """
     experts, columns = hessian_EKK.shape[0], hessian_EKK.shape[-1]
     strength = columns / 4 if strength is None else strength
     if tokens_E.shape != (experts,) or hessian_EKK.shape != (experts, columns, columns):
         raise InputError(f"hessians {list(hessian_EKK.shape)} don't fit token counts {list(tokens_E.shape)}")
+    if mean_KK is not None and mean_KK.shape != (columns, columns):
+        raise InputError(f"the layer's mean Hessian is {list(mean_KK.shape)}, not {[columns, columns]}")
     if strength < 0 or (tokens_E < 0).any():
         raise InputError("neither token counts nor the strength of the shrinking can be negative")
     total = tokens_E.sum(dtype=torch.float64)

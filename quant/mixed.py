@@ -30,7 +30,7 @@ from moe_compress.units import parse_bytes, show_bytes
 from .cost import QuantizationError
 from .gptq import gptq, shrink_hessians
 from .grid import Grid, Quantized
-from .packed import Encoding, pack_experts
+from .packed import Encoding, Stack, pack_experts
 from .rtn import round_to_nearest
 
 # Dense weights (float32) and solver workspace made at a time.
@@ -41,17 +41,24 @@ class MixedOptions(PassOptions):
     """Options of `quantize.mixed`."""
 
     bits: float | None = Field(
-        default=None, gt=0, le=16, description="Budget: average bits per expert weight; scales, zero points and padding count"
+        default=None,
+        gt=0,
+        le=16,
+        description="Budget: average bits per expert weight; scales, zero points and padding count",
     )
     size: str | None = Field(default=None, description='Instead of `bits`: size of the whole checkpoint, e.g. "12 GB"')
     widths: list[int] = Field(default=[1, 2, 3, 4, 8], min_length=1, description="Widths that an expert may get")
     scope: Literal["global", "layer"] = Field(
-        default="global", description="Who shares the budget: all experts of the model, or each layer's by themselves (PMQ)"
+        default="global",
+        description="Who shares the budget: all experts of the model, or each layer's by themselves (PMQ)",
     )
     allocation: Literal["program", "uniform"] = Field(
-        default="program", description="Who decides: the program, or the same mixture of two widths everywhere (control)"
+        default="program",
+        description="Who decides: the program, or the same mixture of two widths everywhere (control)",
     )
-    method: Literal["gptq", "rtn"] = Field(default="gptq", description="GPTQ, or round-to-nearest (needs no data to apply)")
+    method: Literal["gptq", "rtn"] = Field(
+        default="gptq", description="GPTQ, or round-to-nearest (needs no data to apply)"
+    )
     group_size: int = Field(default=64, ge=-1, description="Weights that share a scale, -1 for a whole row")
     symmetric: bool = Field(default=True, description="No zero points (what servers load)")
     search: Literal["none", "mse", "pnorm"] = Field(default="mse", description="How scales are found")
@@ -62,7 +69,7 @@ class MixedOptions(PassOptions):
     shrinkage: float | None = Field(
         default=None,
         ge=0,
-        description="GPTQ: tokens that the layer's mean Hessian counts for in each expert's own; default: an eighth of its size",
+        description="GPTQ: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
     )
     protect_super_experts: bool = Field(
         default=True, description="Experts with massive activations get the largest of `widths`"
@@ -78,7 +85,9 @@ class MixedOptions(PassOptions):
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if (self.bits is None) == (self.size is None):
-            raise ValueError('give either `bits` (average per weight, e.g. 2.5) or `size` (of the checkpoint, e.g. "12 GB")')
+            raise ValueError(
+                'give either `bits` (average per weight, e.g. 2.5) or `size` (of the checkpoint, e.g. "12 GB")'
+            )
         return self
 
 
@@ -87,7 +96,9 @@ class QuantizeMixed(Pass):
     """Quantize experts, each to its own width, under one budget."""
 
     name = "quantize.mixed"
-    summary = "quantize experts, bits per expert from a program under one budget of real bytes; GPTQ or round-to-nearest"
+    summary = (
+        "quantize experts, bits per expert from a program under one budget of real bytes; GPTQ or round-to-nearest"
+    )
     paper = "PMQ, arXiv 2410.06270 (allocation); GPTQ, arXiv 2210.17323"
     Options = MixedOptions
     options: MixedOptions
@@ -104,11 +115,13 @@ class QuantizeMixed(Pass):
         return self.options.method == "gptq"
 
     def forecast(self, shape: ModelShape) -> ModelShape:
-        """Sizes at the budget. Raises RecipeError for widths or groups that don't fit, BudgetError for a budget that can't."""
+        """Sizes at the budget. Raises RecipeError for widths or groups, BudgetError for a budget that can't be met."""
         foreign = set(self.options.widths) - set(self.target.bits)
         if self.target.quantized_format is None or foreign:
             can = f"loads {self.target.bits}" if self.target.quantized_format else "loads no quantized experts"
-            raise RecipeError(f"quantize.mixed: the target {self.target.name!r} {can}, widths are {self.options.widths}")
+            raise RecipeError(
+                f"quantize.mixed: the target {self.target.name!r} {can}, widths are {self.options.widths}"
+            )
         for index, layer in shape.layers.items():
             for what, length in (("hidden size", layer.hidden), ("neurons", layer.intermediate)):
                 if self.options.group_size != -1 and length % self.options.group_size:
@@ -117,13 +130,19 @@ class QuantizeMixed(Pass):
                         f"layer {index}; {_largest_group(layer, self.options.group_size)} does"
                     )
         budget = self._budget(shape)
-        least = sum(layer.num_experts * self._expert_bytes(layer, min(self.options.widths)) for layer in shape.layers.values())
+        least = sum(
+            layer.num_experts * self._expert_bytes(layer, min(self.options.widths)) for layer in shape.layers.values()
+        )
         if least > budget:
             raise BudgetError(
-                f"quantize.mixed: the budget is {show_bytes(budget)} for all experts, and at {min(self.options.widths)} bits "
-                f"with groups of {self.options.group_size} they take {show_bytes(least)}: allow more, smaller widths or larger groups"
+                f"quantize.mixed: the budget is {show_bytes(budget)} for all experts, and at "
+                f"{min(self.options.widths)} bits with groups of {self.options.group_size} they take "
+                f"{show_bytes(least)}: allow more, smaller widths or larger groups"
             )
-        most = {i: layer.num_experts * self._expert_bytes(layer, max(self.options.widths)) for i, layer in shape.layers.items()}
+        most = {
+            i: layer.num_experts * self._expert_bytes(layer, max(self.options.widths))
+            for i, layer in shape.layers.items()
+        }
         share = min(1.0, budget / sum(most.values()))
         return shape.with_layers(
             {i: replace(layer, bytes=int(most[i] * share), kind="packed") for i, layer in shape.layers.items()}
@@ -135,8 +154,9 @@ class QuantizeMixed(Pass):
         if self.options.protect_super_experts:
             maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
             protected = super_experts(maxima, profile.decoder_layers)
+        summary: dict[str, Any] = {}
         if self.options.allocation == "uniform":
-            bits, summary = self._uniform(profile.shape), {}
+            bits = self._uniform(profile.shape)
         else:
             bits, summary = self._solved(profile, protected)
         layers: dict[int, dict[str, Any]] = {
@@ -155,11 +175,15 @@ class QuantizeMixed(Pass):
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Quantize and pack a block's experts."""
         experts = FusedExperts(block.experts_module)
-        results = list(self._by_gptq(experts, decision["bits"], inputs) if inputs is not None else self._by_rtn(experts, decision["bits"]))
-        matrices: dict[str, list[tuple[list[int], Quantized | Tensor]]] = {}
+        results = list(
+            self._by_gptq(experts, decision["bits"], inputs)
+            if inputs is not None
+            else self._by_rtn(experts, decision["bits"])
+        )
+        matrices: dict[str, list[tuple[list[int], Stack]]] = {}
         notes: dict[int, dict[str, Any]] = {}
         for result in results:
-            matrices.setdefault(result.projection, []).append((result.experts, result.quantized))
+            matrices.setdefault(result.projection, []).append((result.experts, result.stack))
             for expert, values in result.report.items():
                 notes.setdefault(expert, {}).update(values)
         pack_experts(block, matrices)
@@ -269,12 +293,12 @@ class QuantizeMixed(Pass):
     def _by_rtn(self, experts: FusedExperts, bits: list[int]) -> Sequence[_Result]:
         weights = experts.weights()
         results = []
-        size = max(1, _CHUNK_BYTES // (16 * weights.parameters // experts.num_experts))
+        sizes = [16 * weights.parameters // experts.num_experts] * experts.num_experts
         for name, stacked in weights.matrices():
-            for chunk in chunks(experts.num_experts, size):
+            for chunk in chunks(sizes, _CHUNK_BYTES):
                 for width, members in _by_width(bits, chunk).items():
                     quantized = round_to_nearest(stacked[members], self._grid(width), search=self.options.search)
-                    results.append(_Result(name, members, quantized, {}))
+                    results.append(_Result(name, members, Stack.holding(quantized), {}))
         return results
 
     def _by_gptq(self, experts: FusedExperts, bits: list[int], inputs: BlockInputs) -> Sequence[_Result]:
@@ -319,7 +343,9 @@ class QuantizeMixed(Pass):
             height = matrices.shape[1] // len(names)
             for position, name in enumerate(names):
                 own = slice(position * height, (position + 1) * height)
-                results.append(_Result(name, members, _rows(solved.quantized, own), report if position == 0 else {}))
+                results.append(
+                    _Result(name, members, Stack.holding(_rows(solved.quantized, own)), report if position == 0 else {})
+                )
         return results
 
 
@@ -329,7 +355,7 @@ class _Result:
 
     projection: str
     experts: list[int]
-    quantized: Quantized
+    stack: Stack
     report: dict[int, dict[str, Any]]
 
 

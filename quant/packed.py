@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_compress.model import EXPERTS_KINDS, ExpertWeights, FusedExperts, MoEBlock
+from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch, grouped_linear
 from moe_compress.model.experts import run_experts
 from moe_compress.quant.grid import Grid, Quantized, dequantize
@@ -240,7 +240,8 @@ class PackedExperts(nn.Module):
     def outputs(self, activation_RI: Tensor, dispatch: Dispatch) -> Tensor:
         """Expert outputs [R, H]."""
         output = self._project("down", activation_RI, dispatch)
-        return self.post_expert_norm(output) if self._original.has_norm else output
+        norm: Any = self.post_expert_norm if self._original.has_norm else None
+        return output if norm is None else norm(output)
 
     def weights(self) -> ExpertWeights:
         """All experts, unpacked: a full-precision copy of the layer, for looking at."""
@@ -252,7 +253,7 @@ class PackedExperts(nn.Module):
         return self._weights([index]).map(lambda stacked: stacked[0])
 
     def describe(self) -> dict[str, Any]:
-        """JSON from which `from_description` rebuilds the module."""
+        """JSON from which `build_packed` rebuilds the module."""
         encodings: dict[str, Encoding] = {}
         projections = {}
         for name, projection in self.projections.items():
@@ -269,24 +270,6 @@ class PackedExperts(nn.Module):
             "biases": {n: _name(p.dtype) for n, p in self._parameters.items() if p is not None},
         }
 
-    @staticmethod
-    def from_description(block: MoEBlock, layout: dict[str, Any]) -> PackedExperts:
-        """The module for a block's experts, tensors on the meta device."""
-        encodings = {name: Encoding(**values) for name, values in layout["encodings"].items()}
-        projections = {}
-        biases = {}
-        for name, entry in layout["projections"].items():
-            assignment, out_features = entry["experts"], entry["out_features"]
-            stacks = {
-                e: Stack(encodings[e], assignment.count(e), out_features, entry["in_features"])
-                for e in dict.fromkeys(assignment)
-            }
-            projections[name] = PackedProjection(stacks, assignment, out_features, entry["in_features"])
-            if f"{name}_bias" in layout["biases"]:
-                dtype = getattr(torch, layout["biases"][f"{name}_bias"])
-                biases[f"{name}_bias"] = torch.empty(len(assignment), out_features, dtype=dtype, device="meta")
-        return PackedExperts(_fused(block), projections, biases)
-
     def _weights(self, experts: Sequence[int]) -> ExpertWeights:
         dtype = torch.float32
         matrices = {n: p.dense(experts, dtype) for n, p in self.projections.items()}
@@ -300,13 +283,31 @@ class PackedExperts(nn.Module):
         return output if bias is None else output + bias[dispatch.expert_R].to(output.dtype)
 
 
-def pack_experts(block: MoEBlock, matrices: dict[str, list[tuple[list[int], Quantized | Tensor]]]) -> PackedExperts:
+def build_packed(block: MoEBlock, layout: dict[str, Any]) -> PackedExperts:
+    """The module that `describe` described, for a block's experts, tensors on the meta device."""
+    encodings = {name: Encoding(**values) for name, values in layout["encodings"].items()}
+    projections = {}
+    biases = {}
+    for name, entry in layout["projections"].items():
+        assignment, out_features = entry["experts"], entry["out_features"]
+        stacks = {
+            e: Stack(encodings[e], assignment.count(e), out_features, entry["in_features"])
+            for e in dict.fromkeys(assignment)
+        }
+        projections[name] = PackedProjection(stacks, assignment, out_features, entry["in_features"])
+        if f"{name}_bias" in layout["biases"]:
+            dtype = getattr(torch, layout["biases"][f"{name}_bias"])
+            biases[f"{name}_bias"] = torch.empty(len(assignment), out_features, dtype=dtype, device="meta")
+    return PackedExperts(_fused(block), projections, biases)
+
+
+def pack_experts(block: MoEBlock, matrices: dict[str, list[tuple[list[int], Stack]]]) -> PackedExperts:
     """Replace a block's fused experts by packed ones.
 
     Args:
         block: with fused experts.
-        matrices: projection → [(experts, their matrices [S, O, K], quantized or dense)]; every expert once. Several
-            entries may share an encoding.
+        matrices: projection → [(experts, their matrices in the same order)]; every expert once. Several entries may
+            share an encoding.
 
     Returns:
         The module now in place.
@@ -318,8 +319,7 @@ def pack_experts(block: MoEBlock, matrices: dict[str, list[tuple[list[int], Quan
     for name, entries in matrices.items():
         assignment: dict[int, str] = {}
         collected: dict[str, list[tuple[int, Stack, int]]] = {}
-        for experts, value in entries:
-            stack = Stack.holding(value)
+        for experts, stack in entries:
             for slot, expert in enumerate(experts):
                 assignment[expert] = stack.encoding.name
                 collected.setdefault(stack.encoding.name, []).append((expert, stack, slot))
@@ -355,6 +355,3 @@ def _device(stack: Stack) -> torch.device:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-EXPERTS_KINDS["packed"] = PackedExperts.from_description

@@ -113,16 +113,19 @@ def measure(view: MoEModel, batches, statistics, store=None) -> Profile:
     """The package's own measurement."""
     store = MemoryStore() if store is None else store
     with Sweep(view, batches) as sweep:
-        collect(view, sweep, statistics, store, tokens_of(batches), Progress())
+        collect(sweep, statistics, store, Progress())
     return Profile(model_shape(view), store, len(view.layers))
 
 
-def carry_out(view: MoEModel, step, plan, batches):
-    """Apply a pass to all layers, each reading what the changed layers before it hand on. Layer → report, inputs."""
+def carry_out(view: MoEModel, step, plan, batches, only: int | None = None):
+    """Apply a pass to all layers, or to one, each reading what the changed layers before it hand on.
+
+    Returns layer → (report, what the layer read).
+    """
     reports = {}
     with Sweep(view, batches) as sweep:
         for at in sweep:
-            if at.layer.block is None:
+            if at.layer.block is None or only not in (None, at.index):
                 continue
             inputs = BlockInputs()
             at.run(inputs.observe)

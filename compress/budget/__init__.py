@@ -1,0 +1,1 @@
+"""The allocation programs: who gets how many bytes."""

@@ -18,6 +18,9 @@ from moe_compress.errors import RunError
 
 PARTIAL = ".partial"
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -29,6 +32,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        partial.chmod(0o666 & ~_UMASK)  # safetensors writes files that only their owner may read
         _flush(partial)
         os.replace(partial, path)
         _flush(path.parent)
@@ -70,5 +74,7 @@ def _flush(path: Path) -> None:
 def _explained(error: Exception, path: Path) -> RunError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     if full:
-        return RunError(f"the disk is full: {path} could not be written; free some space and run the same command again")
+        return RunError(
+            f"the disk is full: {path} could not be written; free some space and run the same command again"
+        )
     return RunError(f"{path} could not be written: {error}")

@@ -149,7 +149,9 @@ class Checkpoint:
         if not index.is_file():
             if (self.folder / SINGLE).is_file():
                 return {SINGLE: None}
-            other = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(p.name for p in self.folder.glob("*.gguf"))
+            other = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(
+                p.name for p in self.folder.glob("*.gguf")
+            )
             hint = f" ({other[0]} is not safetensors; convert it first)" if other else ""
             raise CheckpointError(f"{self.folder}: neither {SINGLE} nor {INDEX}{hint}")
         weight_map = read_json(index).get("weight_map")

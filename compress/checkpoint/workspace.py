@@ -109,7 +109,9 @@ class PassStore:
         """Whether the layer is committed, or was before a later pass replaced it."""
         return self._report(layer).is_file()
 
-    def commit(self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]) -> None:
+    def commit(
+        self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]
+    ) -> None:
         """Save a changed block. The report comes second: where it is, the tensors were complete."""
         write_tensors(self._tensors(layer), tensors, {"description": json.dumps(description)})
         write_json(self._report(layer), report)

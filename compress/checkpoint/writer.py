@@ -72,7 +72,9 @@ class CheckpointWriter:
                 self.tensors[name]["file"] = final
         if total > 1:
             size = sum(entry["bytes"] for entry in self.tensors.values())
-            write_json(self.partial / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+            write_json(
+                self.partial / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            )
         for file in sidecars:
             if file.name not in ("config.json", MANIFEST):
                 shutil.copy2(file, self.partial / file.name)
@@ -127,7 +129,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in pieces: nothing is copied whole."""
     digest = hashlib.sha256()
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    )
     for piece in flat.split(1 << 24):
         digest.update(piece.numpy().data)
     return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Scores: perplexity, divergence from the original, lm-eval tasks."""

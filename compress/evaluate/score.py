@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from moe_compress.engine import holding
+from moe_compress.engine import holding, memory_limit
 from moe_compress.export.loader import load
-from moe_compress.export.verify import fits_in_memory
+from moe_compress.export.verify import loaded_bytes
 from moe_compress.feasibility import check_length
 from moe_compress.model import MoEModel
 from moe_compress.progress import Monitor
@@ -31,7 +31,13 @@ def check_scoring(model: MoEModel, wanted: Evaluation) -> None:
 
 
 def score_folders(
-    folder: Path, original: Path | None, wanted: Evaluation, like: MoEModel, hold: Path | None, monitor: Monitor
+    folder: Path,
+    original: Path | None,
+    wanted: Evaluation,
+    like: MoEModel,
+    hold: Path | None,
+    monitor: Monitor,
+    memory: str = "auto",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores of a checkpoint, and of the original on the same text and tasks.
 
@@ -42,6 +48,7 @@ def score_folders(
         like: gives device and dtype.
         hold: folder for hidden states that memory has no room for, or None to keep them in memory anyhow.
         monitor: stages.
+        memory: most that a whole model may take; tasks of a larger one are streamed.
 
     Returns:
         (of the original, of the checkpoint): `perplexity`, `tasks`; of the checkpoint also `kl` and `agreement`.
@@ -53,8 +60,7 @@ def score_folders(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dtype, device = like.module.dtype, like.device
     if wanted.text:
-        files = find_files(wanted.text)
-        batches = load_text(files, tokenizer, wanted.length, wanted.field, wanted.max_tokens, wanted.batch_size)
+        batches = load_text(tokenizer, wanted, like.module.config.get_text_config().vocab_size)
         model = MoEModel.open(folder, dtype=dtype, device=device)
         reference = MoEModel.open(original, dtype=dtype, device=device) if original is not None else None
         total = len(model.layers) * (1 if reference is None else 2)
@@ -67,18 +73,24 @@ def score_folders(
         for which, at in (("original", original), ("result", folder)):
             if at is not None:
                 with monitor.stage(f"score: tasks, {which}") as progress:
-                    found = _tasks(at, tokenizer, wanted, dtype, device, progress)
+                    found = _tasks(at, tokenizer, wanted, dtype, device, memory_limit(memory), progress)
                 (after if at is folder else before)["tasks"] = found
     return before, after
 
 
 def _tasks(
-    folder: Path, tokenizer: Any, wanted: Evaluation, dtype: torch.dtype, device: torch.device, progress: Any
+    folder: Path,
+    tokenizer: Any,
+    wanted: Evaluation,
+    dtype: torch.dtype,
+    device: torch.device,
+    limit: int,
+    progress: Any,
 ) -> dict[str, dict[str, float]]:
     """Through the loaded model where it fits in memory, streamed otherwise."""
     from .tasks import score_tasks
 
-    if fits_in_memory(folder, dtype):
+    if loaded_bytes(folder, dtype) <= limit:
         model: Any = load(folder, dtype=dtype).to(device)
     else:
         model = MoEModel.open(folder, dtype=dtype, device=device)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_compress.calib.text import load_windows
@@ -21,6 +22,7 @@ from moe_compress.errors import DataError, RunError
 from moe_compress.model import MoEModel
 from moe_compress.model.sweep import Sweep
 from moe_compress.progress import Progress
+from moe_compress.recipe import Evaluation
 
 # Positions whose logits are turned into log-probabilities at a time.
 _POSITIONS = 512
@@ -56,11 +58,11 @@ class TextScores:
     before: dict[str, Score] = field(default_factory=dict)
 
     def summary(self, which: str) -> dict[str, Any]:
-        """"perplexity" per file of "before" or "after"."""
+        """ "perplexity" per file of "before" or "after"."""
         return {"perplexity": {name: score.perplexity for name, score in getattr(self, which).items()}}
 
     def drift(self) -> dict[str, Any]:
-        """"kl" (mean nats per token) and "agreement" (share of tokens) per file; empty without an original."""
+        """ "kl" (mean nats per token) and "agreement" (share of tokens) per file; empty without an original."""
         if not self.before:
             return {}
         return {
@@ -84,18 +86,19 @@ class WindowBatch:
     first: list[int]
 
 
-def load_text(
-    files: Sequence[Path], tokenizer: Any, length: int, field_name: str, max_tokens: int | None, batch_size: int
-) -> list[WindowBatch]:
+def load_text(tokenizer: Any, wanted: Evaluation, vocabulary: int | None = None) -> list[WindowBatch]:
     """Windows of each file, in batches. Raises DataError when two files share a stem, or one can't be used."""
     batches: list[WindowBatch] = []
     stems: dict[str, Path] = {}
-    for file in files:
+    for file in find_files(wanted.text):
         if file.stem in stems:
             raise DataError(f"{stems[file.stem]} and {file} would have the same name in the report: rename one")
         stems[file.stem] = file
-        windows = load_windows(file, tokenizer, length, field=field_name, max_tokens=max_tokens)
-        batches += [WindowBatch(file.stem, ids, [windows.first[i] for i in rows]) for ids, rows in windows.batches(batch_size)]
+        windows = load_windows(
+            file, tokenizer, wanted.length, field=wanted.field, max_tokens=wanted.max_tokens, vocab_size=vocabulary
+        )
+        for ids, rows in windows.batches(wanted.batch_size):
+            batches.append(WindowBatch(file.stem, ids, [windows.first[i] for i in rows]))
     return batches
 
 
@@ -150,8 +153,9 @@ def score_batches(
             targets = batch.ids[row, first:].to(output.device)
             kept = slice(first - 1, -1)
             _add_row(after, before, targets, output[row, kept], None if reference is None else reference[row, kept])
-        if not math.isfinite(after.nll):
-            raise RunError(f"the model's predictions on {batch.name} are not numbers: its weights are damaged")
+        for which, score in (("model", after), ("original", before)):
+            if score is not None and not math.isfinite(score.nll):
+                raise RunError(f"the {which}'s predictions on {batch.name} are not numbers: its weights are damaged")
     return scores
 
 
@@ -167,6 +171,7 @@ def _add_row(after: Score, before: Score | None, targets: Tensor, logits: Tensor
         log_q = reference[part].float().log_softmax(-1).to(log_p.device)
         before.tokens += len(wanted)
         before.nll -= float(log_q.gather(1, wanted).double().sum())
-        # Term by term the sum may be negative by rounding; a divergence is not.
-        after.kl += float((log_q.exp() * (log_q - log_p)).sum(-1).double().clamp_min(0).sum())
+        # A token that the original rules out counts nothing. By rounding a sum may be negative; a divergence is not.
+        terms = torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_p), 0.0)
+        after.kl += float(terms.sum(-1).double().clamp_min(0).sum())
         after.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())

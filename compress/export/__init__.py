@@ -1,0 +1,1 @@
+"""Writing checkpoints that runtimes load, and checking that they do."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from moe_compress import probe
 from moe_compress.checkpoint.reader import Checkpoint, read_json
 from moe_compress.checkpoint.writer import MANIFEST, tensor_digest
+from moe_compress.engine import memory_limit
 from moe_compress.errors import InputError, VerificationError
 from moe_compress.model import MoEModel
 from moe_compress.model.sweep import Sweep
@@ -24,9 +24,6 @@ from moe_compress.progress import Progress
 from moe_compress.units import show_bytes
 
 from .loader import load
-
-# Share of the available memory that loading a whole model may take.
-_MEMORY_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -50,28 +47,40 @@ class Verified:
         return dict(vars(self))
 
 
-def verify(folder: Path, progress: Progress, device: str = "cpu") -> Verified:
+def verify(folder: str | Path, progress: Progress | None = None, device: str = "cpu", memory: str = "auto") -> Verified:
     """Check a checkpoint that this package wrote.
+
+    Args:
+        folder: the checkpoint.
+        progress: told about every tensor.
+        device: where the probe runs.
+        memory: most that the whole model may take ("8 GB"); a larger one is streamed.
 
     Raises:
         InputError: the folder has no manifest of this package.
         CheckpointError: it can't be read. VerificationError: it differs from what was computed; says in what.
     """
+    folder, progress = Path(folder), progress or Progress()
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder} has no {MANIFEST}: only checkpoints written by moe-compress can be verified")
     manifest = read_json(folder / MANIFEST)
     with Checkpoint(folder) as checkpoint:
         listed = manifest["tensors"]
-        missing, extra = sorted(listed.keys() - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - listed.keys())
+        missing, extra = (
+            sorted(listed.keys() - checkpoint.tensors.keys()),
+            sorted(checkpoint.tensors.keys() - listed.keys()),
+        )
         if missing or extra:
             what = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which was never written"
             raise VerificationError(f"{folder} {what} ({len(missing)} missing, {len(extra)} unknown tensors)")
         for name, entry in listed.items():
             if tensor_digest(checkpoint.get(name)) != entry["sha256"]:
-                raise VerificationError(f"{folder / entry['file']}: tensor {name!r} is not what was written: write it again")
+                raise VerificationError(
+                    f"{folder / entry['file']}: tensor {name!r} is not what was written: write it again"
+                )
             progress.step()
         total = checkpoint.nbytes
-    loader, dtype, logits = ask(folder, manifest["probe"]["input_ids"], device)
+    loader, dtype, logits = ask(folder, manifest["probe"]["input_ids"], device, memory_limit(memory))
     tolerance = probe.TOLERANCE[dtype]
     worst = probe.distance(manifest["probe"], logits)
     if worst > tolerance:
@@ -82,12 +91,12 @@ def verify(folder: Path, progress: Progress, device: str = "cpu") -> Verified:
     return Verified(len(listed), total, loader, worst, tolerance)
 
 
-def ask(folder: Path, tokens: list[int], device: str) -> tuple[str, torch.dtype, torch.Tensor]:
-    """(loader, dtype, logits [T, V]) of the probe's tokens, by transformers' own loader if the model fits in memory."""
+def ask(folder: Path, tokens: list[int], device: str, limit: int) -> tuple[str, torch.dtype, torch.Tensor]:
+    """(loader, dtype, logits [T, V]) of the probe's tokens; by transformers' own loader if the model fits."""
     ids = torch.tensor([tokens])
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    needed, available = loaded_bytes(folder, dtype), psutil.virtual_memory().available
-    if needed <= _MEMORY_SHARE * available:
+    needed = loaded_bytes(folder, dtype)
+    if needed <= limit:
         with torch.no_grad():
             module = load(folder, dtype=dtype).to(device)
             return "transformers from_pretrained", dtype, module(input_ids=ids.to(device)).logits[0].float().cpu()
@@ -96,7 +105,7 @@ def ask(folder: Path, tokens: list[int], device: str) -> tuple[str, torch.dtype,
         for step in sweep:
             step.advance()
         logits = next(sweep.outputs())[1][0].float().cpu()
-    why = f"streamed: whole it takes {show_bytes(needed)}, {show_bytes(available)} are free"
+    why = f"streamed: whole it takes {show_bytes(needed)}, {show_bytes(limit)} are allowed"
     return why, dtype, logits
 
 
@@ -110,11 +119,3 @@ def loaded_bytes(folder: Path, dtype: torch.dtype) -> int:
             keeps = not info.dtype.is_floating_point or (packed and name.endswith(".scale"))
             total += info.nbytes if keeps else count * dtype.itemsize
         return total
-
-
-def fits_in_memory(folder: Path, dtype: torch.dtype) -> bool:
-    """Whether a checkpoint can be loaded whole."""
-    return loaded_bytes(folder, dtype) <= _MEMORY_SHARE * psutil.virtual_memory().available
-
-
-__all__ = ["Verified", "ask", "fits_in_memory", "loaded_bytes", "verify"]

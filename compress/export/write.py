@@ -97,7 +97,10 @@ def result_config(model: MoEModel, descriptions: Mapping[int, dict[str, Any]]) -
     Equal numbers of dense experts everywhere need nothing but another number: "hf". Anything else is "native".
     """
     config = copy.deepcopy(model.config_values)
-    counts = {i: int(descriptions[i]["num_experts"]) if i in descriptions else model.original_experts for i in model.moe_layers}
+    counts = {
+        i: int(descriptions[i]["num_experts"]) if i in descriptions else model.original_experts
+        for i in model.moe_layers
+    }
     uniform = len(set(counts.values())) == 1
     if uniform:
         config = with_count(config, model.count_paths, next(iter(counts.values())))

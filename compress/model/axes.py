@@ -55,7 +55,10 @@ class ExpertAxes:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"tensors": {n: list(v) for n, v in self.tensors.items()}, "attributes": [asdict(a) for a in self.attributes]}
+        return {
+            "tensors": {n: list(v) for n, v in self.tensors.items()},
+            "attributes": [asdict(a) for a in self.attributes],
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ExpertAxes:
@@ -64,13 +67,17 @@ class ExpertAxes:
         return cls(tensors, tuple(CountAttribute(**a) for a in values["attributes"]))
 
 
-def count_keys(config: PreTrainedConfig, values: dict[str, Any], cls: type[PreTrainedModel], stack: str) -> list[ConfigPath]:
+def count_keys(
+    config: PreTrainedConfig, values: dict[str, Any], cls: type[PreTrainedModel], stack: str
+) -> list[ConfigPath]:
     """Paths of the numbers in `values` (config.json as a dict) that set the number of experts of the layers in `stack`.
 
     Raises UnsupportedModelError when no key does: then a changed count could not be written down.
     """
     reference = expert_counts(hf.meta_skeleton(config, cls), stack)
-    candidates = [path for path, value in _numbers(values) if "expert" in str(path[-1]) and value in set(reference.values())]
+    candidates = [
+        path for path, value in _numbers(values) if "expert" in str(path[-1]) and value in set(reference.values())
+    ]
     found = [path for path in candidates if _follows([path], values, config, cls, stack, reference)]
     if not found and candidates and _follows(candidates, values, config, cls, stack, reference):
         found = candidates  # aliases that only count together

@@ -7,15 +7,15 @@ A block can be looked at (`experts`, `router`), reduced (`keep`), regrouped (`re
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_compress.errors import UnsupportedModelError
+from moe_compress.errors import CheckpointError, UnsupportedModelError
 
 from . import families, hf
 from .axes import ExpertAxes
@@ -54,8 +54,17 @@ def read_routing(output: Any, tokens: int) -> Routing | None:
     return Routing(logits, index, weight)
 
 
-# How a block's experts are rebuilt from a saved state: kind → function(block, description) → experts module on meta.
-EXPERTS_KINDS: dict[str, Callable[[MoEBlock, dict[str, Any]], nn.Module]] = {}
+# How a block's experts are rebuilt from a saved state: kind → "module:function", called with block and description,
+# giving an experts module on meta. By name, because the view of a model imports no method.
+EXPERTS_KINDS: dict[str, str] = {"packed": "moe_compress.quant.packed:build_packed"}
+
+
+def build_experts(block: MoEBlock, kind: str, layout: dict[str, Any]) -> nn.Module:
+    """The experts module of a kind, for a block. Raises CheckpointError for a kind that nothing here knows."""
+    if kind not in EXPERTS_KINDS:
+        raise CheckpointError(f"experts of the kind {kind!r} are not known: the checkpoint needs a newer moe-compress")
+    module, _, function = EXPERTS_KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), function)(block, layout)  # type: ignore[no-any-return]
 
 
 class MoEBlock:
@@ -162,7 +171,8 @@ class MoEBlock:
             per_group = torch.bincount(torch.tensor(indices) // (count // groups), minlength=groups)
             if len(set(per_group.tolist())) > 1:
                 raise UnsupportedModelError(
-                    f"layer {self.layer} routes in {groups} groups, which must stay equal: {per_group.tolist()} would be left"
+                    f"layer {self.layer} routes in {groups} groups, which must stay equal: "
+                    f"{per_group.tolist()} would be left"
                 )
         for name, (dim, extra) in self.axes.tensors.items():
             tensor = self._tensor(name)
@@ -174,7 +184,7 @@ class MoEBlock:
             set_tensor(self.module, f"{self.router_path}.tid2eid", families.remap_hash_table(table, kept, count))
         self._set_count(len(indices))
 
-    def regroup(self, representatives: list[int], mixing_NE: Tensor) -> None:
+    def regroup(self, representatives: list[int], mixing_NE: Tensor, slots: list[int] | None = None) -> None:
         """Reduce to N groups: slot j gets expert `representatives[j]`'s weights and a mixture of router rows.
 
         The caller then writes merged weights into `experts.weights()`.
@@ -191,12 +201,20 @@ class MoEBlock:
             tensor = self._tensor(name)
             rows = tensor.movedim(dim, 0)
             count = rows.shape[0] - extra
-            new = (mixing_NE.double() @ rows[:count].double().flatten(1)).to(tensor.dtype)
-            new = torch.cat([new.view(-1, *rows.shape[1:]), rows[count:]])
+            old = rows[:count].reshape(count, -1).double()
+            new = (mixing_NE.to(old) @ old).to(tensor.dtype).view(-1, *rows.shape[1:])
+            new = torch.cat([new, rows[count:]])
             mixed[name] = new.movedim(0, dim).contiguous()
+        table = getattr(self.router, "tid2eid", None)
+        before = self.num_experts
         self.keep(representatives)
         for name, tensor in mixed.items():
             set_tensor(self.module, name, tensor)
+        if table is not None and slots is not None:
+            kept, slots_E = (torch.tensor(v, device=table.device) for v in (representatives, slots))
+            set_tensor(
+                self.module, f"{self.router_path}.tid2eid", families.remap_hash_table(table, kept, before, slots_E)
+            )
 
     def replace_experts(self, module: nn.Module) -> None:
         """Put another experts module in place (same forward signature)."""
@@ -229,7 +247,7 @@ class MoEBlock:
                 set_tensor(self.module, name, torch.empty(shape, dtype=tensor.dtype, device="meta"))
             self._set_count(count)
         if description["kind"] != "fused":
-            self.replace_experts(EXPERTS_KINDS[description["kind"]](self, description["layout"]))
+            self.replace_experts(build_experts(self, description["kind"], description["layout"]))
 
     def assign(self, tensors: dict[str, Tensor]) -> None:
         """Set the block's tensors by name (relative to the layer)."""
@@ -262,7 +280,8 @@ class MoEBlock:
         routers = [name for name in beside if isinstance(getattr(self.parent, name, None), nn.Module)]
         if len(routers) != 1:
             raise UnsupportedModelError(
-                f"layer {self.layer}: expected one module beside {self.path!r} that scores experts, found {sorted(routers)}"
+                f"layer {self.layer}: expected one module beside {self.path!r} that scores experts, "
+                f"found {sorted(routers)}"
             )
         return prefix + routers[0]
 

@@ -117,6 +117,7 @@ class DiskWeights:
             raise CheckpointError(f"{self.source.folder}: nothing fills {self.stack}.{index}.{hollow[0]}")
         if not stored and self.device.type != "cpu":
             layer.to(self.device)
+        self.source.close()  # or every page ever read would stay mapped
 
     # --- what lies outside the decoder layers --------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class DiskWeights:
             set_tensor(self.module, name, torch.empty(shape, dtype=dtype, device="meta"))
 
     def _sources(self, name: str) -> list[str]:
-        """Disk names of everything that fills a runtime tensor; of what it is tied to where the folder leaves it out."""
+        """Disk names of what fills a runtime tensor; of what it is tied to where the folder leaves it out."""
         return self._disk_names.get(name) or self._disk_names.get(self._tied.get(name, ""), [])
 
     def _tie(self) -> None:
@@ -195,4 +196,6 @@ class DiskWeights:
         for name in sorted(state - provided):
             if tied.get(name) in provided or any(re.search(pattern, name) for pattern in ignored):
                 continue
-            raise CheckpointError(f"{self.source.folder} holds nothing for {name!r}, which {type(self.module).__name__} needs")
+            raise CheckpointError(
+                f"{self.source.folder} holds nothing for {name!r}, which {type(self.module).__name__} needs"
+            )

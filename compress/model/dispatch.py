@@ -73,15 +73,29 @@ class Dispatch:
 
     def combine(self, output_RH: Tensor) -> Tensor:
         """Σ over a token's slots of weight · output → [T, H]. The order of summation is fixed, so runs repeat."""
-        weighted = output_RH * self.weight_R.unsqueeze(-1).to(output_RH.dtype)
-        spread = weighted.new_zeros(self.tokens * self.slots, output_RH.shape[-1])
-        spread[self.row_R] = weighted
-        return spread.view(self.tokens, self.slots, -1).sum(dim=1)
+        row_TK = self.row_R.new_full((self.tokens * self.slots,), -1)
+        row_TK[self.row_R] = torch.arange(len(self.row_R), device=self.row_R.device)
+        row_TK = row_TK.view(self.tokens, self.slots)
+        # Weights and sum in the wider dtype of the two, as the families do. Slot by slot: [T, K, H] would be too much.
+        combined = None
+        for slot in range(self.slots):
+            row_T = row_TK[:, slot]
+            weight_T = torch.where(row_T >= 0, self.weight_R[row_T.clamp_min(0)], 0) if len(self.row_R) else None
+            if weight_T is None:
+                break
+            part = output_RH[row_T.clamp_min(0)] * weight_T.unsqueeze(-1)
+            combined = part if combined is None else combined.add_(part)
+        return output_RH.new_zeros(self.tokens, output_RH.shape[-1]) if combined is None else combined
 
 
 def grouped_linear(input_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
     """Each expert's rows times its own weight: [R, I] × [E, O, I]ᵀ → [R, O], in one call where the dtype allows."""
-    if input_RI.dtype in _GROUPED_DTYPES and input_RI.dtype == weight_EOI.dtype and _aligned(weight_EOI):
+    if (
+        input_RI.dtype in _GROUPED_DTYPES
+        and input_RI.dtype == weight_EOI.dtype
+        and _aligned(weight_EOI)
+        and _aligned(input_RI)
+    ):
         return F.grouped_mm(input_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
     output = input_RI.new_empty(input_RI.shape[0], weight_EOI.shape[1])
     start = 0

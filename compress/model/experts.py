@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,11 @@ class ExpertWeights:
     def map(self, function: Callable[[Tensor], Tensor]) -> ExpertWeights:
         """The same with `function` applied to every tensor that is there."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ExpertWeights(**{n: None if v is None else function(v) for n, v in values.items()})
+        return ExpertWeights(**{n: function(v) for n, v in values.items() if v is not None})
+
+    def part(self, experts: range) -> ExpertWeights:
+        """A run of consecutive experts, as views."""
+        return self.map(lambda stacked: stacked[experts.start : experts.stop])
 
     def items(self) -> list[tuple[str, Tensor]]:
         """Names and tensors of what is there, gate first."""
@@ -57,28 +61,39 @@ class ExpertWeights:
 
 
 class Experts(Protocol):
-    """What passes need of a layer's experts, whatever holds them."""
+    """What everybody may ask of a layer's experts, whatever holds them."""
 
     @property
-    def num_experts(self) -> int: ...
+    def num_experts(self) -> int:
+        """Number of experts E."""
+
     @property
-    def hidden_size(self) -> int: ...
-    def weights(self) -> ExpertWeights: ...
-    def expert(self, index: int) -> ExpertWeights: ...
-    def activations(self, input_RH: Tensor, dispatch: Dispatch) -> Tensor: ...
-    def outputs(self, activation_RI: Tensor, dispatch: Dispatch) -> Tensor: ...
+    def hidden_size(self) -> int:
+        """Size H of their input and output."""
+
+    def weights(self) -> ExpertWeights:
+        """All experts."""
+
+    def expert(self, index: int) -> ExpertWeights:
+        """One expert."""
+
+    def activations(self, input_RH: Tensor, dispatch: Dispatch) -> Tensor:
+        """Neuron activations [R, I]."""
+
+    def outputs(self, activation_RI: Tensor, dispatch: Dispatch) -> Tensor:
+        """Outputs [R, H] before the routing weight."""
 
 
 class FusedExperts:
     """View of an experts module that carries transformers' experts interface; holds no weights of its own."""
 
     def __init__(self, module: nn.Module):
-        self.module = module
-        self.has_gate: bool = module.has_gate
-        self.has_bias: bool = module.has_bias
-        self.transposed: bool = module.is_transposed
-        self.concatenated: bool = module.is_concatenated
-        self.has_norm: bool = getattr(module, "has_post_expert_norm", False)
+        self.module: Any = module  # its attributes are what the class declares
+        self.has_gate = bool(module.has_gate)
+        self.has_bias = bool(module.has_bias)
+        self.transposed = bool(module.is_transposed)
+        self.concatenated = bool(module.is_concatenated)
+        self.has_norm = bool(getattr(module, "has_post_expert_norm", False))
 
     @property
     def num_experts(self) -> int:
@@ -118,7 +133,7 @@ class FusedExperts:
         return self.activate(projected)
 
     def activate(self, projected_RO: Tensor) -> Tensor:
-        """The class's own arithmetic between the projections: [R, 2I] (its layout of gate and up) or [R, I] → [R, I]."""
+        """The class's own arithmetic between projections: [R, 2I] (its layout of gate and up) or [R, I] → [R, I]."""
         if self.has_gate:
             return self.module._apply_gate(projected_RO)  # type: ignore[no-any-return, operator]
         return self.module.act_fn(projected_RO)  # type: ignore[no-any-return, operator]

@@ -13,15 +13,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-# Model types that can't be handled. Most have experts outside transformers' experts interface: nothing declares their layout.
+# Model types that can't be handled, mostly because no experts interface declares how their experts are laid out.
 REFUSED: dict[str, str] = {
     "diffusion_gemma": "its encoder and decoder share their experts' weights, and text reaches them on two paths",
-    "ernie4_5_vl_moe": "its text and vision experts are one set on disk, and text alone can't say which vision experts matter",
+    "ernie4_5_vl_moe": "its text and vision experts are one set on disk, and text says nothing of the vision experts",
     "dbrx": "its experts are flat [experts·neurons, hidden] matrices outside transformers' experts interface",
     "doge": "its experts are rank-1 embeddings chosen by product keys, not projections",
     "jetmoe": "its experts (also in attention) are outside transformers' experts interface",
-    "llama4": "its experts multiply the score into their input and run on all tokens, outside the experts interface",
-    "llama4_text": "its experts multiply the score into their input and run on all tokens, outside the experts interface",
+    "llama4": "its experts multiply the score into their input, outside the experts interface",
+    "llama4_text": "its experts multiply the score into their input, outside the experts interface",
     "longcat_flash": "its identity experts share the router with real ones, outside the experts interface",
     "nllb_moe": "it is an encoder-decoder with capacity-limited routing",
     "switch_transformers": "it is an encoder-decoder with capacity-limited routing",
@@ -43,7 +43,7 @@ def refusal(model_type: str) -> str | None:
 
 
 def top_k(router: nn.Module, parent: nn.Module) -> int:
-    """Experts per token: the router's own number, its config's, or that of the module around it (routers that only score)."""
+    """Experts per token: the router's own number, its config's, or (routers that only score) the block's."""
     key = TOP_K_IN_CONFIG.get(type(router).__name__)
     if key:
         return int(getattr(router.config, key))
@@ -59,7 +59,7 @@ def routing_groups(router: nn.Module) -> tuple[int, int] | None:
 
 
 def infeasible(top_k: int, groups: tuple[int, int] | None, count: int) -> str | None:
-    """Why routing can't work with that many experts, or None. A wrong count can run, and route garbage, without error."""
+    """Why routing can't work with that many experts, or None. A wrong count can run without error, and be wrong."""
     if count < top_k:
         return f"routes each token to {top_k} experts, and {count} would be left"
     if groups is None:
@@ -74,7 +74,7 @@ def infeasible(top_k: int, groups: tuple[int, int] | None, count: int) -> str | 
     return None
 
 
-def remap_hash_table(table_VK: Tensor, kept: Tensor, experts: int) -> Tensor:
+def remap_hash_table(table_VK: Tensor, kept: Tensor, experts: int, slots_E: Tensor | None = None) -> Tensor:
     """Hash routing (first layers of DeepSeek-V4) after removing experts: token id → kept experts, renumbered.
 
     A removed expert's tokens go to kept experts in turn (by token id), never twice to the same one, so that load stays
@@ -90,7 +90,10 @@ def remap_hash_table(table_VK: Tensor, kept: Tensor, experts: int) -> Tensor:
     """
     renumber = torch.full((experts,), -1, dtype=table_VK.dtype, device=table_VK.device)
     renumber[kept] = torch.arange(len(kept), dtype=table_VK.dtype, device=table_VK.device)
-    table = renumber[table_VK]
+    table = (renumber if slots_E is None else slots_E.to(renumber))[table_VK]
+    for slot in range(1, table.shape[1]):  # two experts of a token that became one: the second place is free
+        again = (table[:, :slot] == table[:, slot : slot + 1]).any(dim=1)
+        table[:, slot] = table[:, slot].masked_fill(again, -1)
     token = torch.arange(table.shape[0], device=table.device)
     for slot in range(table.shape[1]):
         missing = table[:, slot] < 0
@@ -109,7 +112,5 @@ def installed() -> dict[str, str]:
     for file in sorted(root.glob("*/modeling_*.py")):
         if "@use_experts_implementation" in file.read_text(encoding="utf-8"):
             found[file.parent.name] = "supported"
-    for model_type, reason in REFUSED.items():
-        if (root / model_type).is_dir():
-            found[model_type] = reason
+    found.update({name: reason for name, reason in REFUSED.items() if (root / name).is_dir()})
     return dict(sorted(found.items()))

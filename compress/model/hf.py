@@ -50,7 +50,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             f"model type {config.model_type!r} ({named}) has no model class in transformers "
             f"{transformers.__version__}; models with code of their own are not supported"
         )
-    return mapped[0] if isinstance(mapped, (tuple, list)) else mapped
+    found_class: type[PreTrainedModel] = mapped[0] if isinstance(mapped, (tuple, list)) else mapped
+    return found_class
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:

@@ -28,7 +28,7 @@ from . import families, hf, offload
 from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index
 from .block import MoEBlock
 from .disk import DiskWeights, Overlay
-from .tensors import to_meta
+from .tensors import release_freed, to_meta
 
 
 @dataclass
@@ -138,7 +138,8 @@ class MoEModel:
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers as modules."""
-        return self.module.get_submodule(self.stack)  # type: ignore[return-value]
+        layers: Any = self.module.get_submodule(self.stack)
+        return layers  # type: ignore[no-any-return]
 
     @property
     def moe_layers(self) -> list[int]:
@@ -194,6 +195,7 @@ class MoEModel:
             yield Layer(index, module, block)
         finally:
             to_meta(module)
+            release_freed()
 
     @contextmanager
     def editing(self, layer: Layer) -> Iterator[MoEBlock]:
@@ -207,7 +209,7 @@ class MoEModel:
 
     @contextmanager
     def reading(self, index: int | None) -> Iterator[dict[str, Tensor]]:
-        """Tensors of a decoder layer of a model in memory, by full name; of all that lies outside the layers for None."""
+        """Tensors of a decoder layer of a model in memory, by full name; for None of all outside the layers."""
         if index is None:
             layers = set(self.layers.modules())
             modules = [m for m in self.module.modules() if m not in layers]

@@ -116,5 +116,6 @@ def model_shape(model: MoEModel) -> ModelShape:
     if model.weights is not None:
         total = model.source.nbytes
     else:
-        total = sum(t.numel() * t.element_size() for t in model.module.state_dict().values())
+        own = {id(t): t for t in model.module.state_dict(keep_vars=True).values()}  # tied ones once
+        total = sum(t.numel() * t.element_size() for t in own.values())
     return ModelShape(layers, total - sum(layer.bytes for layer in layers.values()))

@@ -12,9 +12,10 @@ and the layers themselves run in the caller's thread: no concurrency, the same n
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hf
+from . import hf, offload
 from .model import Layer, MoEModel
 from .tap import Observer, observe
+from .tensors import release_freed
 
 Batch = Mapping[str, Any]
 
@@ -36,7 +38,6 @@ class Sweep:
         model: on disk or in memory.
         batches: keyword arguments of the model's forward for each call (`input_ids`, …).
         hold: folder for hidden states (memory-mapped files), or None to hold them in memory.
-        first_sequence: number of the first sequence of each batch, for the taps' `sequence_T`.
 
     Use as a context manager: leaving it restores the model and ends all calls.
     """
@@ -45,6 +46,7 @@ class Sweep:
         self.model = model
         self._calls = [_Call(model.module, batch, model.device) for batch in batches]
         self._hold = hold
+        self._numbers = itertools.count()
         self._stack = ExitStack()
         rows = [next(iter(b.values())).shape for b in batches]
         starts = torch.tensor([0, *(r[0] for r in rows)]).cumsum(0).tolist()
@@ -60,7 +62,13 @@ class Sweep:
         self._stack.callback(self.model.module.train, training)
         self._stack.enter_context(hf.implementation(self.model.module))
         self._stack.enter_context(torch.no_grad())
+        self._stack.callback(release_freed)
         self._stack.callback(self._abort)
+        if self._hold is not None:
+            # The model's own frame keeps the embedded text as long as the call lasts.
+            embeddings = self.model.module.get_input_embeddings()
+            handle = embeddings.register_forward_hook(self._hold_embedded)
+            self._stack.callback(handle.remove)
         try:
             for call in self._calls:
                 self._resume(call)
@@ -98,6 +106,25 @@ class Sweep:
             yield number, output
         self.model.release_outer()
 
+    def _hold_embedded(self, _module: nn.Module, _arguments: Any, output: Any) -> Any:
+        return self.held(output, f"embedded-{next(self._numbers)}")
+
+    def held(self, output: Any, name: str) -> Any:
+        """Large tensors of a layer's output where they wait: mapped from files if the sweep holds on disk."""
+        folder = self._hold
+        if folder is None:
+            return output
+        count = itertools.count()
+
+        def write(tensor: Tensor) -> Tensor:
+            if tensor.numel() * tensor.element_size() < 1 << 20:
+                return tensor
+            file = folder / f"{name}-{next(count)}.bin"
+            mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+            return mapped.copy_(tensor)
+
+        return _map(output, write)
+
     def _resume(self, call: _Call) -> None:
         """Let a call go on; only meanwhile do stubs stand in the tree, so that layers load into their own places."""
         parent_path, _, name = self.model.stack.rpartition(".")
@@ -127,6 +154,20 @@ class Step:
         self._sweep = sweep
         self._advanced = False
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches."""
+        return sum(len(sequence) for sequence in self._sweep._sequences)
+
+    @contextmanager
+    def readable(self) -> Iterator[None]:
+        """Within the context the layer's weights can be read outside its forward (offloaded ones are brought in)."""
+        if self._sweep.model.weights is not None:
+            yield
+            return
+        with offload.real(self.layer.module.modules()):
+            yield
+
     def run(self, observer: Observer | None = None) -> None:
         """Run every batch through the layer and drop the results; `observer` gets a Tap for each."""
         for number in range(len(self._sweep._calls)):
@@ -140,7 +181,8 @@ class Step:
         last = self.index == len(self._sweep._layers) - 1
         for number, call in enumerate(self._sweep._calls):
             output = self._forward(number, observer)
-            call.value = self._held(output, number)
+            # Two files in turn: the call's frame still holds the layer's input while its output is written.
+            call.value = self._sweep.held(output, f"hidden-{number}-{self.index % 2}")
             if not last:  # behind the last layer come norm and head: only when somebody asks for outputs
                 self._sweep._resume(call)
 
@@ -152,26 +194,6 @@ class Step:
             if observer is not None and self.layer.block is not None:
                 stack.enter_context(observe(self.layer.block, observer, self._sweep._sequences[number]))
             return self.layer.module(*arguments, **keywords)
-
-    def _held(self, output: Any, number: int) -> Any:
-        """The layer's output where it waits for the next layer: mapped from a file if the sweep holds on disk."""
-        folder = self._sweep._hold
-        if folder is None:
-            return output
-        count = 0
-
-        def write(tensor: Tensor) -> Tensor:
-            nonlocal count
-            if tensor.numel() * tensor.element_size() < 1 << 20:
-                return tensor
-            # Two files in turn: the call's frame still holds the layer's input while the output is written.
-            file = folder / f"hidden-{number}-{count}-{self.index % 2}.bin"
-            count += 1
-            size = tensor.numel()
-            mapped = torch.from_file(str(file), shared=True, size=size, dtype=tensor.dtype).view(tensor.shape)
-            return mapped.copy_(tensor)
-
-        return _map(output, write)
 
 
 class _Aborted(BaseException):

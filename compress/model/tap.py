@@ -115,7 +115,8 @@ def observe(block: MoEBlock, observer: Observer, sequence_T: Tensor | None = Non
             observer(Tap(block.layer, experts, hidden, index, weight, output, logits, sequence, parts))
 
     def ran(packed: nn.Module, arguments: Any, output: Tensor) -> None:
-        watch(packed, *arguments[:3], output, None)  # type: ignore[arg-type]
+        hidden, index, weight = arguments[:3]
+        watch(packed, hidden, index, weight, output, None)  # type: ignore[arg-type]
 
     handles = [block.router.register_forward_hook(routed)]
     if hf.is_fused_experts(module):

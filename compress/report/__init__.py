@@ -1,0 +1,1 @@
+"""What a run records, for tools and for people."""

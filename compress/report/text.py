@@ -65,7 +65,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", "## Verification", ""]
         lines.append(
             f"- {checked['tensors']} tensors ({show_bytes(checked['bytes'])}) read back and equal; loaded by "
-            f"{checked['loader']}; logits within {checked['distance']:.2g} of their spread (allowed {checked['tolerance']:g})"
+            f"{checked['loader']}; logits within {checked['distance']:.2g} of their spread "
+            f"(allowed {checked['tolerance']:g})"
         )
     lines += ["", "## What it took", ""]
     lines += _table(

@@ -20,7 +20,7 @@ from moe_compress.model import FusedExperts, MoEModel, families, hf, observe
 from moe_compress.model.sweep import Sweep
 from moe_compress.progress import Progress
 from moe_compress.quant.grid import Grid, dequantize
-from moe_compress.quant.packed import pack_experts
+from moe_compress.quant.packed import Stack, pack_experts
 from moe_compress.quant.rtn import round_to_nearest
 
 FOUND = discover()
@@ -117,7 +117,9 @@ def test_block_view_equals_the_model(name):
 def check_experts(experts, tap, hidden):
     """`expert(e)` in canonical orientation recomputes, row by row, what the module computes."""
     assert isinstance(experts, FusedExperts)
-    for row, (expert, token) in enumerate(zip(tap.dispatch.expert_R.tolist(), tap.dispatch.token_R.tolist(), strict=True)):
+    for row, (expert, token) in enumerate(
+        zip(tap.dispatch.expert_R.tolist(), tap.dispatch.token_R.tolist(), strict=True)
+    ):
         parts = experts.expert(expert)
         x = hidden[token].double()
 
@@ -224,7 +226,7 @@ def test_unequal_packed_experts(name, saved, tmp_path):
             for bits, experts in ((3, range(0, block.num_experts, 2)), (4, range(1, block.num_experts, 2))):
                 experts = list(experts)
                 quantized = round_to_nearest(stacked[experts].float(), Grid(bits, size))
-                entries.append((experts, quantized))
+                entries.append((experts, Stack.holding(quantized)))
                 if rounded:
                     stacked[experts] = dequantize(quantized, stacked.dtype)
             matrices[projection] = entries

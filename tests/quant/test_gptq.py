@@ -152,7 +152,7 @@ def test_never_worse_than_rounding(bits, symmetric, order, passes, search, token
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_much_better_than_rounding_on_correlated_inputs(bits):
-    """Statistical: no theorem, but what the method is for. Measured: 0.37 to 0.42 of round-to-nearest's error."""
+    """Statistical: no theorem, but what the method is for. Measured: 0.42 to 0.56 of round-to-nearest's error."""
     weight_EOK, hessian_EKK = random_problem(experts=4, rows=48, columns=128, tokens=600)
     result = gptq(weight_EOK, hessian_EKK, Grid(bits, 32))
     plain = gptq(weight_EOK, hessian_EKK, Grid(bits, 32), passes=1)
@@ -319,6 +319,12 @@ def test_shrinking_hessians():
     own_EKK = shrink_hessians(hessian_EKK, tokens_E, 0.0)
     torch.testing.assert_close(own_EKK[2], hessian_EKK[2] / 1000)
     assert torch.equal(own_EKK[0], mean_KK.float())
+    # Some experts at a time, with the layer's mean.
+    parts = [shrink_hessians(hessian_EKK[p], tokens_E[p], 4.0, mean_KK) for p in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(torch.cat(parts), shrunk_EKK)
+    assert torch.equal(parts[0][0], mean_KK.float())
+    with pytest.raises(InputError, match="mean Hessian"):
+        shrink_hessians(hessian_EKK, tokens_E, 4.0, mean_KK[:8])
     with pytest.raises(DataError, match="no expert of this layer saw a token"):
         shrink_hessians(hessian_EKK, torch.zeros(4))
     with pytest.raises(InputError, match="token counts"):

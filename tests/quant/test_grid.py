@@ -75,8 +75,8 @@ def test_search_is_never_worse_than_none(grid, search, dtype, weighted, tails, s
 @every_grid
 @pytest.mark.parametrize("tails", [False, True])
 def test_close_to_an_exhaustive_search(grid, tails):
-    weight = random_weight(24, 16, tails=tails) + 0.003
-    best = torch.full((24,), math.inf, dtype=torch.float64)
+    weight = random_weight(64, 16, tails=tails) + 0.003
+    best = torch.full((64,), math.inf, dtype=torch.float64)
     zeros = [grid.center] if grid.symmetric else range(grid.max_code + 1)
     if not grid.symmetric and grid.bits == 8:
         zeros = range(0, 256, 15)
@@ -93,9 +93,9 @@ def test_close_to_an_exhaustive_search(grid, tails):
                 best = torch.minimum(best, (weight - scale * level).double().square().sum(-1))
     found = group_error(weight, round_to_nearest(weight, grid, scale_dtype=torch.float32)).squeeze(-1)
     # At 8 bits the errors are all but 0 and a hundredth of a step decides; a series of candidates can't be that fine.
-    assert found.sum() <= best.sum() * (1.3 if grid.bits == 8 else 1.01 if grid.symmetric else 1.04)
-    if grid.symmetric and grid.bits < 8:
-        assert (found <= best * 1.15).all()
+    assert found.sum() <= best.sum() * (1.3 if grid.bits == 8 else 1.005)
+    if grid.bits < 8:
+        assert (found <= best * 1.5).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -1,0 +1,112 @@
+"""What each pass alone does to the demo checkpoint: perplexity on the six texts, KL divergence, bytes.
+
+    python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
+
+Groups: prune, merge, quantize (default: all). Prints one table per group; every row is a fresh copy of the model,
+compressed by the same function that `moe_compress.compress` offers. Perplexities are means over the texts of the nats
+per token, so rows compare as they stand; `kl` is the mean KL divergence from the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_compress
+from moe_compress.calib.text import Calibration, load_batches
+from moe_compress.progress import Monitor
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "demo" / "moe-demo"
+
+GROUPS: dict[str, dict[str, list[Any]]] = {
+    "prune": {
+        f"{criterion} {keep:.0%}": [{"prune.experts": {"keep": keep, "criterion": criterion}}]
+        for keep in (0.75, 0.5)
+        for criterion in ("random", "frequency", "gate_mass", "ean", "reap")
+    }
+    | {f"reap, global {keep:.0%}": [{"prune.experts": {"keep": keep, "scope": "global"}}] for keep in (0.75, 0.5)},
+    "merge": {
+        f"{name} {keep:.0%}": [{method: {"keep": keep, **options}}]
+        for keep in (0.75, 0.5)
+        for name, method, options in (
+            ("average", "merge.average", {}),
+            ("subspace r=0.75", "merge.subspace", {}),
+            ("subspace r=0.75, not whitened", "merge.subspace", {"whiten": False}),
+            ("subspace r=0.5", "merge.subspace", {"rank": 0.5}),
+            ("average, dominant router row", "merge.average", {"router": "dominant"}),
+        )
+    },
+    "quantize": {
+        name: [{"quantize.mixed": {"bits": bits, **options}}]
+        for bits in (2.5, 3.25, 4.25)
+        for name, options in (
+            (f"RTN, uniform {bits}", {"allocation": "uniform", "method": "rtn"}),
+            (f"RTN, program {bits}", {"method": "rtn"}),
+            (f"GPTQ, uniform {bits}", {"allocation": "uniform"}),
+            (f"GPTQ, program {bits}", {}),
+            (f"GPTQ, program per layer {bits}", {"scope": "layer"}),
+            (f"GPTQ, program on block error alone {bits}", {"alpha": 0, "beta": 0}),
+        )
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", help=", ".join(GROUPS))
+    parser.add_argument("--tokens", type=int, default=20_000, help="tokens of each text")
+    parser.add_argument("--seeds", type=int, default=1, help="calibration seeds; more give a standard deviation")
+    parser.add_argument("--only", help="rows whose name contains this")
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    evaluate = {"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": arguments.tokens}
+    calibrations = [
+        load_batches(
+            Calibration(sources=[str(ROOT / "demo/calibration.jsonl")], length=256, sequences=128, seed=seed),  # type: ignore[list-item]
+            tokenizer,
+            ROOT,
+        )
+        for seed in range(arguments.seeds)
+    ]
+    for group in arguments.groups or GROUPS:
+        print(f"\n{group}\n{'':44}{'MB':>7}{'nats above':>12}{'± sd':>8}{'kl':>9}{'agree':>8}{'seconds':>9}")
+        for name, passes in GROUPS[group].items():
+            if arguments.only and arguments.only not in name:
+                continue
+            rows = []
+            for calibration in calibrations:
+                start = time.perf_counter()
+                result = moe_compress.compress(
+                    copy.deepcopy(original),
+                    tokenizer=tokenizer,
+                    passes=passes,
+                    calibration=calibration,
+                    evaluate=evaluate,
+                    monitor=Monitor(show=False),
+                )
+                rows.append((result.report, time.perf_counter() - start))
+            after, before = [r["after"] for r, _ in rows], rows[0][0]["before"]["perplexity"].values()
+            base = statistics.mean(map(math.log, before))
+            loss = [statistics.mean(map(math.log, a["perplexity"].values())) - base for a in after]
+            spread = statistics.stdev(loss) if len(loss) > 1 else 0.0
+            kl = statistics.mean(statistics.mean(a["kl"].values()) for a in after)
+            agree = statistics.mean(statistics.mean(a["agreement"].values()) for a in after)
+            print(
+                f"{name:44}{after[0]['bytes'] / 1e6:7.2f}{statistics.mean(loss):+12.4f}{spread:8.4f}{kl:9.4f}"
+                f"{agree:8.1%}{statistics.mean(s for _, s in rows):9.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
