@@ -63,6 +63,7 @@ class Sweep:
         self._stack.enter_context(hf.implementation(self.model.module))
         self._stack.enter_context(torch.no_grad())
         self._stack.callback(release_freed)
+        self._stack.callback(self.model.release_outer)
         self._stack.callback(self._abort)
         if self._hold is not None:
             # The model's own frame keeps the embedded text as long as the call lasts.
@@ -104,7 +105,6 @@ class Sweep:
                 raise RuntimeError(f"batch {number} is still at layer {call.layer}")
             output, call.output = call.output, None
             yield number, output
-        self.model.release_outer()
 
     def _hold_embedded(self, _module: nn.Module, _arguments: Any, output: Any) -> Any:
         return self.held(output, f"embedded-{next(self._numbers)}")

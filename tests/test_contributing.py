@@ -1,0 +1,35 @@
+"""The example in CONTRIBUTING.md is a plugin that works as it stands."""
+
+import json
+import re
+
+import pytest
+from conftest import DEMO, ROOT
+
+from moe_compress.pipeline import run
+from moe_compress.progress import Monitor
+from moe_compress.recipe import make_recipe
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    path = tmp_path_factory.mktemp("plugin") / "quiet.py"
+    path.write_text(code[1])
+    return path
+
+
+def test_the_example_runs(plugin, tmp_path):
+    recipe = make_recipe(
+        {
+            "model": str(DEMO / "moe-demo"),
+            "output": str(tmp_path / "out"),
+            "target": "transformers",
+            "plugins": [str(plugin)],
+            "calibration": {"sources": str(DEMO / "calibration.jsonl"), "sequences": 4, "length": 64},
+            "passes": [{"prune.quiet": {"keep": 0.75}}],
+        }
+    )
+    finished = run(recipe, monitor=Monitor(show=False))
+    assert [layer["num_experts"] for layer in finished.report["layers"]] == [12] * 4
+    assert json.loads((finished.output / "config.json").read_text())["num_experts"] == 12
