@@ -54,7 +54,8 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
             (f"GPTQ, uniform {bits}", {"allocation": "uniform"}),
             (f"GPTQ, program {bits}", {}),
             (f"GPTQ, program per layer {bits}", {"scope": "layer"}),
-            (f"GPTQ, program on block error alone {bits}", {"alpha": 0, "beta": 0}),
+            (f"GPTQ, program on PMQ's cost {bits}", {"cost": "pmq"}),
+            (f"GPTQ, program per layer on PMQ's cost {bits}", {"cost": "pmq", "scope": "layer"}),
         )
     },
 }

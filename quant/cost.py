@@ -30,7 +30,9 @@ class QuantizationError(Statistic):
 
     Result: `error` [E, B] ε_eb = Σ over sequences of ‖Z − Z_{e←b bits}‖_F, Z the block's output on a sequence (PMQ,
     arXiv 2410.06270, Eq. 3): as everything else is exact, Z − Z' is the expert's own weighted change on its tokens.
-    `squared` [E, B] Σ over tokens of ‖z_t − z'_t‖². Quantizer: round-to-nearest on the grid that will be used.
+    `squared` [E, B] Σ over tokens of ‖z_t − z'_t‖². `relative` [E, B] Σ over tokens of ‖z_t − z'_t‖² / ‖h_t‖², h the
+    hidden state behind the decoder layer; absent where the layer returns none. Quantizer: round-to-nearest on the grid
+    that will be used.
     """
 
     name: ClassVar[str] = "quantization_error"
@@ -56,6 +58,7 @@ class _Errors(Accumulator):
         self.settings, self.experts = settings, experts
         self.inputs = BlockInputs()
         self.sequences: list[Tensor] = []
+        self.residuals: list[Tensor] | None = []
         self.seen = 0
 
     def update(self, tap: Tap) -> None:
@@ -65,6 +68,10 @@ class _Errors(Accumulator):
         own = tap.sequence_T if tap.sequence_T is not None else torch.full((count,), self.seen)
         self.sequences.append(own)
         self.seen += 1
+        if tap.residual_T is None:
+            self.residuals = None
+        if self.residuals is not None and tap.residual_T is not None:
+            self.residuals.append(tap.residual_T.double().cpu())
 
     def result(self) -> Result:
         sequence_T = torch.cat(self.sequences)
@@ -73,6 +80,9 @@ class _Errors(Accumulator):
         count = self.experts.num_experts
         dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, count)
         squared_BEQ = torch.zeros(len(self.settings.bits), count, number, dtype=torch.float64)
+        relative_BE = torch.zeros(len(self.settings.bits), count, dtype=torch.float64)
+        # A hidden state of zero (none is known) would make its token's error infinite: it then doesn't count.
+        scale_T = None if self.residuals is None else torch.cat(self.residuals).reciprocal().nan_to_num(posinf=0.0)
         width = weights.parameters // count
         row = 3 * self.experts.hidden_size + 4 * weights.up.shape[1]
         sizes = [8 * width + 4 * rows * row for rows in dispatch.counts_E.tolist()]
@@ -87,9 +97,16 @@ class _Errors(Accumulator):
             for column, bits in enumerate(self.settings.bits):
                 rounded = self.experts.with_weights(self._rounded(own, bits), input_RH, part)[1]
                 change = (exact - rounded).float().square().sum(-1).double() * part.weight_R.double().square()
+                change_R = change.cpu()
                 target_C = squared_BEQ[column, chunk.start : chunk.stop].view(-1)
-                target_C.index_add_(0, (part.expert_R * number + sequence_R).cpu(), change.cpu())
-        return {"error": squared_BEQ.sqrt().sum(-1).T.contiguous(), "squared": squared_BEQ.sum(-1).T.contiguous()}
+                target_C.index_add_(0, (part.expert_R * number + sequence_R).cpu(), change_R)
+                if scale_T is not None:
+                    own_C = relative_BE[column, chunk.start : chunk.stop]
+                    own_C.index_add_(0, part.expert_R.cpu(), change_R * scale_T[part.token_R.cpu()])
+        result = {"error": squared_BEQ.sqrt().sum(-1).T, "squared": squared_BEQ.sum(-1).T}
+        if scale_T is not None:
+            result["relative"] = relative_BE.T
+        return {name: value.contiguous() for name, value in result.items()}
 
     def _rounded(self, weights: ExpertWeights, bits: int) -> ExpertWeights:
         grid = self.settings.grid(bits)

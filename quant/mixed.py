@@ -20,7 +20,7 @@ from moe_compress.budget.knapsack import solve_arrays
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs, Moments, chunks
 from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
-from moe_compress.errors import BudgetError, RecipeError
+from moe_compress.errors import BudgetError, RecipeError, UnsupportedModelError
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
@@ -62,9 +62,14 @@ class MixedOptions(PassOptions):
     group_size: int = Field(default=64, ge=-1, description="Weights that share a scale, -1 for a whole row")
     symmetric: bool = Field(default=True, description="No zero points (what servers load)")
     search: Literal["none", "mse", "pnorm"] = Field(default="mse", description="How scales are found")
-    alpha: float = Field(default=1.0, ge=0, description="Exponent of how often an expert is chosen, in its cost (PMQ)")
-    beta: float = Field(default=1.5, ge=0, description="Exponent of its routing weight")
-    gamma: float = Field(default=2.0, gt=0, description="Exponent of its measured error")
+    cost: Literal["relative", "pmq"] = Field(
+        default="relative",
+        description="What a width costs an expert: its error on every token, squared, relative to the hidden state that "
+        "it is added to (comparable between layers); or PMQ's product of powers",
+    )
+    alpha: float = Field(default=1.0, ge=0, description="PMQ: exponent of how often an expert is chosen")
+    beta: float = Field(default=1.5, ge=0, description="PMQ: exponent of its routing weight")
+    gamma: float = Field(default=2.0, gt=0, description="PMQ: exponent of its error at the block's output")
     damping: float = Field(default=0.01, ge=0, description="GPTQ: added to the Hessian's diagonal, times its mean")
     shrinkage: float | None = Field(
         default=None,
@@ -107,8 +112,12 @@ class QuantizeMixed(Pass):
         """Error of each expert at each width, and what weighs it."""
         if self.options.allocation == "uniform":
             return [OutputNorms()] if self.options.protect_super_experts else []
-        found: list[Statistic] = [self._error, Routing()]
-        return [*found, OutputNorms()] if self.options.protect_super_experts else found
+        found: list[Statistic] = [self._error]
+        if self.options.cost == "pmq":
+            found.append(Routing())
+        if self.options.protect_super_experts:
+            found.append(OutputNorms())
+        return found
 
     def needs_inputs(self) -> bool:
         """GPTQ reads what the experts read."""
@@ -279,11 +288,23 @@ class QuantizeMixed(Pass):
         return bits, {"solver": solution.solver, "gap": float(solution.gap), "cost": float(solution.cost)}
 
     def _costs(self, profile: Profile, index: int) -> NDArray[np.float64]:
-        """φ^α · ω^β · ε^γ of every expert and width (PMQ, Eq. 4); φ and ω sum to 1 in a layer, ε is measured."""
+        """What every width costs every expert, [E, B].
+
+        PMQ (Eq. 4): φ^α · ω^β · ε^γ, where frequency φ and routing weight ω sum to 1 in a layer and ε is measured.
+        """
+        measured = profile.of(index, self._error)
+        if self.options.cost == "relative":
+            if "relative" not in measured:
+                raise UnsupportedModelError(
+                    f"layer {index} returns no hidden state per token that errors could be compared with: set "
+                    "`cost: pmq` in quantize.mixed"
+                )
+            relative: NDArray[np.float64] = measured["relative"].numpy()
+            return relative
         routing = profile.of(index, Routing())
         frequency = routing["counts"] / routing["counts"].sum().clamp_min(1)
         weight = routing["gate"] / routing["gate"].sum().clamp_min(1e-300)
-        error = profile.of(index, self._error)["error"]
+        error = measured["error"]
         factor = frequency**self.options.alpha * weight**self.options.beta
         cost: NDArray[np.float64] = (factor.unsqueeze(1) * error**self.options.gamma).numpy()
         return cost

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import hf, offload
 from .model import Layer, MoEModel
-from .tap import Observer, observe
+from .tap import Observer, Tap, observe, residual_norms
 from .tensors import release_freed
 
 Batch = Mapping[str, Any]
@@ -189,11 +189,18 @@ class Step:
     def _forward(self, number: int, observer: Observer | None) -> Any:
         call = self._sweep._calls[number]
         arguments, keywords = _to(call.arguments, self._sweep.model.device)
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if observer is not None and self.layer.block is not None:
-                stack.enter_context(observe(self.layer.block, observer, self._sweep._sequences[number]))
-            return self.layer.module(*arguments, **keywords)
+        taps: list[Tap] = []
+        with torch.no_grad():
+            with ExitStack() as stack:
+                if observer is not None and self.layer.block is not None:
+                    stack.enter_context(observe(self.layer.block, taps.append, self._sweep._sequences[number]))
+                output = self.layer.module(*arguments, **keywords)
+            # Handed on only now: what a change of the block weighs depends on the hidden state behind the layer.
+            for tap in taps:
+                tap.residual_T = residual_norms(output, len(tap.hidden_TH))
+                assert observer is not None
+                observer(tap)
+        return output
 
 
 class _Aborted(BaseException):

@@ -35,6 +35,8 @@ class Tap:
         output_TH: output of the experts module (shared experts and scaling by the block not included).
         logits_TE: what the router returned as its logits; None where the router returns none.
         sequence_T: number of the calibration sequence that each token belongs to.
+        residual_T: squared norm of each token's hidden state behind the decoder layer, all residual streams together;
+            None where the layer returns nothing of one row per token.
     """
 
     layer: int
@@ -45,6 +47,7 @@ class Tap:
     output_TH: Tensor
     logits_TE: Tensor | None = None
     sequence_T: Tensor | None = None
+    residual_T: Tensor | None = None
     _parts: tuple[Dispatch, Tensor, Tensor] | None = None
 
     @functools.cached_property
@@ -76,6 +79,15 @@ class Tap:
 
 
 Observer = Callable[[Tap], None]
+
+
+def residual_norms(output: Any, tokens: int) -> Tensor | None:
+    """Squared norm per token, [T], of what a decoder layer returned: hidden states, or a tuple with them in front."""
+    hidden = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(hidden, Tensor) or hidden.dim() < 3 or hidden.shape[0] * hidden.shape[1] != tokens:
+        return None
+    return hidden.reshape(tokens, -1).float().square().sum(dim=-1)
+
 
 # Experts module → who looks at it now. Only ever filled inside `observe`.
 _WATCHED: dict[int, Callable[..., None]] = {}

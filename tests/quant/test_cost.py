@@ -1,0 +1,99 @@
+"""Cost of a width against a plain loop: one expert of the model itself is rounded, the layer runs, errors are summed."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from families import input_batch
+from reference import KINDS, build, measure
+from torch import nn
+
+from moe_compress.model import MoEModel, hf
+from moe_compress.model.tap import residual_norms
+from moe_compress.quant.cost import QuantizationError
+from moe_compress.quant.grid import Grid, dequantize
+from moe_compress.quant.rtn import round_to_nearest
+
+BITS = (1, 3)
+GROUP = 4
+
+
+@functools.cache
+def model_of(name):
+    return build(name)
+
+
+def batches_of(name):
+    return [input_batch(model_of(name), *shape) for shape in ((2, 9, 1), (1, 6, 2))]
+
+
+def rounded(experts: nn.Module, expert: int, bits: int) -> None:
+    """Round an expert's matrices in place, in whatever layout they have: a row is what reads one input."""
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        stack = getattr(experts, name, None)
+        if stack is not None:
+            matrix = stack[expert].T if experts.is_transposed else stack[expert]
+            new = dequantize(round_to_nearest(matrix[None].float(), Grid(bits, GROUP, True)), stack.dtype)[0]
+            stack[expert] = new.T if experts.is_transposed else new
+
+
+@torch.no_grad()
+def traced(model, layer: int, batches):
+    """(routed output, hidden states behind the layer) of one decoder layer, per sequence, in float64."""
+    view = MoEModel.wrap(model)
+    routed, hidden, handles = [], [], []
+
+    def experts_ran(_module, arguments, output):
+        routed.append(output.double())
+
+    def layer_ran(_module, arguments, output):
+        states = output[0] if isinstance(output, tuple) else output
+        hidden.append(states.double().flatten(2))
+
+    handles.append(view.block(layer).experts_module.register_forward_hook(experts_ran))
+    handles.append(view.layers[layer].register_forward_hook(layer_ran))
+    with hf.implementation(model, "eager"):
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    pairs = []
+    for flat, states in zip(routed, hidden, strict=True):
+        pairs += list(zip(flat.view(*states.shape[:2], -1), states, strict=True))
+    return pairs
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_expert_and_width(name):
+    batches = batches_of(name)
+    statistic = QuantizationError(BITS, GROUP, True)
+    view = MoEModel.wrap(model_of(name))
+    profile = measure(view, batches, [statistic])
+    layer = view.moe_layers[0]
+    found = profile.of(layer, statistic)
+    exact = traced(model_of(name), layer, batches)
+    used = 0
+    for expert in range(min(5, view.block(layer).num_experts)):
+        for column, bits in enumerate(BITS):
+            changed = copy.deepcopy(model_of(name))
+            with torch.no_grad():
+                rounded(MoEModel.wrap(changed).block(layer).experts_module, expert, bits)
+            error = squared = relative = 0.0
+            for (before, hidden), (after, _) in zip(exact, traced(changed, layer, batches), strict=True):
+                change_T = (before - after).square().sum(-1)
+                error += float(change_T.sum().sqrt())
+                squared += float(change_T.sum())
+                relative += float((change_T / hidden.square().sum(-1)).sum())
+            used += squared > 0
+            for key, expected in (("error", error), ("squared", squared), ("relative", relative)):
+                assert float(found[key][expert, column]) == pytest.approx(expected, rel=2e-3, abs=1e-7), (key, expert)
+    assert used >= len(BITS)
+
+
+def test_a_layer_without_hidden_states_per_token_has_no_relative_error():
+    assert residual_norms(torch.ones(2, 3, 4), 6).tolist() == [4.0] * 6
+    assert residual_norms((torch.ones(2, 3, 2, 4), None), 6).tolist() == [8.0] * 6
+    assert residual_norms(torch.ones(2, 3, 4), 5) is None
+    assert residual_norms(None, 6) is None
+    assert residual_norms((), 6) is None
