@@ -6,9 +6,11 @@ import inspect as python_inspect
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from moe_compress.errors import InputError
 from moe_compress.export.targets import TARGETS
 from moe_compress.model import MoEModel, families
 from moe_compress.model.shape import model_shape
@@ -18,7 +20,8 @@ from moe_compress.recipe import Evaluation, Recipe
 from moe_compress.report.text import headline
 from moe_compress.units import show_bytes
 
-console = Console(highlight=False)
+# Lines are never broken: paths stay whole, and what is piped elsewhere has the shape that it has here.
+console = Console(highlight=False, soft_wrap=True)
 
 
 def show_forecast(recipe: Recipe, forecast: Forecast) -> None:
@@ -146,7 +149,11 @@ def evaluated(model: str, against: str | None, tasks: str | None, device: str, *
 
     where, dtype = device_and_dtype(device, "auto")
     names = [t for t in (tasks or "").split(",") if t]
-    evaluation = Evaluation(tasks=names, **{k: v for k, v in wanted.items() if v is not None})
+    try:
+        evaluation = Evaluation(tasks=names, **{k: v for k, v in wanted.items() if v is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from error
     opened = MoEModel.open(model, dtype=dtype, device=where)
     check_scoring(opened, evaluation)
     with tempfile.TemporaryDirectory() as folder:
@@ -191,6 +198,12 @@ def show_pass(name: str) -> None:
         table.add_row(option, default, field.description or "")
     console.print()
     console.print(table)
+    for option, choices in cls.choices().items():
+        table = Table(option, "from", box=None, pad_edge=False)
+        for choice, source in choices.items():
+            table.add_row(choice, source)
+        console.print()
+        console.print(table)
 
 
 def show_families() -> None:

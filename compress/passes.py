@@ -95,6 +95,11 @@ class Pass(ABC):
         """Whether `apply` reads what the block read (collected with all earlier layers already changed)."""
         return False
 
+    @classmethod
+    def choices(cls) -> dict[str, dict[str, str]]:
+        """Option → registered name → where it is from, of options that name something others may add to."""
+        return {}
+
     @abstractmethod
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Sizes after this pass. Raises RecipeError or BudgetError when it can't be done, with the numbers."""

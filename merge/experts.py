@@ -132,8 +132,8 @@ class _MergeExperts(Pass):
                 target[slot] = tensors[name].to(target)
         return {
             "groups": groups,
+            "experts": _told(decision, weights, experts),
             "slots": slots,
-            "protected": decision["protected"],
             "spread_within_groups": decision["spread"],
         }
 
@@ -253,6 +253,20 @@ def merged_slots(groups: Sequence[Sequence[int]], experts: int) -> list[int]:
     for slot, members in enumerate(groups):
         slots[torch.tensor(list(members))] = slot
     return slots.tolist()
+
+
+def _told(decision: dict[str, Any], weights: Sequence[Tensor], experts: int) -> list[dict[str, Any]]:
+    """What is said of each expert: with whom it was merged, its weight among them, whose router row came first."""
+    told: list[dict[str, Any]] = [{} for _ in range(experts)]
+    for members, weight, dominant in zip(decision["groups"], weights, decision["dominant"], strict=True):
+        for expert, share in zip(members, (weight / weight.sum()).tolist(), strict=True):
+            told[expert] = {
+                "merged_with": [e for e in members if e != expert],
+                "weight": share,
+                "dominant": expert == dominant,
+                "protected": expert in decision["protected"],
+            }
+    return told
 
 
 def _unit_trace(gram_GOO: Tensor) -> Tensor:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
 from moe_compress.counts import ExpertCounts, chosen, kept_count, least_kept, ranked
-from moe_compress.errors import RecipeError
+from moe_compress.errors import RecipeError, RunError
 from moe_compress.model import MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
@@ -43,16 +43,27 @@ class PruneOptions(PassOptions, ExpertCounts):
         find_criterion(value)
         return value
 
+    @model_validator(mode="after")
+    def _minimum_of_global(self) -> Self:
+        if self.minimum is not None and self.scope == "uniform":
+            raise ValueError("`minimum` belongs to scope: global; in a uniform plan every layer keeps the same number")
+        return self
+
 
 @register
 class PruneExperts(Pass):
     """Remove the experts that matter least by a criterion."""
 
     name = "prune.experts"
-    summary = "remove whole experts by a criterion: " + ", ".join(CRITERIA)
+    summary = "remove whole experts by a criterion, uniformly or globally"
     paper = "REAP, arXiv 2510.13999 (default criterion)"
     Options = PruneOptions
     options: PruneOptions
+
+    @classmethod
+    def choices(cls) -> dict[str, dict[str, str]]:
+        """The registered criteria."""
+        return {"criterion": {c.name: c.source for c in CRITERIA.values()}}
 
     def statistics(self) -> Sequence[Statistic]:
         """The criterion's, and what finds super experts."""
@@ -68,7 +79,10 @@ class PruneExperts(Pass):
                 f"prune.experts: scope 'global' gives layers different numbers of experts, which the target "
                 f"{self.target.name!r} can't load; use scope: uniform, or target: native"
             )
-        return shape.with_layers({i: layer.with_experts(self._kept(i, layer)) for i, layer in shape.layers.items()})
+        counts = {i: self._kept(i, layer) for i, layer in shape.layers.items()}
+        if self.options.scope == "global":
+            _floors(shape, sum(counts.values()), self.options.minimum, {})
+        return shape.with_layers({i: layer.with_experts(counts[i]) for i, layer in shape.layers.items()})
 
     def plan(self, profile: Profile) -> Plan:
         """Score all experts, protect super experts, keep the best."""
@@ -80,6 +94,13 @@ class PruneExperts(Pass):
             )
             for layer in profile.shape.layers
         }
+        for layer, found in scores.items():
+            if not found.isfinite().all():
+                raise RunError(
+                    f"prune.experts: {self.options.criterion} gives experts "
+                    f"{(~found.isfinite()).nonzero().flatten().tolist()} of layer {layer} no finite score: the "
+                    "checkpoint's weights, or what they compute, overflow"
+                )
         protected: dict[int, list[int]] = {}
         if self.options.protect_super_experts:
             maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
@@ -90,7 +111,7 @@ class PruneExperts(Pass):
             i: {
                 "keep": keep[i],
                 "remove": sorted(set(range(len(scores[i]))) - set(keep[i])),
-                "scores": [round(float(s), 9) for s in scores[i]],
+                "scores": [float(f"{float(s):.9g}") for s in scores[i]],
                 "protected": protected.get(i, []),
             }
             for i in scores
@@ -107,7 +128,11 @@ class PruneExperts(Pass):
         slots = [-1] * (len(decision["keep"]) + len(decision["remove"]))
         for slot, expert in enumerate(decision["keep"]):
             slots[expert] = slot
-        return {"removed": decision["remove"], "protected": decision["protected"], "slots": slots}
+        experts = [
+            {"score": score, "removed": slot < 0, "protected": expert in decision["protected"]}
+            for expert, (score, slot) in enumerate(zip(decision["scores"], slots, strict=True))
+        ]
+        return {"removed": decision["remove"], "experts": experts, "slots": slots}
 
     def _kept(self, index: int, layer: LayerShape) -> int:
         return kept_count(self.name, index, layer, self.options)
@@ -132,8 +157,25 @@ def _global_choice(
 
     Group-limited layers keep whole numbers of experts per group: they take part with one step per group.
     """
-    floors: dict[int, int] = {}
+    floors = _floors(shape, total, minimum, protected)
     units: list[tuple[float, int, int]] = []  # score, layer, number of experts that come with it
+    for index, layer in shape.layers.items():
+        step = layer.groups[0] if layer.groups else 1
+        share = scores[index] / scores[index].sum().clamp_min(1e-300)
+        price = share[ranked(scores[index], layer, protected.get(index, []))].mean(dim=0)  # of each further step
+        units += [(float(price[n // step]), index, step) for n in range(floors[index], layer.num_experts, step)]
+    kept = dict(floors)
+    left = total - sum(kept.values())
+    for _, index, step in sorted(units, key=lambda u: (-u[0], u[1])):
+        if step <= left:
+            kept[index] += step
+            left -= step
+    return {i: chosen(scores[i], kept[i], shape.layers[i], protected.get(i, [])) for i in scores}
+
+
+def _floors(shape: ModelShape, total: int, minimum: int | None, protected: dict[int, list[int]]) -> dict[int, int]:
+    """Experts that each layer keeps in any case. Raises RecipeError when they are more than `total`."""
+    floors: dict[int, int] = {}
     for index, layer in shape.layers.items():
         step = layer.groups[0] if layer.groups else 1
         least = minimum if minimum is not None else min(layer.num_experts, 2 * layer.top_k)
@@ -142,18 +184,9 @@ def _global_choice(
             groups, used = layer.groups
             least = max(least, 2 * groups, -(-layer.top_k * groups // used))
         floors[index] = min(layer.num_experts, -(-least // step) * step)
-        share = scores[index] / scores[index].sum().clamp_min(1e-300)
-        price = share[ranked(scores[index], layer, protected.get(index, []))].mean(dim=0)  # of each further step
-        units += [(float(price[n // step]), index, step) for n in range(floors[index], layer.num_experts, step)]
-    kept = dict(floors)
     if sum(floors.values()) > total:
         raise RecipeError(
             f"prune.experts: {total} experts are to be kept, but each layer keeps a minimum and these sum to "
             f"{sum(floors.values())}; lower `minimum` or keep more"
         )
-    left = total - sum(kept.values())
-    for _, index, step in sorted(units, key=lambda u: (-u[0], u[1])):
-        if step <= left:
-            kept[index] += step
-            left -= step
-    return {i: chosen(scores[i], kept[i], shape.layers[i], protected.get(i, [])) for i in scores}
+    return floors

@@ -64,8 +64,8 @@ class MixedOptions(PassOptions):
     search: Literal["none", "mse", "pnorm"] = Field(default="mse", description="How scales are found")
     cost: Literal["relative", "pmq"] = Field(
         default="relative",
-        description="What a width costs an expert: its error on every token, squared, relative to the hidden state that "
-        "it is added to (comparable between layers); or PMQ's product of powers",
+        description="What a width costs an expert: its squared error on every token relative to the hidden state that "
+        "it is added to, comparable between layers; or PMQ's product of powers",
     )
     alpha: float = Field(default=1.0, ge=0, description="PMQ: exponent of how often an expert is chosen")
     beta: float = Field(default=1.5, ge=0, description="PMQ: exponent of its routing weight")
@@ -196,8 +196,9 @@ class QuantizeMixed(Pass):
             for expert, values in result.report.items():
                 notes.setdefault(expert, {}).update(values)
         pack_experts(block, matrices)
-        report = [{"bits": b, **notes.get(e, {})} for e, b in enumerate(decision["bits"])]
-        return {"experts": report, "protected": decision["protected"]}
+        protected = decision["protected"]
+        report = [{"bits": b, "protected": e in protected, **notes.get(e, {})} for e, b in enumerate(decision["bits"])]
+        return {"experts": report}
 
     # --- plan --------------------------------------------------------------------------------------------------
 
@@ -260,7 +261,14 @@ class QuantizeMixed(Pass):
             part, summary = self._program([index], costs, sizes, allowed, budget * layer.weights // weights)
             bits |= part
             summaries.append(summary)
-        return bits, {"solver": summaries[0]["solver"], "gap": max(s["gap"] for s in summaries)}
+        solvers = sorted({s["solver"] for s in summaries})
+        notes = sorted({s["solver_note"] for s in summaries if "solver_note" in s})
+        return bits, {
+            "solver": ", ".join(solvers),
+            "gap": max(s["gap"] for s in summaries),
+            "cost": sum(s["cost"] for s in summaries),
+            **({"solver_note": "; ".join(notes)} if notes else {}),
+        }
 
     def _program(
         self,
@@ -285,7 +293,8 @@ class QuantizeMixed(Pass):
             own = widths[start : start + units].tolist()
             bits[index] = own * counts[index] if whole else own
             start += units
-        return bits, {"solver": solution.solver, "gap": float(solution.gap), "cost": float(solution.cost)}
+        summary = {"solver": solution.solver, "gap": float(solution.gap), "cost": float(solution.cost)}
+        return bits, {**summary, **({"solver_note": solution.note} if solution.note else {})}
 
     def _costs(self, profile: Profile, index: int) -> NDArray[np.float64]:
         """What every width costs every expert, [E, B].

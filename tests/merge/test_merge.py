@@ -517,7 +517,13 @@ def test_super_experts_stay_alone():
     assert plan.notes == ["layer 0: super experts [3] are not merged"]
     before = raw(view, 0)
     report, _ = carry_out(view, step, plan, batches_of("qwen3_moe"))[0]
-    assert report["protected"] == [3]
+    assert report["experts"][3] == {"merged_with": [], "weight": 1.0, "dominant": True, "protected": True}
+    assert [e for e, told in enumerate(report["experts"]) if told["protected"]] == [3]
+    for members, weights in zip(plan.layers[0]["groups"], plan.layers[0]["weights"], strict=True):
+        for expert, weight in zip(members, weights, strict=True):
+            told = report["experts"][expert]
+            assert told["merged_with"] == [e for e in members if e != expert]
+            assert told["weight"] == pytest.approx(weight / sum(weights))
     after = raw(view, 0)
     assert all(torch.equal(after[name][report["slots"][3]], before[name][3]) for name in before)
     assert OutputNorms() not in merge(experts=4, protect_super_experts=False).statistics()

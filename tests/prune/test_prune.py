@@ -354,6 +354,9 @@ def test_global_limits():
     scores = random_scores(3, 8, 0)
     with pytest.raises(RecipeError, match=r"12 experts are to be kept, but each layer keeps a minimum .* sum to 15"):
         prune(criterion="ean", scope="global", keep=0.5, minimum=5).plan(profile_of(scores))
+    three = ModelShape({i: layer_shape(8) for i in range(3)}, 0)
+    with pytest.raises(RecipeError, match="sum to 15"):  # known before anything is measured
+        prune("native", scope="global", keep=0.5, minimum=5).forecast(three)
     plan = prune(criterion="ean", scope="global", keep=0.5).plan(profile_of(scores))  # default: twice the top-k
     assert [len(k) for k in kept(plan).values()] == [4, 4, 4]
     shape = ModelShape({0: layer_shape(8)}, 0)
@@ -460,6 +463,8 @@ def test_apply_removes_what_was_planned(name):
         keep = plan.layers[layer]["keep"]
         assert view.block(layer).num_experts == 4
         assert report["removed"] == plan.layers[layer]["remove"]
+        assert [e for e, told in enumerate(report["experts"]) if told["removed"]] == plan.layers[layer]["remove"]
+        assert [told["score"] for told in report["experts"]] == plan.layers[layer]["scores"]
         assert report["slots"] == [keep.index(e) if e in keep else -1 for e in range(8)]
         assert json.loads(json.dumps(report)) == report
         after = view.block(layer).experts.weights()

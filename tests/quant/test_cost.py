@@ -1,4 +1,4 @@
-"""Cost of a width against a plain loop: one expert of the model itself is rounded, the layer runs, errors are summed."""
+"""Cost of a width against a plain loop: one expert of the model is rounded, the layer runs, errors are summed."""
 
 import copy
 import functools
