@@ -1,12 +1,12 @@
 """`moe-compress`: the commands and how they fail.
 
-A user sees one line when something is wrong; exit code 2 when the input was wrong, 1 when a run failed. A traceback
-only with `--debug`. Heavy imports happen inside commands, so that `--help` is instant.
+A user sees one line when something is wrong; exit code 2 when the input was wrong, 1 when a run failed, 130 when the
+user interrupted it. A traceback only with `--debug`. Heavy imports happen inside commands, so that `--help` is instant.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -25,31 +25,54 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 class _Commands(click.Group):
     """Turns errors into one line and an exit code."""
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """See click; what it says of wrong arguments becomes one line too."""
+        try:
+            code = super().main(*arguments, **{**options, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "moe-compress"
+            message = error.format_message().strip().rstrip(".")
+            _say(f"{message[:1].lower()}{message[1:]} (see `{command} --help`)")
+            code = error.exit_code
+        sys.exit(code if isinstance(code, int) else 0)
+
     def invoke(self, ctx: click.Context) -> Any:
-        debug = "--debug" in sys.argv
+        """See click."""
         try:
             return super().invoke(ctx)
-        except MoeCompressError as error:
-            if debug:
-                raise
-            click.echo(f"moe-compress: {error}", err=True)
-            ctx.exit(error.exit_code)
-        except (KeyboardInterrupt, BrokenPipeError):
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
-        except click.ClickException:
-            raise
-        except click.exceptions.Exit:
-            raise
-        except MemoryError:
-            click.echo("moe-compress: out of memory; see --help of the command for what to reduce", err=True)
-            ctx.exit(1)
+        except KeyboardInterrupt:
+            again = ": the same command goes on from here" if ctx.invoked_subcommand == "run" else ""
+            _say(f"interrupted{again}")
+            ctx.exit(130)
         except Exception as error:
-            if debug:
+            if "--debug" in sys.argv:
                 raise
-            text = str(error).strip().splitlines()
-            what = f"{type(error).__name__}: {text[0] if text else ''}".strip()
-            click.echo(f"moe-compress: unexpected {what} (run again with --debug for the whole story)", err=True)
-            ctx.exit(1)
+            _say(_explained(error))
+            ctx.exit(error.exit_code if isinstance(error, MoeCompressError) else 1)
+
+
+def _say(text: str) -> None:
+    click.echo(f"moe-compress: {' '.join(text.split())}", err=True)
+
+
+def _explained(error: Exception) -> str:
+    if isinstance(error, MoeCompressError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; see --help of the command for what to reduce"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        again = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        return f"{where}{error.strerror}{again}"
+    text = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {text[0] if text else ''}".strip()
+    return f"unexpected {what} (run again with --debug for the whole story)"
 
 
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -119,6 +142,8 @@ def run(
 @debug_option
 def inspect(model: str, as_json: bool, debug: bool) -> None:
     """Show what the checkpoint MODEL holds: family, layers, experts, sizes. Nothing is loaded."""
+    import json
+
     from .show import inspected, show_inspection
 
     found = inspected(model)
@@ -143,12 +168,17 @@ def inspect(model: str, as_json: bool, debug: bool) -> None:
 @debug_option
 def evaluate(model: str, json_file: str | None, debug: bool, **wanted: Any) -> None:
     """Score the checkpoint MODEL on text and tasks, layer by layer if it doesn't fit in memory."""
+    from moe_compress.checkpoint.atomic import write_json
+    from moe_compress.errors import InputError
+
     from .show import evaluated, show_scores
 
+    if json_file and not os.access(Path(json_file).absolute().parent, os.W_OK):
+        raise InputError(f"--json {json_file} can't be written: no such folder, or no right to write there")
     scores = evaluated(model, **wanted)
     show_scores(scores)
     if json_file:
-        Path(json_file).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(json_file), scores)
 
 
 @main.command()

@@ -20,7 +20,7 @@ from moe_compress.recipe import Evaluation, Recipe
 from moe_compress.report.text import headline
 from moe_compress.units import show_bytes
 
-# Lines are never broken: paths stay whole, and what is piped elsewhere has the shape that it has here.
+# A line is not broken: paths stay whole where the output goes elsewhere.
 console = Console(highlight=False, soft_wrap=True)
 
 

@@ -20,7 +20,7 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.routing import RoutingChange
 from moe_compress.calib.text import TokenBatches
 from moe_compress.checkpoint.workspace import short_digest
-from moe_compress.errors import RunError
+from moe_compress.errors import RecipeError, RunError
 from moe_compress.model import Layer, MoEBlock, MoEModel
 from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Batch, Sweep
@@ -157,7 +157,10 @@ def run_passes(
                         applying.alone(index)
                         progress.layer(index)
         reports = {i: commits.report(i) for i in model.moe_layers}
-        shape = shape.with_layers({i: _measured(shape, i, reports[i]) for i in model.moe_layers})
+        shape = replace(
+            shape.with_layers({i: _measured(shape, i, reports[i]) for i in model.moe_layers}),
+            other_bytes=shape.other_bytes + sum(report["other_bytes_change"] for report in reports.values()),
+        )
         options = step.options.model_dump(mode="json")
         outcomes.append(Outcome(step.name, options, plan, shape, reports))
         state = short_digest([state, step.name, options, plan.to_json(), calibrated.digest])
@@ -204,7 +207,9 @@ class _Applying:
     def alone(self, index: int) -> None:
         """Change a layer that needn't run."""
         with self.model.layer(index, stored=True) as layer, self.model.editing(layer) as block:
+            beside = self._beside(layer, block)
             report = self.step.apply(block, self.plan.layers[index], None)
+            report["other_bytes_change"] = self._beside(layer, block) - beside
             self._commit(layer, block, report)
 
     def with_inputs(self, at: Any) -> None:
@@ -216,13 +221,21 @@ class _Applying:
         inputs = BlockInputs()
         at.run(inputs.observe)
         with self.model.editing(layer) as block:
+            beside = self._beside(layer, block)
             report = self.step.apply(block, self.plan.layers[at.index], inputs)
+            report["other_bytes_change"] = self._beside(layer, block) - beside
             self._round(layer, block)
         change = RoutingChange(inputs, report.get("slots"))
         at.advance(change.observe)
         report["routing"] = change.result()
         with self.model.editing(layer) as block:
             self._commit(layer, block, report)
+
+    def _beside(self, layer: Layer, block: MoEBlock) -> int:
+        """Bytes that the block's router takes where it is stored."""
+        stored = self.model.stored_dtypes(layer.index)
+        tensors = {n: t for n, t in block.state()[0].items() if not n.startswith(block.path + ".")}
+        return sum(t.numel() * stored.get(n, t.dtype).itemsize for n, t in tensors.items())
 
     def _round(self, layer: Layer, block: MoEBlock) -> None:
         """Give live weights the values that will be stored: what follows must see those."""
@@ -330,8 +343,17 @@ def memory_limit(setting: str) -> int:
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve "auto": a GPU if there is one; float32 on a CPU (bfloat16 is several times slower), else bfloat16."""
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """Resolve "auto": a GPU if there is one; float32 on a CPU (bfloat16 is several times slower), else bfloat16.
+
+    Raises RecipeError for a device that isn't there.
+    """
+    try:
+        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, and speaks of how it was built
+        raise RecipeError(
+            f"device {device!r} can't be used here; use auto, cpu, or cuda where there is a GPU"
+        ) from error
     if dtype == "auto":
         return where, torch.float32 if where.type == "cpu" else torch.bfloat16
     return where, getattr(torch, dtype)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_compress.checkpoint.writer import neighbours, settled
 from moe_compress.errors import InputError, RecipeError
 from moe_compress.export.targets import Target
 from moe_compress.model import MoEModel
@@ -50,6 +52,30 @@ def check_length(model: MoEModel, length: int, key: str) -> None:
         raise RecipeError(f"{key} is {length}, and the model reads at most {known} tokens (max_position_embeddings)")
 
 
+def check_place(output: Path, workspace: Path, model: Path) -> None:
+    """Raise InputError when writing the output could touch the model, or can't begin at all."""
+    source, target = model.resolve(), settled(output).resolve()
+    if target == source or source in target.parents or target in source.parents:
+        how = "is" if target == source else "lies in" if source in target.parents else "holds"
+        raise InputError(f"output {output} {how} the model's own folder {model}: choose another")
+    for folder in (workspace, *neighbours(settled(output))):
+        if source in (folder.resolve(), *folder.resolve().parents) or folder.resolve() in source.parents:
+            raise InputError(f"the work on output {output} needs {folder}, and the model is there: choose another")
+    parent = _existing(settled(output))
+    if not parent.is_dir():
+        raise InputError(f"output {output} can't be made: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"output {output} can't be made: {parent} may not be written to; choose another output")
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that exists."""
+    folder = folder.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def check_disk(output: Path, workspace: Path, before: ModelShape, shapes: Sequence[ModelShape]) -> None:
     """Raise InputError when the result and the work on the way to it won't fit on the disk.
 
@@ -57,9 +83,7 @@ def check_disk(output: Path, workspace: Path, before: ModelShape, shapes: Sequen
     """
     result = shapes[-1].total_bytes
     work = max(shape.expert_bytes for shape in shapes)
-    folder = output.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(settled(output))
     free = shutil.disk_usage(folder).free
     if result + work > free:
         raise InputError(

@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 
 from moe_compress import feasibility, probe
 from moe_compress.calib.text import load_batches
-from moe_compress.checkpoint.atomic import write_json
+from moe_compress.checkpoint.atomic import write_json, write_text
 from moe_compress.checkpoint.reader import read_json
-from moe_compress.checkpoint.workspace import Workspace, short_digest
-from moe_compress.checkpoint.writer import MANIFEST, check_output
+from moe_compress.checkpoint.workspace import Workspace, clear, short_digest
+from moe_compress.checkpoint.writer import MANIFEST, check_output, settled
 from moe_compress.engine import Calibrated, CommittedBlocks, Outcome, device_and_dtype, holding, run_passes
-from moe_compress.errors import InputError
+from moe_compress.errors import CheckpointError, InputError
 from moe_compress.evaluate.score import check_scoring, score_folders
 from moe_compress.export.verify import Verified, verify
 from moe_compress.export.write import write_folder
@@ -31,6 +31,9 @@ from moe_compress.progress import Monitor
 from moe_compress.recipe import Recipe, read_recipe
 from moe_compress.report.build import build, versions
 from moe_compress.report.text import markdown
+
+# Written to the workspace when the output holds this run's checkpoint, read back and equal.
+_PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Finished:
 def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
     """Open the model and check everything that needs no data. Raises InputError and its kinds."""
     passes = recipe.steps()
+    feasibility.check_place(Path(recipe.output), _workspace_of(recipe), Path(recipe.model))
     device, dtype = device_and_dtype(recipe.compute.device, recipe.compute.dtype)
     model = MoEModel.open(recipe.model, dtype=dtype, device=device)
     before = model_shape(model)
@@ -98,36 +102,44 @@ def run(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     monitor = monitor or Monitor()
-    output = Path(recipe.output)
+    output, place = Path(recipe.output), _workspace_of(recipe)
     with monitor.stage("check"):
         model, expected = plan_run(recipe)
         fingerprint = model.source.fingerprint()
         calibrated, tokenizer = _calibration(model, recipe, expected.passes)
         identity = _identity(recipe, expected.passes, fingerprint, calibrated)
         run_id = short_digest(identity)
-        if not _is_own(output, run_id):
+        own = _run_of(output) == run_id and not fresh
+        if own and place.is_dir() and not Workspace.holds_work(place) and (output / "report.json").is_file():
+            clear(place)  # all that was left to do
+            return Finished(output, read_json(output / "report.json"))
+        own = own and Workspace.holds_work(place)
+        if not own:
             check_output(output, overwrite)
-        workspace = Workspace(_workspace_of(recipe), identity, fresh=fresh)
-    if workspace.resumed:
-        monitor.note(f"continuing the run in {workspace.folder}")
-    calibrated.hold = holding(model, calibrated.tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
+        workspace = Workspace(place, identity, fresh=fresh)
+    with workspace:
+        if workspace.resumed:
+            monitor.note(f"continuing the run in {workspace.folder}")
+        # What is there may be what `overwrite` was said of, unless this run has put it there.
+        published = own and (not overwrite or workspace.read(_PUBLISHED) is not None)
+        calibrated.hold = holding(model, calibrated.tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
+        stores = [workspace.pass_store(number, step.name) for number, step in enumerate(expected.passes)]
+        model.overlay = CommittedBlocks(stores)
+        outcomes = run_passes(model, expected.passes, expected.before, calibrated, workspace, fingerprint, monitor)
 
-    stores = [workspace.pass_store(number, step.name) for number, step in enumerate(expected.passes)]
-    model.overlay = CommittedBlocks(stores)
-    outcomes = run_passes(model, expected.passes, expected.before, calibrated, workspace, fingerprint, monitor)
-
-    if not _is_own(output, run_id):
-        _export(model, recipe, outcomes, output, run_id, calibrated, tokenizer, monitor, overwrite)
-    with monitor.stage("verify", len(read_json(output / MANIFEST)["tensors"])) as progress:
-        verified = verify(output, progress, str(model.device), recipe.compute.memory)
-    scores = score_folders(
-        output, Path(recipe.model), recipe.evaluate, model, workspace.scratch("score"), monitor, recipe.compute.memory
-    )
-    report = _report(recipe, expected, outcomes, calibrated, scores, verified, monitor)
-    write_json(output / "report.json", report)
-    (output / "report.md").write_text(markdown(report), encoding="utf-8")
-    if not recipe.keep_workspace:
-        workspace.remove()
+        if not published:
+            _export(model, recipe, outcomes, output, run_id, calibrated, tokenizer, monitor, overwrite)
+        with monitor.stage("verify", len(read_json(output / MANIFEST)["tensors"])) as progress:
+            workspace.discard(_PUBLISHED)
+            verified = verify(output, progress, str(model.device), recipe.compute.memory)
+        workspace.write(_PUBLISHED, {"run": run_id})
+        hold = workspace.scratch("score")
+        scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, hold, monitor, recipe.compute.memory)
+        report = _report(recipe, expected, outcomes, calibrated, scores, verified, monitor)
+        write_text(output / "report.md", markdown(report))
+        write_json(output / "report.json", report)  # last: where it is, nothing is left to do
+        if not recipe.keep_workspace:
+            workspace.remove()
     return Finished(output, report)
 
 
@@ -191,14 +203,16 @@ def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, calibrated: 
 
 
 def _workspace_of(recipe: Recipe) -> Path:
-    output = Path(recipe.output)
+    output = settled(Path(recipe.output))
     return output.with_name(output.name + ".work")
 
 
-def _is_own(output: Path, run_id: str) -> bool:
-    """Whether the output folder is complete and this very run's: then only what comes after the export is left."""
-    manifest = output / MANIFEST
-    return manifest.is_file() and read_json(manifest).get("run") == run_id
+def _run_of(output: Path) -> Any:
+    """Which run wrote the output folder, if one did: then only what comes after the export is left to do."""
+    try:
+        return read_json(output / MANIFEST).get("run")
+    except CheckpointError:
+        return None
 
 
 def _report(

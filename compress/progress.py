@@ -83,7 +83,7 @@ class Monitor:
 
     def note(self, text: str) -> None:
         """A line for the user, on standard error."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def records(self) -> list[dict[str, Any]]:
         """Stages as plain data."""

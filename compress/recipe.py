@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from moe_compress.calib.text import Calibration
 from moe_compress.errors import RecipeError
 from moe_compress.export.targets import Target, find_target
 from moe_compress.passes import Pass, PassOptions, find_pass, load_plugin
+from moe_compress.units import parse_bytes
 
 KeyPath = tuple[str | int, ...]
 
@@ -56,6 +57,16 @@ class Compute(BaseModel):
     hidden_states: Literal["auto", "memory", "disk"] = Field(
         default="auto", description="Where hidden states of the calibration text wait between layers"
     )
+
+    @field_validator("memory")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        try:
+            if value != "auto":
+                parse_bytes(value)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+        return value
 
 
 class Recipe(BaseModel):
@@ -112,7 +123,10 @@ def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"no such recipe: {path}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} can't be read as a recipe: {error}") from error
     try:
         values = yaml.safe_load(text)
         node = yaml.compose(text)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -159,6 +160,8 @@ class Checkpoint:
             raise CheckpointError(f"{index}: no 'weight_map'")
         shards: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
+            if not isinstance(file, str) or file != os.path.basename(file):
+                raise CheckpointError(f"{index} puts {name!r} into {file!r}, which is no file name")
             if not (self.folder / file).is_file():
                 raise CheckpointError(f"{index} names the shard {file}, which isn't in {self.folder}")
             names = shards.setdefault(file, set())
@@ -174,28 +177,64 @@ class Checkpoint:
             if size < 8 or length > size - 8:
                 raise CheckpointError(f"{path} is truncated or not a safetensors file ({size} bytes)")
             raw = handle.read(length)
-        try:
-            header = json.loads(raw)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: header is not JSON ({error})") from error
-        self._headers[file] = raw
-        tensors: dict[str, TensorInfo] = {}
-        end = 0
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
-            start, stop = entry["data_offsets"]
-            end = max(end, stop)
-            shape = tuple(entry["shape"])
-            tensors[name] = TensorInfo(file, DTYPES[entry["dtype"]], shape, 8 + length + start, stop - start)
-        if 8 + length + end != size:
+        tensors = _entries(path, raw, 8 + length)
+        end = max((info.offset + info.nbytes for info in tensors.values()), default=8 + length)
+        if end != size:
             raise CheckpointError(
-                f"{path} is {size} bytes, its header asks for {8 + length + end}: the file is "
-                f"{'truncated' if size < 8 + length + end else 'damaged'}; copy or download it again"
+                f"{path} is {size} bytes, its header asks for {end}: the file is "
+                f"{'truncated' if size < end else 'damaged'}; copy or download it again"
             )
+        self._headers[file] = raw
         return tensors
+
+
+def _entries(path: Path, raw: bytes, data: int) -> dict[str, TensorInfo]:
+    """What a safetensors header says, every claim of it checked; `data`: where in the file tensors begin."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: header names {twice!r} twice; copy or download the file again")
+        return dict(pairs)
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: header is not JSON ({error}); copy or download the file again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: header is not a JSON object; copy or download the file again")
+    header.pop("__metadata__", None)
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        values = entry if isinstance(entry, dict) else {}
+        kind, shape, span = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not (isinstance(kind, str) and _counts(shape) and _counts(span) and len(span) == 2):
+            raise CheckpointError(f"{path}: tensor {name!r} has no proper dtype, shape and data_offsets")
+        if kind not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has dtype {kind}, which is not supported; convert the checkpoint to BF16"
+            )
+        info = TensorInfo(path.name, DTYPES[kind], tuple(shape), data + span[0], span[1] - span[0])
+        if info.nbytes != math.prod(shape) * info.dtype.itemsize:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {kind} {shape} in {info.nbytes} bytes; copy or download the file again"
+            )
+        tensors[name] = info
+    at, before = data, "the header"
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != at:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} doesn't begin where {before} ends: the file is damaged; copy or download it "
+                "again"
+            )
+        at, before = info.offset + info.nbytes, repr(name)
+    return tensors
+
+
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether a JSON value is a list of numbers that count something."""
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

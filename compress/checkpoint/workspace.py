@@ -3,26 +3,36 @@
 Every finished layer of every pass is committed as one file (written aside, flushed, renamed), and so is every
 statistic of every layer. A workspace belongs to one recipe on one model and one set of data: a run that differs is
 refused with what differs. Statistics are kept under what they were measured on, and stay valid for other recipes.
+One run at a time works in it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
-from moe_compress.errors import InputError, RunError
+from moe_compress.errors import CheckpointError, InputError, RunError
 
 from .atomic import write_json, write_tensors
 from .reader import read_json
 
+try:
+    import fcntl
+except ImportError:  # not on this system: nothing keeps two runs apart
+    fcntl = None  # type: ignore[assignment]
+
 _RECORD = "workspace.json"
+_LOCK = "lock"
+_STATISTICS = "statistics"
 
 
 def short_digest(value: Any) -> str:
@@ -31,30 +41,61 @@ def short_digest(value: Any) -> str:
 
 
 class Workspace:
-    """A folder of finished work.
+    """A folder of finished work. Use as a context manager: leaving it lets other runs in.
 
     Args:
         folder: where.
         identity: what the work belongs to (nested JSON values); compared with what the folder was made for.
-        fresh: forget finished passes of another identity instead of refusing. Statistics are kept.
+        fresh: forget finished passes instead of refusing those of another identity. Statistics are kept.
+
+    Attributes:
+        resumed: whether there is finished work to go on with.
+
+    Raises:
+        InputError: another run is working here, or the finished work belongs to another identity.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, fresh: bool = False):
         self.folder = folder
-        record = folder / _RECORD
-        self.resumed = False
-        if record.is_file():
-            differences = _differences(read_json(record), identity)
-            if differences and not fresh:
-                raise InputError(
-                    f"workspace {folder} belongs to another run ({'; '.join(differences[:3])}): "
-                    "say --fresh to start over in it, or choose another output"
-                )
-            if differences or fresh:
-                self._forget()
-            else:
-                self.resumed = any(folder.glob("pass-*"))
+        self._lock = _locked(folder)
+        try:
+            self.resumed = self._claim(identity, fresh)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs in."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    @staticmethod
+    def holds_work(folder: Path) -> bool:
+        """Whether a run was begun in `folder` and not finished."""
+        return (folder / _RECORD).is_file()
+
+    def _claim(self, identity: dict[str, Any], fresh: bool) -> bool:
+        record = self.folder / _RECORD
+        before = _recorded(record)
+        differences = _differences(before, identity) if before is not None else []
+        if differences and not fresh:
+            raise InputError(
+                f"workspace {self.folder} belongs to another run ({'; '.join(differences[:3])}): "
+                "say --fresh to start over in it, or choose another output"
+            )
+        if before is None or differences or fresh:
+            self._forget()  # what no record claims was left by a removal that was killed
         write_json(record, identity)
+        return any(path.is_file() for kind in ("pass-*", _STATISTICS) for path in self.folder.glob(f"{kind}/**/*"))
 
     def pass_store(self, number: int, name: str) -> PassStore:
         """Committed layers of the recipe's pass `number`."""
@@ -62,7 +103,7 @@ class Workspace:
 
     def statistics(self, model_state: str, data: str) -> DiskStatistics:
         """Statistics of one state of the model on one set of data."""
-        return DiskStatistics(self.folder / "statistics" / short_digest([model_state, data]))
+        return DiskStatistics(self.folder / _STATISTICS / short_digest([model_state, data]))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A result saved under `name`, or None."""
@@ -73,6 +114,10 @@ class Workspace:
         """Save a result under `name`."""
         write_json(self.folder / f"{name}.json", value)
 
+    def discard(self, name: str) -> None:
+        """Forget a result saved under `name`."""
+        (self.folder / f"{name}.json").unlink(missing_ok=True)
+
     def scratch(self, name: str) -> Path:
         """An empty folder for temporary files."""
         path = self.folder / "scratch" / name
@@ -82,12 +127,52 @@ class Workspace:
 
     def remove(self) -> None:
         """Delete the whole folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        clear(self.folder)
+        self.close()
 
     def _forget(self) -> None:
+        (self.folder / _RECORD).unlink(missing_ok=True)  # first: what is half gone belongs to nobody
         for path in self.folder.iterdir():
-            if path.name != "statistics":
+            if path.name not in (_STATISTICS, _LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def clear(folder: Path) -> None:
+    """Delete a workspace, its record first: what is half gone belongs to nobody."""
+    (folder / _RECORD).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _recorded(record: Path) -> dict[str, Any] | None:
+    """What the work in a folder belongs to; None where nothing says so."""
+    try:
+        return read_json(record) if record.is_file() else None
+    except CheckpointError:  # damaged by others than this package, which writes it whole
+        return None
+
+
+def _locked(folder: Path) -> int:
+    """Descriptor of the folder's lock, held until it is closed or the process ends. Raises InputError if it's taken."""
+    path = folder / _LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise InputError(
+                f"another run is working in {folder}: wait until it has finished, or choose another output"
+            ) from None
+        except OSError:
+            return lock  # a file system without locks
+        try:
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # of a folder that a finished run has just removed
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """Writing a checkpoint folder shard by shard, without holding more than one shard's new tensors.
 
-Promise: the folder appears under its name only when it is complete; every tensor in it is listed in the manifest with
-its SHA-256; a tensor is refused if its values are not numbers or its name was written already.
+Promise: the folder appears under its name only when it is complete; every tensor in it, and every file that says how
+to use them, is listed in the manifest with its SHA-256; a tensor is refused if its values are not numbers or its name
+was written already.
+
+Beside the folder, `NAME.work-partial` is what is being written, and `NAME.work-replaced` what `overwrite` replaces,
+until the new one is in its place.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,10 +23,13 @@ from torch import Tensor
 
 from moe_compress.errors import InputError, RunError
 
-from .atomic import PARTIAL, write_json, write_tensors
+from .atomic import copy_file, flush, write_json, write_tensors
 from .reader import INDEX, SINGLE
 
 MANIFEST = "moe_compress.json"
+# What a run says of its result: never part of what is made from that result.
+REPORTS = ("report.json", "report.md")
+_PARTIAL, _REPLACED = ".work-partial", ".work-replaced"
 
 
 class CheckpointWriter:
@@ -34,10 +42,10 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, *, overwrite: bool = False, shard_bytes: int = 2 << 30):
         check_output(folder, overwrite)
-        self.folder = folder
+        self.folder = settled(folder)
         self.overwrite = overwrite
         self.shard_bytes = shard_bytes
-        self.partial = folder.with_name(folder.name + PARTIAL)
+        self.partial, self._replaced = neighbours(self.folder)
         if self.partial.exists():
             shutil.rmtree(self.partial)  # left by a run that was killed
         self.partial.mkdir(parents=True)
@@ -76,10 +84,18 @@ class CheckpointWriter:
                 self.partial / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             )
         for file in sidecars:
-            if file.name not in ("config.json", MANIFEST):
-                shutil.copy2(file, self.partial / file.name)
+            if file.name not in ("config.json", MANIFEST, *REPORTS):
+                copy_file(file, self.partial / file.name)
         write_json(self.partial / "config.json", config)
-        write_json(self.partial / MANIFEST, {**manifest, "tensors": dict(sorted(self.tensors.items()))})
+        # A model card is the owner's to change; all other files decide what the tensors mean.
+        files = sorted(p for p in self.partial.iterdir() if p.suffix not in (".safetensors", ".md"))
+        manifest = {
+            **manifest,
+            "files": {p.name: file_digest(p) for p in files},
+            "tensors": dict(sorted(self.tensors.items())),
+        }
+        manifest = json.loads(json.dumps(manifest))  # as it will be read back
+        write_json(self.partial / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
         self._publish()
 
     def _close_shard(self) -> None:
@@ -102,12 +118,13 @@ class CheckpointWriter:
             # Old results go only now, when the new ones are complete.
             if any(self.folder.iterdir()) and not self.overwrite:
                 raise InputError(f"{self.folder} was filled while this ran; nothing was written over it")
-            old = self.folder.with_name(self.folder.name + ".old")
-            os.replace(self.folder, old)
-            os.replace(self.partial, self.folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(self.partial, self.folder)
+            if self._replaced.exists():  # left by a run that was killed
+                shutil.rmtree(self._replaced)
+            os.replace(self.folder, self._replaced)
+        os.replace(self.partial, self.folder)
+        flush(self.folder.parent)
+        if self._replaced.exists():
+            shutil.rmtree(self._replaced)
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -118,10 +135,22 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+def settled(folder: Path) -> Path:
+    """The same folder under a path that has a name and is no link: what is renamed must be the folder itself."""
+    return folder.resolve() if folder.is_symlink() or folder.name in ("", "..") else folder
+
+
+def neighbours(folder: Path) -> tuple[Path, Path]:
+    """What is beside a settled folder while it is written: the new one, and the one that it replaces."""
+    return folder.with_name(folder.name + _PARTIAL), folder.with_name(folder.name + _REPLACED)
+
+
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raise InputError when `folder` may not be written."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output {folder} is a file")
+    if os.path.ismount(folder):
+        raise InputError(f"output {folder} is a mount point, which can't be replaced: choose a folder inside it")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise InputError(f"output folder {folder} is not empty; choose another, or say --overwrite")
 
@@ -135,6 +164,18 @@ def tensor_digest(tensor: Tensor) -> str:
     for piece in flat.split(1 << 24):
         digest.update(piece.numpy().data)
     return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, its own digest left out."""
+    values = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _draft(number: int) -> str:

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoTokenizer
 
 from moe_compress.engine import holding, memory_limit
+from moe_compress.errors import InputError
 from moe_compress.export.loader import load
 from moe_compress.export.verify import loaded_bytes
 from moe_compress.feasibility import check_length
-from moe_compress.model import MoEModel
+from moe_compress.model import MoEModel, hf
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation
 
@@ -20,10 +21,13 @@ from .text import find_files, load_text, score_text
 
 
 def check_scoring(model: MoEModel, wanted: Evaluation) -> None:
-    """Raise InputError or DataError for files and tasks that don't exist, before any work."""
+    """Raise InputError or DataError for text that can't be read and tasks that don't exist, before any work."""
     if wanted.text:
         find_files(wanted.text)
         check_length(model, wanted.length, "evaluate.length")
+        load_text(_tokenizer(model.source.folder), wanted, model.module.config.get_text_config().vocab_size)
+    elif wanted.tasks:
+        _tokenizer(model.source.folder)
     if wanted.tasks:
         from .tasks import check_tasks  # lm-eval takes seconds to import
 
@@ -57,12 +61,14 @@ def score_folders(
     after: dict[str, Any] = {}
     if not wanted.text and not wanted.tasks:
         return before, after
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _tokenizer(folder)
     dtype, device = like.module.dtype, like.device
     if wanted.text:
         batches = load_text(tokenizer, wanted, like.module.config.get_text_config().vocab_size)
         model = MoEModel.open(folder, dtype=dtype, device=device)
         reference = MoEModel.open(original, dtype=dtype, device=device) if original is not None else None
+        if reference is not None:
+            _check_alike(model, reference)
         total = len(model.layers) * (1 if reference is None else 2)
         with monitor.stage("score: text", total) as progress:
             tokens = sum(batch.ids.numel() for batch in batches) * (1 if reference is None else 2)
@@ -78,6 +84,26 @@ def score_folders(
     return before, after
 
 
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder} has no tokenizer that transformers can load, and scoring needs one: put tokenizer.json and "
+            "tokenizer_config.json there"
+        ) from error
+
+
+def _check_alike(model: MoEModel, original: MoEModel) -> None:
+    """Raise InputError when logits of two models can't be compared."""
+    sizes = [m.module.config.get_text_config().vocab_size for m in (model, original)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{original.source.folder} can't be the original of {model.source.folder}: its vocabulary has {sizes[1]} "
+            f"tokens, not {sizes[0]}"
+        )
+
+
 def _tasks(
     folder: Path,
     tokenizer: Any,
@@ -91,7 +117,8 @@ def _tasks(
     from .tasks import score_tasks
 
     if loaded_bytes(folder, dtype) <= limit:
-        model: Any = load(folder, dtype=dtype).to(device)
+        with hf.quiet():
+            model: Any = load(folder, dtype=dtype).to(device)
     else:
         model = MoEModel.open(folder, dtype=dtype, device=device)
     return score_tasks(

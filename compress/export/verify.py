@@ -1,8 +1,8 @@
 """Is this folder, byte for byte and number for number, what was computed?
 
-Every tensor is read back and compared with its digest, the key sets with the manifest, and the checkpoint is loaded by
-the loader that its users will use and asked the probe again. A model that doesn't fit in memory is streamed instead,
-and the result says so.
+The manifest is compared with its own digest; every tensor and every file that says how to use them is read back and
+compared with theirs; and the checkpoint is loaded by the loader that its users will use and asked the probe again. A
+model that doesn't fit in memory is streamed instead, and the result says so.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from moe_compress import probe
 from moe_compress.checkpoint.reader import Checkpoint, read_json
-from moe_compress.checkpoint.writer import MANIFEST, tensor_digest
+from moe_compress.checkpoint.writer import MANIFEST, file_digest, manifest_digest, tensor_digest
 from moe_compress.engine import memory_limit
-from moe_compress.errors import InputError, VerificationError
-from moe_compress.model import MoEModel
+from moe_compress.errors import CheckpointError, InputError, VerificationError
+from moe_compress.model import MoEModel, hf
 from moe_compress.model.sweep import Sweep
 from moe_compress.progress import Progress
 from moe_compress.units import show_bytes
@@ -58,12 +58,26 @@ def verify(folder: str | Path, progress: Progress | None = None, device: str = "
 
     Raises:
         InputError: the folder has no manifest of this package.
-        CheckpointError: it can't be read. VerificationError: it differs from what was computed; says in what.
+        VerificationError: it can't be read, or differs from what was computed; says in what.
     """
     folder, progress = Path(folder), progress or Progress()
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder} has no {MANIFEST}: only checkpoints written by moe-compress can be verified")
+    try:
+        return _verified(folder, progress, device, memory_limit(memory))
+    except CheckpointError as error:  # whole once, so it was damaged since
+        raise VerificationError(str(error)) from error
+
+
+def _verified(folder: Path, progress: Progress, device: str, limit: int) -> Verified:
     manifest = read_json(folder / MANIFEST)
+    if manifest.get("sha256") != manifest_digest(manifest):
+        raise VerificationError(f"{folder / MANIFEST} was changed since it was written: nothing can be told from it")
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise VerificationError(f"{folder} lacks {name}, which was written")
+        if file_digest(folder / name) != digest:
+            raise VerificationError(f"{folder / name} was changed since it was written")
     with Checkpoint(folder) as checkpoint:
         listed = manifest["tensors"]
         missing, extra = (
@@ -80,7 +94,7 @@ def verify(folder: str | Path, progress: Progress | None = None, device: str = "
                 )
             progress.step()
         total = checkpoint.nbytes
-    loader, dtype, logits = ask(folder, manifest["probe"]["input_ids"], device, memory_limit(memory))
+    loader, dtype, logits = ask(folder, manifest["probe"]["input_ids"], device, limit)
     tolerance = probe.TOLERANCE[dtype]
     worst = probe.distance(manifest["probe"], logits)
     if worst > tolerance:
@@ -97,7 +111,7 @@ def ask(folder: Path, tokens: list[int], device: str, limit: int) -> tuple[str, 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     needed = loaded_bytes(folder, dtype)
     if needed <= limit:
-        with torch.no_grad():
+        with torch.no_grad(), hf.quiet():
             module = load(folder, dtype=dtype).to(device)
             return "transformers from_pretrained", dtype, module(input_ids=ids.to(device)).logits[0].float().cpu()
     model = MoEModel.open(folder, dtype=dtype, device=device)

@@ -1,0 +1,76 @@
+"""A checkpoint folder seen with runs of equal tensors as one, stacked when it is read.
+
+Files that hold the experts one by one are read into models that hold them stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_compress.errors import CheckpointError
+
+from .reader import Checkpoint, TensorInfo
+
+
+class StackedCheckpoint(Checkpoint):
+    """A folder in which some tensors are presented stacked.
+
+    Args:
+        folder: the checkpoint.
+        stacks: new name → names of the tensors of equal shape and dtype that make it, in order.
+        hidden: names that are not presented at all.
+
+    Raises CheckpointError when the tensors of a stack aren't alike.
+    """
+
+    def __init__(self, folder: str | Path, stacks: Mapping[str, Sequence[str]], hidden: Sequence[str] = ()):
+        super().__init__(folder)
+        self._stored = self.tensors
+        self._stacks = dict(stacks)
+        infos = {}
+        for name, parts in self._stacks.items():
+            members = [self._info(part) for part in parts]
+            first = members[0]
+            for part, info in zip(parts, members, strict=True):
+                if (info.shape, info.dtype) != (first.shape, first.dtype):
+                    raise CheckpointError(
+                        f"{self.folder}: {part!r} is {info.dtype} {list(info.shape)}, {parts[0]!r} is {first.dtype} "
+                        f"{list(first.shape)}; the experts of a layer must be alike"
+                    )
+            infos[name] = replace(first, shape=(len(parts), *first.shape), nbytes=sum(info.nbytes for info in members))
+        gone = {*hidden, *(part for parts in self._stacks.values() for part in parts)}
+        self.tensors = {**{n: info for n, info in self._stored.items() if n not in gone}, **infos}
+
+    def get(self, name: str) -> Tensor:
+        """The tensor; a stack is made anew by every call."""
+        parts = self._stacks.get(name)
+        if parts is None:
+            return super().get(name)
+        return torch.stack([Checkpoint.get(self, part) for part in parts])
+
+    def slice(self, name: str) -> Any:
+        """Lazy handle on a tensor or a stack."""
+        return _LazyStack(self, name) if name in self._stacks else super().slice(name)
+
+    def _info(self, name: str) -> TensorInfo:
+        return self._stored[name] if name in self._stored else super()._info(name)
+
+
+class _LazyStack:
+    """What a safetensors slice offers to a loader."""
+
+    def __init__(self, checkpoint: StackedCheckpoint, name: str):
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self._checkpoint.get(self._name)[key]
+
+    def get_shape(self) -> list[int]:
+        """Shape of the stack."""
+        return list(self._checkpoint.tensors[self._name].shape)
