@@ -98,8 +98,8 @@ class _RoutingSums(Accumulator):
 class OutputNorms(Statistic):
     """Size of each expert's outputs f on the tokens routed to it.
 
-    Result, each [E]: `norm` Σ‖f‖₂ (EAN); `gated_norm` Σ g‖f‖₂ (REAP, once divided by the counts; methods.md B2);
-    `gated_norm_squared` Σ g²‖f‖₂²; `maximum` max |f| over tokens and channels (super experts, methods.md B9).
+    Result, each [E]: `norm` Σ‖f‖₂ (EAN); `gated_norm` Σ g‖f‖₂ (REAP, arXiv 2510.13999, once divided by the counts);
+    `gated_norm_squared` Σ g²‖f‖₂²; `maximum` max |f| over tokens and channels (super experts, arXiv 2507.23279).
     """
 
     name: ClassVar[str] = "output_norms"
@@ -169,7 +169,7 @@ class _MomentSums(Accumulator):
 class OutputSimilarity(Statistic):
     """How alike the experts' outputs are on the same tokens, whether routed to them or not.
 
-    Result: `similarity` [E, E] mean over tokens of cos(f_i(x), f_j(x)) (Sub-MoE, methods.md C3); `tokens` [] tokens
+    Result: `similarity` [E, E] mean over tokens of cos(f_i(x), f_j(x)) (Sub-MoE, arXiv 2506.23266); `tokens` [] tokens
     used. Every expert runs on these tokens, E/K times the work of a forward, so only `sample` tokens per layer are
     taken, evenly from all batches, in chunks of `chunk` (memory: E·chunk·H·4 bytes).
     """

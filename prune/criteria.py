@@ -74,7 +74,11 @@ def gate_mass(measured: Measured, _: torch.Generator) -> Tensor:
     return measured["routing"]["gate"]
 
 
-@criterion("ean", "expert activation norm: Σ_t ‖f_e(x_t)‖₂ over routed tokens (methods.md B2)", OutputNorms())
+@criterion(
+    "ean",
+    "expert activation norm, a baseline in REAP (arXiv 2510.13999): Σ_t ‖f_e(x_t)‖₂ over routed tokens",
+    OutputNorms(),
+)
 def ean(measured: Measured, _: torch.Generator) -> Tensor:
     """Summed size of the expert's outputs."""
     return measured["output_norms"]["norm"]

@@ -5,7 +5,7 @@ what is returned fits the budget in exact integer arithmetic, `bound` is a prove
 plan costs, `gap` says how far apart the two are, and nothing is returned where nothing fits.
 
 How. The Lagrangian relaxation of the budget row is solved exactly: per unit the lower convex hull of its choices, then
-all hulls' increments by falling gain per byte (`methods.md` F3). This gives the multiplier `lam` and each choice's
+all hulls' increments by falling gain per byte. This gives the multiplier `lam` and each choice's
 reduced cost r >= 0, what it loses against its unit's best choice at that price of a byte. Any plan costs exactly
 
     bound + (sum of r over its choices) + lam * (size left unused)
