@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_compress
-from moe_compress.calib.text import Calibration, load_batches
+from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.progress import Monitor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,13 @@ def main() -> None:
     evaluate = {"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": arguments.tokens}
     calibrations = [
         load_batches(
-            Calibration(sources=[str(ROOT / "demo/calibration.jsonl")], length=256, sequences=128, seed=seed),  # type: ignore[list-item]
+            Calibration(
+                sources=[TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")],
+                length=256,
+                sequences=128,
+                balance=True,
+                seed=seed,
+            ),
             tokenizer,
             ROOT,
         )

@@ -36,9 +36,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from moe_compress.errors import DataError, nearest
+from moe_compress.errors import DataError
 
-from .reading import Document, Rows, TextSource, one_line
+from .reading import Rows, TextSource
+from .sequences import Encoder, Stream, check_enough, quotas
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "TextSource", "TokenBatches", "TokenWindows", "load_batches", "load_windows"]
 
 FEW = 2  # more sequences per document than this is worth a warning
-CHARACTERS_PER_TOKEN = 4  # roughly; decides where long documents are cut
-CHUNK = 16  # documents tokenised in one call: the most that is tokenised beyond what is needed
 
 
 class Calibration(BaseModel):
@@ -74,6 +73,11 @@ class Calibration(BaseModel):
     )
     domains: list[str] | None = Field(
         default=None, min_length=1, description="Use only documents with one of these tags."
+    )
+    balance: bool = Field(
+        default=False,
+        description="Take equally many sequences of every domain of a source, as far as there are; otherwise domains "
+        "come as the text has them.",
     )
     batch_size: int = Field(default=8, ge=1, description="Sequences per forward call.")
     allow_fewer: bool = Field(
@@ -146,32 +150,32 @@ def load_batches(
     `vocab_size`, the model's, doesn't include.
     """
     asked, root = calibration.sequences, Path(base_dir)
-    encoder = _Encoder(tokenizer, calibration.length)
+    encoder = Encoder(tokenizer, calibration.length)
     if calibration.packing and encoder.eos is None:
         raise DataError("the tokenizer has no EOS token to separate documents with: set `packing: false`")
-    streams = [_Stream(source, root, encoder, calibration, i) for i, source in enumerate(calibration.sources)]
+    streams = [Stream(source, root, encoder, calibration, i) for i, source in enumerate(calibration.sources)]
     weighted = any(source.weight for source in calibration.sources)
-    quotas = _quotas(streams, asked)
-    for stream, quota in zip(streams, quotas, strict=True):
+    shares = quotas(streams, asked)
+    for stream, quota in zip(streams, shares, strict=True):
         stream.take(quota)
     while not weighted and (missing := asked - sum(len(s.taken) for s in streams)):
         if not (open_streams := [s for s in streams if not s.exhausted]):
             break
         for stream in open_streams[:missing]:
             stream.take(1)
-    _check_enough(calibration, streams, weighted)
+    check_enough(calibration, streams, weighted)
 
     taken = [sequence for stream in streams for sequence in stream.taken]
     if calibration.shuffle:
         random.Random(f"{calibration.seed}").shuffle(taken)
-    ids = torch.from_numpy(np.array([sequence for sequence, _ in taken], dtype=np.int64))
+    ids = torch.from_numpy(np.array([sequence.ids for sequence in taken], dtype=np.int64))
     encoder.check(int(ids.max()), vocab_size)
-    tags = [tag for _, tag in taken]
+    tags = [sequence.domain for sequence in taken]
     per_domain = Counter("(untagged)" if tag is None else tag for tag in tags)
     per_source = [stream.report() for stream in streams]
     warnings = [
         f"{s.rows.source.name} gave {len(s.taken)} sequences, its share is {quota}"
-        for s, quota in zip(streams, quotas, strict=True)
+        for s, quota in zip(streams, shares, strict=True)
         if len(s.taken) < max(quota, 1)
     ]
     if (used := sum(s.used for s in streams)) * FEW < len(taken):
@@ -212,7 +216,7 @@ def load_windows(
     Raises `DataError` as `load_batches`, and if the text has nothing to predict; `ValueError` for a `stride` or
     `max_tokens` out of range.
     """
-    encoder = _Encoder(tokenizer, length)
+    encoder = Encoder(tokenizer, length)
     prefix, body = encoder.prefix, length - len(encoder.prefix)
     step = body if stride is None else stride
     if not 1 <= step <= body or (max_tokens is not None and max_tokens < 1):
@@ -258,172 +262,6 @@ def load_windows(
         "warnings": encoder.warnings,
     }
     return TokenWindows(windows, first, predicted, _digest(windows, first), report)
-
-
-class _Encoder:
-    """The tokenizer, with what it puts before a text (`prefix`) and what separates documents (`eos`)."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        self.tokenizer = tokenizer
-        self.eos: int | None = tokenizer.eos_token_id
-        plain, full = self._ids(["a"])[0], self._ids(["a"], special=True)[0]
-        self.prefix = full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)]
-        if length < len(self.prefix) + 2:
-            raise DataError(
-                f"length {length} is too short: {len(self.prefix)} tokens are the tokenizer's own beginning"
-            )
-        most = tokenizer.model_max_length
-        self.warnings = (
-            [f"length {length} is more than the tokenizer's model_max_length {most}"] if length > most else []
-        )
-
-    def _ids(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        # verbose=False: it warns of texts that are longer than the model takes, but these are cut.
-        encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-        return [list(ids) for ids in encoded["input_ids"]]
-
-    def encode(self, rows: Rows) -> Iterator[tuple[list[int], Document]]:
-        """Each document's tokens, without `prefix`, and the document."""
-        documents = rows.documents()
-        while chunk := list(itertools.islice(documents, CHUNK)):
-            for document, ids in zip(chunk, self._ids([self._text(d) for d in chunk]), strict=True):
-                own = len(self.prefix) if self.prefix and ids[: len(self.prefix)] == self.prefix else 0
-                if ids[own:]:
-                    yield ids[own:], document
-                else:
-                    rows.skipped["no tokens"] += 1
-
-    def _text(self, document: Document) -> str:
-        if isinstance(document.value, str):
-            return document.value
-        if not self.tokenizer.chat_template:
-            raise DataError(f"{document.where}: messages, but the tokenizer has no chat template to apply to them")
-        from jinja2 import TemplateError
-
-        try:
-            return str(self.tokenizer.apply_chat_template(document.value, tokenize=False))
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{document.where}: the chat template refuses these messages: {one_line(error)}") from error
-
-    def check(self, largest: int, vocab_size: int | None) -> None:
-        """Refuse tokens that the model has no embedding for."""
-        if vocab_size is not None and largest >= vocab_size:
-            token = self.tokenizer.convert_ids_to_tokens(largest)
-            raise DataError(
-                f"token {largest} ({token!r}) is beyond the model's {vocab_size}: another model's tokenizer?"
-            )
-
-
-class _Stream:
-    """One source's sequences, made as they are taken."""
-
-    def __init__(self, source: TextSource, root: Path, encoder: _Encoder, calibration: Calibration, index: int) -> None:
-        rng = random.Random(f"{calibration.seed}/{index}") if calibration.shuffle else None
-        # One long document mustn't fill the set: when documents are shuffled and joined, its parts are too.
-        cut = calibration.shuffle and calibration.packing
-        piece = CHARACTERS_PER_TOKEN * calibration.length if cut else None
-        self.rows = Rows(source, root, calibration.domains, rng, piece=piece)
-        self.taken: list[tuple[list[int], str | None]] = []
-        self.exhausted = False
-        self.tokens = self.longest = 0  # tokens, tokens of the longest document
-        self._used: set[str] = set()
-        self._made = (self._packed if calibration.packing else self._cut)(encoder, calibration.length)
-
-    @property
-    def used(self) -> int:
-        """Documents of which something is in a sequence."""
-        return len(self._used)
-
-    def take(self, count: int) -> None:
-        """Move up to `count` more sequences to `taken`."""
-        new = list(itertools.islice(self._made, count))
-        self.taken += new
-        self.exhausted = len(new) < count
-
-    def report(self) -> dict[str, Any]:
-        """What this source gave."""
-        return {
-            "source": self.rows.source.name,
-            "sequences": len(self.taken),
-            "documents_read": self.rows.read,
-            "documents_used": self.used,
-            "tokens_available": self.tokens,
-            "skipped": dict(self.rows.skipped),
-        }
-
-    def _packed(self, encoder: _Encoder, length: int) -> Iterator[tuple[list[int], str | None]]:
-        body = length - len(encoder.prefix)
-        # Of each domain: tokens, and where in them which document begins.
-        buffers: dict[str | None, tuple[list[int], list[tuple[int, str]]]] = {}
-        for ids, document in encoder.encode(self.rows):
-            domain = document.domain
-            buffer, starts = buffers.setdefault(domain, ([], []))
-            starts.append((len(buffer), document.where))
-            buffer += ids
-            if encoder.eos is not None and ids[-1] != encoder.eos:  # chat templates may end with it
-                buffer.append(encoder.eos)
-            self.tokens += len(buffer) - starts[-1][0]
-            cut = 0
-            while len(buffer) - cut >= body:
-                cut += body
-                self._used.update(where for start, where in starts if start < cut)
-                yield encoder.prefix + buffer[cut - body : cut], domain
-            del buffer[:cut]
-            starts[:] = [(start - cut, where) for start, where in starts if start >= cut]
-
-    def _cut(self, encoder: _Encoder, length: int) -> Iterator[tuple[list[int], str | None]]:
-        for ids, document in encoder.encode(self.rows):
-            sequence = encoder.prefix + ids[: length - len(encoder.prefix)]
-            self.tokens += len(ids)
-            self.longest = max(self.longest, len(encoder.prefix) + len(ids))
-            if len(sequence) < length:
-                self.rows.skipped["shorter than a sequence"] += 1
-            else:
-                self._used.add(document.where)
-                yield sequence, document.domain
-
-
-def _quotas(streams: Sequence[_Stream], count: int) -> list[int]:
-    """`count` split by the sources' weights, largest remainders rounded up."""
-    weights = [stream.rows.source.weight or 1.0 for stream in streams]
-    exact = [weight * count / sum(weights) for weight in weights]
-    quotas = [int(part) for part in exact]
-    rest = count - sum(quotas)
-    for i in sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))[:rest]:
-        quotas[i] += 1
-    return quotas
-
-
-def _check_enough(calibration: Calibration, streams: Sequence[_Stream], weighted: bool) -> None:
-    """Every source must be usable, every wanted domain be met, and the sequences be as many as asked for."""
-    seen = {tag for stream in streams for tag in stream.rows.seen}
-    for tag in sorted({*(calibration.domains or ())} - seen):
-        read = sum(stream.rows.read for stream in streams)
-        hint = nearest(tag, seen) or ": no source has a `domain` or `domain_field`"
-        raise DataError(f"no document of domain {tag!r} among the {read} that were read{hint}")
-    for stream in streams:
-        rows = stream.rows
-        if stream.exhausted and not rows.usable and not any("domain" in why for why in rows.skipped):
-            skipped = ", ".join(f"{count} {why}" for why, count in rows.skipped.items() if count) or "none"
-            text = f"{rows.read} read; skipped: {skipped}"
-            raise DataError(f"calibration is empty: 0 usable documents in {rows.source.name} ({text})")
-    had, asked, length = [len(stream.taken) for stream in streams], calibration.sequences, calibration.length
-    most, which = sum(had), "the sources have"
-    if most == asked or (calibration.allow_fewer and most):
-        return
-    if weighted:
-        quotas = _quotas(streams, asked)
-        short = next(i for i, quota in enumerate(quotas) if had[i] < quota)
-        which = f"{streams[short].rows.source.name} has {had[short]} of its {quotas[short]}: by weight there are"
-        fits = (n for n in range(asked, 0, -1) if all(q <= h for q, h in zip(_quotas(streams, n), had, strict=True)))
-        most = next(fits, 0)
-    text = f"documents: {sum(s.rows.usable for s in streams)}, tokens: {sum(s.tokens for s in streams)}"
-    if not calibration.packing:
-        text += f", at most {max(s.longest for s in streams)} in one; `packing: true` joins documents"
-    advice = f"set `sequences` to {most} or `allow_fewer: true`, lower" if most else "lower"
-    raise DataError(
-        f"{which} {most} sequences of {length} tokens, not {asked} ({text}): {advice} `length`, or add text"
-    )
 
 
 def _digest(tensors: Iterable[torch.Tensor], tags: Sequence[object]) -> str:

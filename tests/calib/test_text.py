@@ -16,8 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from moe_compress.calib import reading
-from moe_compress.calib import text as text_module
+from moe_compress.calib import reading, sequences
 from moe_compress.calib.text import Calibration, TextSource, TokenBatches, load_batches, load_windows
 from moe_compress.errors import DataError
 
@@ -137,11 +136,11 @@ def test_domains_never_share_a_sequence(tokenizer: Any, tmp_path: Path) -> None:
 def test_reading_stops_when_there_is_enough(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": f"document {i} has some words"} for i in range(3000)])
     got = load(path, tokenizer, sequences=2, length=16, shuffle=False)
-    assert got.report["documents_read"] == text_module.CHUNK
+    assert got.report["documents_read"] == sequences.CHUNK
     assert not got.report["everything_read"]
     monkeypatch.setattr(reading, "BUFFER_DOCUMENTS", 100)
     got = load(path, tokenizer, sequences=2, length=16)
-    assert 100 <= got.report["documents_read"] <= 100 + text_module.CHUNK
+    assert 100 <= got.report["documents_read"] <= 100 + sequences.CHUNK
     monkeypatch.setattr(reading, "BUFFER_CHARACTERS", 500)
     assert load(path, tokenizer, sequences=2, length=16).report["documents_read"] <= 40
 
