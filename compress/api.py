@@ -51,7 +51,8 @@ class CompressedModel:
         monitor = Monitor()
         manifest = {"run": None, "versions": versions(), "recipe": self.report["recipe"], "probe": expected}
         with monitor.stage("save", len(self._view.layers)) as progress:
-            write_memory(self._view, folder, manifest, progress, overwrite=overwrite)
+            quantized = find_target(self.report["recipe"]["target"]).quantized_format or "native"
+            write_memory(self._view, folder, manifest, progress, overwrite=overwrite, quantized=quantized)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
         if self.model.can_generate():
@@ -105,7 +106,7 @@ def compress(
     with monitor.stage("check"):
         view = MoEModel.wrap(model)
         before = model_shape(view)
-        feasibility.forecast(before, steps, goal)
+        feasibility.check_runtime(view, feasibility.forecast(before, steps, goal)[-1], goal)
         calibrated = _calibrated(view, tokenizer, calibration, steps)
         wanted = evaluate if isinstance(evaluate, Evaluation) else Evaluation(**(evaluate or {}))
         if wanted.tasks:

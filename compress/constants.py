@@ -2,3 +2,6 @@
 
 QUANT_METHOD = "moe_compress"
 FORMAT_VERSION = 1
+
+# What servers read, and what its own field `quant_method` calls it.
+COMPRESSED_TENSORS = "compressed-tensors"

@@ -255,7 +255,9 @@ class _Applying:
         inside = block.path + "."
         report["num_experts"] = block.num_experts
         report["kind"] = description["kind"]
-        report["expert_bytes"] = sum(t.numel() * t.element_size() for n, t in tensors.items() if n.startswith(inside))
+        stored_bytes = sum(t.numel() * t.element_size() for n, t in tensors.items() if n.startswith(inside))
+        matrices = len(description["layout"]["projections"]) * block.num_experts if "layout" in description else 0
+        report["expert_bytes"] = stored_bytes + matrices * self.step.target.matrix_bytes
         self.commits.commit(layer.index, {n: t.cpu() for n, t in tensors.items()}, description, report)
         for before in self.earlier:
             before.drop(layer.index)

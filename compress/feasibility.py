@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_compress.checkpoint.writer import neighbours, settled
 from moe_compress.errors import InputError, RecipeError
-from moe_compress.export.targets import Target
+from moe_compress.export.targets import TARGETS, Target
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass
@@ -33,6 +33,39 @@ def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[
     if target.uniform_experts and len({layer.num_experts for layer in last.layers.values()}) > 1:
         raise RecipeError(f"target {target.name!r} loads the same number of experts in every layer only")
     return shapes
+
+
+def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: str = "auto") -> None:
+    """Raise RecipeError when the target doesn't load the result: for its experts, their names, or the format asked for.
+
+    Args:
+        model: what is compressed; its names on disk are the result's.
+        shape: of the result.
+        target: runtime that the result is for.
+        wanted: format that the recipe asks for, "auto" for the target's own.
+    """
+    packed = {index: layer for index, layer in shape.layers.items() if layer.kind == "packed"}
+    uniform = len({layer.num_experts for layer in shape.layers.values()}) == 1
+    form = target.dense_format if uniform and not packed else target.quantized_format
+    if wanted not in ("auto", form) and not (wanted == "native" and form == "hf" and target.quantized_format == wanted):
+        other = next((t.name for t in TARGETS.values() if t.quantized_format == wanted != form and packed), None)
+        hint = f"; the target {other!r} has it" if other else ""
+        raise RecipeError(
+            f"format: for the target {target.name!r} the result is written as {form!r}, not {wanted!r}{hint}"
+        )
+    family = type(model.module).__name__
+    for index, layer in packed.items():
+        if layer.biases and not target.biases:
+            raise RecipeError(
+                f"target {target.name!r} loads no quantized experts with biases, as {family} has (layer {index})"
+            )
+        if layer.matrices < 3 and not target.gateless:
+            raise RecipeError(f"target {target.name!r} loads no quantized experts without a gate, as {family} has")
+        if target.per_expert and model.expert_names(index, layer.num_experts) is None:
+            raise RecipeError(
+                f"target {target.name!r} loads quantized experts that are stored one by one, and {family} stores those "
+                f"of a layer together (layer {index}): take the target 'native', or a dense one"
+            )
 
 
 def check_calibration(model: MoEModel, passes: Sequence[Pass], has_text: bool, length: int) -> None:

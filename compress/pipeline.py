@@ -70,6 +70,7 @@ def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
     device, dtype = device_and_dtype(recipe.compute.device, recipe.compute.dtype)
     model = MoEModel.open(recipe.model, dtype=dtype, device=device)
     before = model_shape(model)
+    feasibility.check_runtime(model, shapes[-1], recipe.goal, recipe.format)
     shapes = feasibility.forecast(before, passes, recipe.goal)
     calibration = recipe.calibration
     feasibility.check_calibration(model, passes, calibration is not None, calibration.length if calibration else 0)
@@ -165,7 +166,8 @@ def _export(
         "probe": expected,
     }
     with monitor.stage("export", len(model.layers)) as progress:
-        write_folder(model, output, manifest, progress, overwrite=overwrite)
+        quantized = recipe.goal.quantized_format or "native"
+        write_folder(model, output, manifest, progress, overwrite=overwrite, quantized=quantized)
 
 
 def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[Calibrated, Any]:

@@ -125,18 +125,14 @@ class QuantizeMixed(Pass):
 
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Sizes at the budget. Raises RecipeError for widths or groups, BudgetError for a budget that can't be met."""
-        foreign = set(self.options.widths) - set(self.target.bits)
-        if self.target.quantized_format is None or foreign:
-            can = f"loads {self.target.bits}" if self.target.quantized_format else "loads no quantized experts"
-            raise RecipeError(
-                f"quantize.mixed: the target {self.target.name!r} {can}, widths are {self.options.widths}"
-            )
+        options = self.options
+        self.target.check_grid(self.name, options.widths, options.group_size, options.symmetric)
         for index, layer in shape.layers.items():
             for what, length in (("hidden size", layer.hidden), ("neurons", layer.intermediate)):
                 if self.options.group_size != -1 and length % self.options.group_size:
                     raise RecipeError(
                         f"quantize.mixed: group_size {self.options.group_size} doesn't divide the {what} {length} of "
-                        f"layer {index}; {_largest_group(layer, self.options.group_size)} does"
+                        f"layer {index}; {self._group_that_fits(layer)}"
                     )
         budget = self._budget(shape)
         least = sum(
@@ -215,11 +211,18 @@ class QuantizeMixed(Pass):
     def _grid(self, bits: int) -> Grid:
         return Grid(bits, self.options.group_size, self.options.symmetric or bits == 1)
 
+    def _group_that_fits(self, layer: LayerShape) -> str:
+        """Which group size, no larger than the one asked for, divides both sides of an expert."""
+        sizes = self.target.group_sizes or range(1, self.options.group_size + 1)
+        fitting = [g for g in sizes if layer.hidden % g == 0 and layer.intermediate % g == 0]
+        return f"{max(fitting)} does" if fitting else f"nothing that the target {self.target.name!r} loads does"
+
     def _expert_bytes(self, layer: LayerShape, bits: int) -> int:
         encoding = Encoding(bits, self.options.group_size, self.options.symmetric or bits == 1)
         wide = encoding.matrix_bytes(layer.intermediate, layer.hidden)
         narrow = encoding.matrix_bytes(layer.hidden, layer.intermediate)
-        return (layer.matrices - 1) * wide + narrow + layer.biases * layer.weight_bytes
+        beside = layer.matrices * self.target.matrix_bytes
+        return (layer.matrices - 1) * wide + narrow + beside + layer.biases * layer.weight_bytes
 
     def _uniform(self, shape: ModelShape) -> dict[int, list[int]]:
         """In every layer the same mixture of the two widths around the budget, spread evenly over the experts."""
@@ -400,8 +403,3 @@ def _by_width(bits: list[int], experts: range) -> dict[int, list[int]]:
 def _rows(quantized: Quantized, rows: slice) -> Quantized:
     zero = None if quantized.zero is None else quantized.zero[:, rows]
     return Quantized(quantized.codes[:, rows], quantized.scale[:, rows], zero, quantized.grid)
-
-
-def _largest_group(layer: LayerShape, below: int) -> int:
-    """The largest group size up to `below` that divides both sides of an expert."""
-    return max(g for g in range(1, below + 1) if layer.hidden % g == 0 and layer.intermediate % g == 0)

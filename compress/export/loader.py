@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint
-from moe_compress.model import hf
+from moe_compress.model import MoEModel, hf
+from moe_compress.model.model import PRESENTED
 
 from .registration import register
+from .write import result_config
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
@@ -27,6 +29,25 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
         InputError, CheckpointError, UnsupportedModelError: the folder isn't a checkpoint that can be loaded.
     """
     register()
-    Checkpoint(folder).close()  # truncated or missing shards: one clear line instead of a loader's
+    # Truncated or missing shards: one clear line instead of a loader's.
+    with Checkpoint(folder) as checkpoint:
+        method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method in PRESENTED:
+        return _presented(Path(folder), options)
     config = AutoConfig.from_pretrained(folder)
     return hf.model_class(config).from_pretrained(folder, **options).eval()  # type: ignore[no-any-return]
+
+
+def _presented(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+    """A folder in a format of others, loaded as the native checkpoint that it amounts to."""
+    view = MoEModel.open(folder)
+    assert view.weights is not None
+    described = result_config(view, {i: view.block(i).state()[1] for i in view.moe_layers})[0]
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = described["quantization_config"]
+    unowned = set(view.weights.unowned)
+    state = {name: view.source.get(name) for name in view.source.tensors if name not in unowned}
+    model = hf.model_class(config).from_pretrained(None, config=config, state_dict=state, **options)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()  # type: ignore[no-any-return]

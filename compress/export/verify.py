@@ -16,6 +16,7 @@ import torch
 from moe_compress import probe
 from moe_compress.checkpoint.reader import Checkpoint, read_json
 from moe_compress.checkpoint.writer import MANIFEST, file_digest, manifest_digest, tensor_digest
+from moe_compress.constants import COMPRESSED_TENSORS
 from moe_compress.engine import memory_limit
 from moe_compress.errors import CheckpointError, InputError, VerificationError
 from moe_compress.model import MoEModel, hf
@@ -24,6 +25,7 @@ from moe_compress.progress import Progress
 from moe_compress.units import show_bytes
 
 from .loader import load
+from .second_reading import second_reading
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def ask(folder: Path, tokens: list[int], device: str, limit: int) -> tuple[str, 
     if needed <= limit:
         with torch.no_grad(), hf.quiet():
             module = load(folder, dtype=dtype).to(device)
-            return "transformers from_pretrained", dtype, module(input_ids=ids.to(device)).logits[0].float().cpu()
+            logits = module(input_ids=ids.to(device)).logits[0].float().cpu()
+            return _loader(folder, module, limit - needed), dtype, logits
     model = MoEModel.open(folder, dtype=dtype, device=device)
     with Sweep(model, [{"input_ids": ids}]) as sweep:
         for step in sweep:
@@ -123,6 +126,15 @@ def ask(folder: Path, tokens: list[int], device: str, limit: int) -> tuple[str, 
     return why, dtype, logits
 
 
+def _loader(folder: Path, module: Any, room: int) -> str:
+    """What loaded a model, and what another loader made of the same folder where there is one."""
+    with Checkpoint(folder) as checkpoint:
+        method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method != COMPRESSED_TENSORS:
+        return "transformers from_pretrained"
+    return f"read by the format's description; {second_reading(folder, module, room)}"
+
+
 def loaded_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Memory that the loaded model takes: packed integers as they are, the rest in `dtype`."""
     with Checkpoint(folder) as checkpoint:
@@ -130,6 +142,6 @@ def loaded_bytes(folder: Path, dtype: torch.dtype) -> int:
         total = 0
         for name, info in checkpoint.tensors.items():
             count = info.nbytes // info.dtype.itemsize
-            keeps = not info.dtype.is_floating_point or (packed and name.endswith(".scale"))
+            keeps = not info.dtype.is_floating_point or (packed and name.endswith((".scale", ".weight_scale")))
             total += info.nbytes if keeps else count * dtype.itemsize
         return total

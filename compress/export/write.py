@@ -4,12 +4,14 @@ Promise: every tensor that wasn't changed is copied byte for byte from the sourc
 doesn't own (multi-token-prediction heads, …); config.json is the source's own with only the keys changed that must be;
 tokenizer, generation config and whatever else lies beside the weights come along. Nothing appears under the output's
 name before it is complete.
+
+What packed experts become is the target's to say: `native` stores them as they run, `compressed-tensors` one by one.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import sidecar_files
 from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.constants import FORMAT_VERSION, QUANT_METHOD
-from moe_compress.errors import RecipeError
+from moe_compress.constants import COMPRESSED_TENSORS, FORMAT_VERSION, QUANT_METHOD
+from moe_compress.errors import RunError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
 from moe_compress.progress import Progress
+
+from .compressed_tensors import WrittenLayer, layer_tensors, quantization_config, scale_dtype
 
 
 def write_folder(
@@ -31,6 +35,7 @@ def write_folder(
     progress: Progress,
     *,
     overwrite: bool = False,
+    quantized: str = "native",
 ) -> str:
     """Write a model that was opened from a folder, its overlay included.
 
@@ -40,61 +45,92 @@ def write_folder(
         manifest: what is recorded beside the tensors' digests.
         progress: told about every layer.
         overwrite: whether `output` may hold something.
+        quantized: format of packed experts, "native" or "compressed-tensors".
 
     Returns:
-        "hf" or "native": the format.
+        The format: `quantized`, or "hf" where nothing is packed.
 
     Raises:
-        InputError: `output` may not be written. RunError: the disk is full, or a tensor isn't finite.
+        InputError: `output` may not be written.
+        RunError: the disk is full, a tensor isn't finite, or the format can't hold the experts.
     """
     source = model.source
     assert model.weights is not None
     changed = {i: model.overlay.get(i) if model.overlay is not None else None for i in model.moe_layers}
     descriptions = {i: c[1] for i, c in changed.items() if c is not None}
-    config, form = result_config(model, descriptions)
+    config, form = result_config(model, descriptions, quantized)
     writer = CheckpointWriter(output, overwrite=overwrite)
+    served = _Served(model, config)
+
+    def copy(names: Collection[str]) -> None:
+        writer.add({name: source.get(name) for name in names})
+        served.leave({name: source.tensors[name].shape for name in names})
+
     inside = {name for i in range(len(model.layers)) for name in model.weights.layer_names(i)}
-    writer.add({name: source.get(name) for name in source.tensors if name not in inside})
+    copy([name for name in source.tensors if name not in inside])
     for index in range(len(model.layers)):
         names = model.weights.layer_names(index)
         block = changed.get(index)
         if block is not None:
             replaced = model.own_names(index)
             names = {disk: runtime for disk, runtime in names.items() if runtime not in replaced}
-        writer.add({name: source.get(name) for name in names})
+        copy(names)
         if block is not None:
-            writer.add(_on_disk(model, index, *block))
+            packed, dense = _on_disk(model, index, *block)
+            writer.add(served.tensors(index, packed, block[1]) if packed and form == COMPRESSED_TENSORS else packed)
+            writer.add(dense)
+            served.leave({name: tensor.shape for name, tensor in dense.items()})
         progress.layer(index)
+    if form == COMPRESSED_TENSORS:
+        config["quantization_config"] = served.config()
     writer.finish(config, sidecar_files(source.folder), manifest)
     return form
 
 
 def write_memory(
-    model: MoEModel, output: Path, manifest: dict[str, Any], progress: Progress, *, overwrite: bool = False
+    model: MoEModel,
+    output: Path,
+    manifest: dict[str, Any],
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    quantized: str = "native",
 ) -> str:
     """Write a model that is in memory, in the layout in which its family is stored; like `write_folder` otherwise.
 
     Tokenizer and generation config are the caller's to add.
     """
-    config, form = result_config(model, {i: model.block(i).state()[1] for i in model.moe_layers})
+    descriptions = {i: model.block(i).state()[1] for i in model.moe_layers}
+    config, form = result_config(model, descriptions, quantized)
     writer = CheckpointWriter(output, overwrite=overwrite)
+    served = _Served(model, config)
     tied = set(getattr(model.module, "all_tied_weights_keys", None) or {})
     for index in (None, *range(len(model.layers))):
         with model.reading(index) as tensors:
-            packed = _packed_names(model, index)
-            writer.add({n: t for n, t in tensors.items() if n in packed})
-            dense = {n: t for n, t in tensors.items() if n not in packed and n not in tied}
-            writer.add(hf.to_disk_default(model.module, dense))
+            names = _packed_names(model, index)
+            packed = {n: t for n, t in tensors.items() if n in names}
+            if packed and index is not None and form == COMPRESSED_TENSORS:
+                packed = served.tensors(index, packed, descriptions[index])
+            writer.add(packed)
+            dense = {n: t for n, t in tensors.items() if n not in names and n not in tied}
+            dense = hf.to_disk_default(model.module, dense)
+            writer.add(dense)
+            served.leave({name: tensor.shape for name, tensor in dense.items()})
         if index is not None:
             progress.layer(index)
+    if form == COMPRESSED_TENSORS:
+        config["quantization_config"] = served.config()
     writer.finish(config, [], manifest)
     return form
 
 
-def result_config(model: MoEModel, descriptions: Mapping[int, dict[str, Any]]) -> tuple[dict[str, Any], str]:
+def result_config(
+    model: MoEModel, descriptions: Mapping[int, dict[str, Any]], quantized: str = "native"
+) -> tuple[dict[str, Any], str]:
     """config.json of the result, and its format.
 
-    Equal numbers of dense experts everywhere need nothing but another number: "hf". Anything else is "native".
+    Equal numbers of dense experts everywhere need nothing but another number: "hf". Anything else is `quantized`; what
+    "compressed-tensors" says of the layers is known when they are written.
     """
     config = copy.deepcopy(model.config_values)
     counts = {
@@ -107,6 +143,10 @@ def result_config(model: MoEModel, descriptions: Mapping[int, dict[str, Any]]) -
     dense = all(d["kind"] == "fused" for d in descriptions.values())
     if dense and uniform:
         return config, "hf"
+    if quantized == COMPRESSED_TENSORS:
+        if not uniform:
+            raise RunError("layers with different numbers of experts can't be written as compressed-tensors")
+        return config, COMPRESSED_TENSORS
     # The loader starts from the skeleton that config.json describes, and reshapes the blocks that differ from it.
     kinds: list[dict[str, Any]] = []
     blocks = {}
@@ -123,26 +163,54 @@ def result_config(model: MoEModel, descriptions: Mapping[int, dict[str, Any]]) -
         "axes": kinds,
         "blocks": blocks,
     }
+    config["experts_implementation"] = hf.IMPLEMENTATION  # without the package: an error, not experts at random
     return config, "native"
 
 
-def check_format(wanted: str, form: str, target: str) -> None:
-    """Raise RecipeError when a result can't have the format that the recipe asks for."""
-    if wanted not in ("auto", form) and not (wanted == "native" and form == "hf"):
-        raise RecipeError(f"the result needs the format {form!r}, the recipe asks for {wanted!r} (target {target})")
+class _Served:
+    """What a server has to be told: which layers were written packed, and which matrices stay dense."""
+
+    def __init__(self, model: MoEModel, config: Mapping[str, Any]):
+        self._model, self._source = model, config
+        self._layers: dict[int, WrittenLayer] = {}
+        self._dense: list[str] = []
+
+    def leave(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Remember matrices that were written dense, by name."""
+        matrices = [n for n, shape in shapes.items() if n.endswith(".weight") and len(shape) > 1]
+        self._dense += [n.removesuffix(".weight") for n in matrices]
+
+    def tensors(self, index: int, packed: Mapping[str, Tensor], description: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A packed layer's tensors as servers read them."""
+        block = self._model.block(index)
+        names = self._model.expert_names(index, int(description["num_experts"]))
+        if names is None:
+            raise RunError(f"layer {index}: {type(self._model.module).__name__} doesn't store its experts one by one")
+        inside = f"{self._model.stack}.{index}.{block.path}."
+        experts = {name.removeprefix(inside): tensor for name, tensor in packed.items()}
+        stored = next(t.dtype for n, t in experts.items() if n.endswith(".scale"))
+        dtype = scale_dtype(self._source, stored)
+        written, self._layers[index] = layer_tensors(index, experts, description["layout"], names, dtype)
+        return written
+
+    def config(self) -> dict[str, Any]:
+        """`quantization_config`."""
+        # A head that shares the embedding's weights isn't in the file, and is a linear layer all the same.
+        tied = [n.removesuffix(".weight") for n in getattr(self._model.module, "all_tied_weights_keys", None) or {}]
+        return quantization_config(self._layers, [*self._dense, *tied])
 
 
-def _on_disk(model: MoEModel, index: int, tensors: dict[str, Tensor], description: dict[str, Any]) -> dict[str, Tensor]:
-    """A changed block's tensors under the names that the file will have."""
+def _on_disk(
+    model: MoEModel, index: int, tensors: dict[str, Tensor], description: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A changed block's tensors by full name: packed experts as they run, everything else as the file will have it."""
     assert model.weights is not None
     prefix = f"{model.stack}.{index}."
     experts = model.block(index).path + "."
     packed = description["kind"] != "fused"
-    # Packed stacks are stored as they run; everything else as the source's own layout has it.
-    result = {prefix + n: t for n, t in tensors.items() if packed and n.startswith(experts)}
-    dense = {prefix + n: t for n, t in tensors.items() if prefix + n not in result}
-    result.update(model.weights.names.to_disk(dense))
-    return result
+    stacks = {prefix + n: t for n, t in tensors.items() if packed and n.startswith(experts)}
+    dense = {prefix + n: t for n, t in tensors.items() if prefix + n not in stacks}
+    return stacks, model.weights.names.to_disk(dense)
 
 
 def _packed_names(model: MoEModel, index: int | None) -> set[str]:

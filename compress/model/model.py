@@ -8,6 +8,7 @@ its module first runs and goes when `release_outer` is called. In memory, layers
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -21,14 +22,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
-from moe_compress.constants import QUANT_METHOD
+from moe_compress.constants import COMPRESSED_TENSORS, QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
 
 from . import families, hf, offload
 from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index
 from .block import MoEBlock
 from .disk import DiskWeights, Overlay
+from .expert_names import ExpertNames, find_expert_names
 from .tensors import release_freed, to_meta
+
+# Formats of others that are read as if they were native: quant_method → "module:function", called with a model and its
+# folder, giving the folder presented anew and the description of each layer. By name, because the view of a model
+# imports no format.
+PRESENTED: dict[str, str] = {COMPRESSED_TENSORS: "moe_compress.export.compressed_reader:present"}
 
 
 @dataclass
@@ -105,7 +112,17 @@ class MoEModel:
         quantized = source.config.get("quantization_config") or {}
         if quantized.get("quant_method") == QUANT_METHOD:
             for index, description in quantized["blocks"].items():
-                model.block(int(index)).restructure(description)
+                block = model.block(int(index))
+                if description["experts"] != block.path:
+                    raise CheckpointError(
+                        f"{path}: quantization_config puts the experts of layer {index} at "
+                        f"{description['experts']!r}, {type(module).__name__} has them at {block.path!r}"
+                    )
+                block.restructure(description)
+        elif quantized.get("quant_method") in PRESENTED:
+            source, descriptions = _presented(model, source, str(quantized["quant_method"]))
+            for number, description in descriptions.items():
+                model.block(number).restructure(description)
         elif quantized:
             raise UnsupportedModelError(
                 f"{path} is already quantized ({quantized.get('quant_method', 'unknown method')}); "
@@ -185,6 +202,13 @@ class MoEModel:
             stored: tensors in the dtypes of the folder and on the CPU, instead of compute dtype and device.
         """
         module = self.layers[index]
+    def expert_names(self, index: int, count: int) -> ExpertNames | None:
+        """How `count` experts of a layer are called on disk one by one; None where they are stored together."""
+        to_disk = (
+            functools.partial(hf.to_disk_default, self.module) if self.weights is None else self.weights.names.to_disk
+        )
+        return find_expert_names(self.block(index), f"{self.stack}.{index}.", count, to_disk)
+
         block = self.block(index) if index in self._paths else None
         if self.weights is None:
             yield Layer(index, module, block)
@@ -258,6 +282,11 @@ def _find_stack(module: PreTrainedModel) -> str:
     lists: Counter[str] = Counter()
     for path in expert_counts(module):
         parts = path.split(".")
+def _presented(model: MoEModel, source: Checkpoint, method: str) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
+    module, _, function = PRESENTED[method].partition(":")
+    return getattr(importlib.import_module(module), function)(model, source)  # type: ignore[no-any-return]
+
+
         for position in range(len(parts) - 1, 0, -1):
             if parts[position].isdigit():
                 lists[".".join(parts[:position])] += 1

@@ -1,0 +1,88 @@
+"""What others make of a `compressed-tensors` checkpoint: transformers' own loader, beside this package's reader.
+
+transformers unpacks the experts with the `compressed-tensors` library while it loads. That is code of others from the
+first byte to the last, so if it arrives at the weights that the reader here holds, the file is what the format says.
+It isn't asked where its answer is known to mean nothing: it takes the scheme of the first group for all layers, and
+before 0.18 the library unpacked some widths wrongly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from moe_compress.errors import VerificationError
+from moe_compress.model import FusedExperts, hf
+
+from .compressed_reader import uniform
+from .compressed_tensors import VERSION
+
+
+def second_reading(folder: Path, model: PreTrainedModel, room: int) -> str:
+    """Load a folder by transformers' own loader and compare all experts with those of `model`, bit for bit.
+
+    Args:
+        folder: the checkpoint.
+        model: the same checkpoint, read by this package, experts packed.
+        room: bytes that the model may take with its experts unpacked.
+
+    Returns:
+        What came of it, for the report: that all are equal, or why nothing could be compared.
+
+    Raises VerificationError when the weights differ.
+    """
+    packed = {n: m for n, m in model.named_modules() if getattr(m, "kind", "") == "packed"}
+    weights = sum(
+        p.out_features * p.in_features * m.num_experts for m in packed.values() for p in m.projections.values()
+    )
+    others = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(tuple(f"{m}." for m in packed)))
+    config = AutoConfig.from_pretrained(folder)
+    if reason := _unable(config.quantization_config):
+        return f"transformers' own loader was not asked: {reason}"
+    dtype: torch.dtype = next(s.torch_dtype for m in packed.values() for s in _encodings(m))
+    if (weights + others) * dtype.itemsize > room:
+        return "transformers' own loader was not asked: it unpacks all experts, which memory has no room for"
+    try:
+        with hf.quiet(), contextlib.redirect_stderr(io.StringIO()):  # the library draws bars of its own
+            theirs: Any = type(model).from_pretrained(folder, dtype=dtype)
+    except Exception as error:  # whatever it trips over is its own; the file is judged by the reader alone
+        return f"transformers' own loader can't load this family ({type(error).__name__})"
+    for path, module in packed.items():
+        unpacked = FusedExperts(theirs.get_submodule(path)).weights()
+        for name, projection in module.projections.items():
+            for expert in range(module.num_experts):
+                if not torch.equal(projection.matrices([expert], dtype)[0], getattr(unpacked, name)[expert]):
+                    raise VerificationError(
+                        f"{folder}: transformers' own loader reads the {name} projection of expert {expert} in {path} "
+                        "as other weights than were written"
+                    )
+    return "transformers' own loader (compressed-tensors) arrives at the same experts, bit for bit"
+
+
+def _unable(config: Any) -> str:
+    """Why its answer would mean nothing, or nothing."""
+    try:
+        version = importlib.metadata.version("compressed-tensors")
+    except importlib.metadata.PackageNotFoundError:
+        return "compressed-tensors is not installed"
+    if _number(version) < _number(VERSION):
+        return f"compressed-tensors {version} is older than {VERSION}"
+    values = config if isinstance(config, dict) else config.to_dict()
+    return "" if uniform(values) else "it takes one scheme for all layers, and these differ"
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _encodings(module: Any) -> list[Any]:
+    return [
+        module.projections[n].get_submodule(s).encoding for n in module.projections for s in module.projections[n].names
+    ]
