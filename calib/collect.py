@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from moe_compress.checkpoint.writer import all_finite
 from moe_compress.errors import RunError
 from moe_compress.model import MoEBlock, MoEModel, Tap
 from moe_compress.model.shape import ModelShape
@@ -81,14 +82,16 @@ def collect(sweep: Sweep, statistics: Sequence[Statistic], store: StatisticStore
         if block is None or not lacking:
             step.advance()
         else:
-            _measure(step, block, lacking, store)
+            _measure(sweep.model, step, block, lacking, store)
         open_layers.discard(step.index)
         progress.layer(step.index)
         if not open_layers:
             break  # what lies behind is measured already
 
 
-def _measure(step: Step, block: MoEBlock, lacking: dict[str, Statistic], store: StatisticStore) -> None:
+def _measure(
+    model: MoEModel, step: Step, block: MoEBlock, lacking: dict[str, Statistic], store: StatisticStore
+) -> None:
     accumulators = {key: statistic.start(block, step.tokens) for key, statistic in lacking.items()}
 
     def observe(tap: Tap) -> None:
@@ -101,11 +104,20 @@ def _measure(step: Step, block: MoEBlock, lacking: dict[str, Statistic], store: 
             result = accumulator.result()
             for name, value in result.items():
                 if value.is_floating_point() and not torch.isfinite(value).all():
-                    raise RunError(
-                        f"layer {step.index}: {key}.{name} is not finite: the layer's weights, or what it reads, hold "
-                        "values that are not numbers"
-                    )
+                    raise RunError(f"layer {step.index}: {key}.{name} is not finite: {_culprit(model, step.index)}")
             store.put(step.index, key, result)
+
+
+def _culprit(model: MoEModel, index: int) -> str:
+    """Which weights are not numbers: of the layer, else of one before it, else of what lies around the layers."""
+    if model.weights is not None:
+        source, inside = model.source, {n for i in range(len(model.layers)) for n in model.weights.layer_names(i)}
+        layers = [sorted(model.weights.layer_names(i)) for i in range(index, -1, -1)]
+        for name in [*(n for names in layers for n in names), *sorted(source.tensors.keys() - inside)]:
+            if not all_finite(source.get(name)):
+                where = source.folder / source.tensors[name].file
+                return f"tensor {name!r} in {where} holds values that are not numbers; copy or download the file again"
+    return "the layer's weights, or what it reads, hold values that are not numbers"
 
 
 def missing(model: MoEModel, statistics: Sequence[Statistic], store: StatisticStore) -> list[Statistic]:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from moe_compress import feasibility, probe
 from moe_compress.calib.text import load_batches
+from moe_compress.calib.tokenizer import find_tokenizer
 from moe_compress.checkpoint.atomic import write_json, write_text
 from moe_compress.checkpoint.reader import read_json
 from moe_compress.checkpoint.workspace import Workspace, clear, short_digest
@@ -70,8 +69,8 @@ def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
     device, dtype = device_and_dtype(recipe.compute.device, recipe.compute.dtype)
     model = MoEModel.open(recipe.model, dtype=dtype, device=device)
     before = model_shape(model)
-    feasibility.check_runtime(model, shapes[-1], recipe.goal, recipe.format)
     shapes = feasibility.forecast(before, passes, recipe.goal)
+    feasibility.check_runtime(model, shapes[-1], recipe.goal, recipe.format)
     calibration = recipe.calibration
     feasibility.check_calibration(model, passes, calibration is not None, calibration.length if calibration else 0)
     check_scoring(model, recipe.evaluate)
@@ -171,7 +170,7 @@ def _export(
 
 
 def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[Calibrated, Any]:
-    tokenizer = _tokenizer(recipe.model)
+    tokenizer = find_tokenizer(recipe.model)
     needed = any(step.statistics() or step.needs_inputs() for step in passes)
     if recipe.calibration is None or not needed:
         return Calibrated(None), tokenizer
@@ -180,13 +179,6 @@ def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[C
     vocabulary = model.module.config.get_text_config().vocab_size
     text = load_batches(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary)
     return Calibrated(text, recipe.calibration.batch_size), tokenizer
-
-
-def _tokenizer(folder: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # whoever needs one says so
 
 
 def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, calibrated: Calibrated) -> dict[str, Any]:

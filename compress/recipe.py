@@ -184,6 +184,8 @@ def build_pass(entry: Any, target: Target, path: KeyPath = ()) -> Pass:
         return cls(cls.Options(**(options or {})), target)
     except ValidationError as error:
         raise _explained(error, cls.Options, (*path, name)) from error
+    except RecipeError as error:  # of an option that looks its value up
+        raise _KeyError((*path, name), str(error)) from error
 
 
 def _explained(error: ValidationError, model: type[BaseModel], path: KeyPath) -> _KeyError:

@@ -29,3 +29,28 @@ def demo() -> Path:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     return DEMO / "moe-demo"
+
+
+@pytest.fixture(scope="session")
+def commands():
+    """Runs `moe-compress ARGUMENTS` in a process of its own (tests/running.py)."""
+    from running import Commands
+
+    with Commands() as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A small checkpoint that runs take a second on (tests/checkpoints.py). Nobody changes it."""
+    from checkpoints import small_checkpoint
+
+    return small_checkpoint(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Calibration and held-out text for it."""
+    from checkpoints import texts
+
+    return texts(tmp_path_factory.mktemp("small") / "text")

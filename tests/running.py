@@ -145,11 +145,14 @@ def _serve() -> None:
     import torch
 
     import moe_compress.cli.main
-    import moe_compress.cli.show
     import moe_compress.passes
+    from moe_compress.cli.show import inspected
 
     torch.set_num_threads(1)
     moe_compress.passes.all_passes()
+    inspected(
+        str(ROOT / "demo" / "moe-demo")
+    )  # transformers builds tables and imports a family when they are first used
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         child = os.fork()

@@ -32,7 +32,7 @@ except ImportError:  # not on this system: nothing keeps two runs apart
 
 _RECORD = "workspace.json"
 _LOCK = "lock"
-_STATISTICS = "statistics"
+_PASSES, _STATISTICS = "pass-*", "statistics"
 
 
 def short_digest(value: Any) -> str:
@@ -70,6 +70,8 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not self._finished(_PASSES, _STATISTICS):
+            clear(self.folder)  # nothing is lost
         self.close()
 
     def close(self) -> None:
@@ -87,7 +89,7 @@ class Workspace:
         record = self.folder / _RECORD
         before = _recorded(record)
         differences = _differences(before, identity) if before is not None else []
-        if differences and not fresh:
+        if differences and not fresh and self._finished(_PASSES):
             raise InputError(
                 f"workspace {self.folder} belongs to another run ({'; '.join(differences[:3])}): "
                 "say --fresh to start over in it, or choose another output"
@@ -95,7 +97,11 @@ class Workspace:
         if before is None or differences or fresh:
             self._forget()  # what no record claims was left by a removal that was killed
         write_json(record, identity)
-        return any(path.is_file() for kind in ("pass-*", _STATISTICS) for path in self.folder.glob(f"{kind}/**/*"))
+        return bool(self._finished(_PASSES, _STATISTICS))
+
+    def _finished(self, *kinds: str) -> list[Path]:
+        """Files of finished work."""
+        return [path for kind in kinds for path in self.folder.glob(f"{kind}/**/*") if path.is_file()]
 
     def pass_store(self, number: int, name: str) -> PassStore:
         """Committed layers of the recipe's pass `number`."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from moe_compress.calib.tokenizer import find_tokenizer
 from moe_compress.engine import holding, memory_limit
 from moe_compress.errors import InputError
 from moe_compress.export.loader import load
@@ -85,13 +85,13 @@ def score_folders(
 
 
 def _tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is None:
         raise InputError(
             f"{folder} has no tokenizer that transformers can load, and scoring needs one: put tokenizer.json and "
             "tokenizer_config.json there"
-        ) from error
+        )
+    return tokenizer
 
 
 def _check_alike(model: MoEModel, original: MoEModel) -> None:

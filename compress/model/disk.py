@@ -49,6 +49,9 @@ class DiskWeights:
         state = module.state_dict()
         self.unowned = sorted(n for n, runtime in self.names.runtime.items() if runtime not in state)
         self._check_complete(set(state))
+        for name, runtime in self.names.runtime.items():
+            if runtime in state:
+                self._check_tensor(name, state[runtime])
         # Parameters take this dtype when they compute; a few are kept in float32 by their family.
         compute = {n: p.dtype for n, p in module.named_parameters()}
         keep = re.compile("|".join(p.replace("*", ".*") for p in hf.kept_in_float32(module, module.dtype)) or r"(?!)")
@@ -58,6 +61,19 @@ class DiskWeights:
             self._disk_names.setdefault(runtime, []).append(name)
         self._tied: dict[str, str] = dict(getattr(module, "all_tied_weights_keys", None) or {})
         self._watch_outer()
+
+    def _check_tensor(self, name: str, wanted: Tensor) -> None:
+        """Raise CheckpointError for a tensor of the folder that can't be what the model wants."""
+        found = self.source.tensors[name]
+        where = f"{self.source.folder / found.file}: tensor {name!r}"
+        if wanted.is_floating_point() and not found.dtype.is_floating_point:
+            model = type(self.module).__name__
+            raise CheckpointError(f"{where} holds {found.dtype}, and {model} computes with real numbers there")
+        if name not in self.names.converted and found.shape != tuple(wanted.shape):
+            raise CheckpointError(
+                f"{where} has shape {list(found.shape)}, but config.json asks for {list(wanted.shape)}: the checkpoint "
+                "and its config.json don't belong together"
+            )
 
     # --- layers ------------------------------------------------------------------------------------------------
 

@@ -99,6 +99,7 @@ class NameMap:
         targets = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
         self.runtime: dict[str, str] = {}
         self.filled: set[str] = set()
+        self.converted: set[str] = set()  # disk names of tensors that don't become what they are in the file
         # The loader's order: some renamings switch on when they meet the first of their names.
         for name in sorted(disk_names, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
@@ -107,6 +108,7 @@ class NameMap:
             self.runtime[name] = target
             self.filled.add(target)
             if pattern is not None:
+                self.converted.add(name)
                 first, *others = targets[pattern]
                 self.filled.update(target.replace(first, other) for other in others)
         # Only what this checkpoint used may be reverted: a fused file stays fused, a prefix that was absent stays so.
