@@ -48,6 +48,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
 _QUANTIZERS = "transformers.quantizers.auto"
 
 

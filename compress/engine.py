@@ -245,17 +245,18 @@ class _Applying:
             block.assign({n: t.to(stored.get(n, t.dtype)).to(t.dtype) for n, t in tensors.items()})
 
     def _commit(self, layer: Layer, block: MoEBlock, report: dict[str, Any]) -> None:
-        tensors, description = block.state()
         stored = self.model.stored_dtypes(layer.index)
-        if description["kind"] == "fused":
-            tensors = {n: t.to(stored.get(n, t.dtype)) for n, t in tensors.items()}
-        else:  # packed experts are what they are; the router keeps the dtype that it came with
-            inside = block.path + "."
-            tensors = {n: t if n.startswith(inside) else t.to(stored.get(n, t.dtype)) for n, t in tensors.items()}
-        inside = block.path + "."
+        if block.kind != "fused":
+            # Packed weights are what they are. Biases have names of their own there, and the dtype that they came with.
+            biases = [n for n in block.weight_names() if n.endswith("_bias")]
+            came = next((d for n, d in stored.items() if n.startswith(block.path) and n.endswith("_bias")), None)
+            state = block.module.state_dict()
+            block.assign({n: state[n].to(came) for n in biases})
+        tensors, description = block.state()
+        tensors = {n: t.to(stored.get(n, t.dtype)) for n, t in tensors.items()}
         report["num_experts"] = block.num_experts
         report["kind"] = description["kind"]
-        stored_bytes = sum(t.numel() * t.element_size() for n, t in tensors.items() if n.startswith(inside))
+        stored_bytes = sum(tensors[n].numel() * tensors[n].element_size() for n in block.weight_names())
         matrices = len(description["layout"]["projections"]) * block.num_experts if "layout" in description else 0
         report["expert_bytes"] = stored_bytes + matrices * self.step.target.matrix_bytes
         self.commits.commit(layer.index, {n: t.cpu() for n, t in tensors.items()}, description, report)

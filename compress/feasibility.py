@@ -22,10 +22,9 @@ def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[
     for number, step in enumerate(passes):
         for index, layer in shape.layers.items():
             if layer.kind not in step.accepts:
-                before = next(p.name for p in reversed(passes[:number]))
+                before = f"can't follow {passes[number - 1].name}" if number else "can't change this model"
                 raise RecipeError(
-                    f"passes[{number}]: {step.name} can't follow {before}: the experts of layer {index} are "
-                    f"{layer.kind} by then"
+                    f"passes[{number}]: {step.name} {before}: the experts of layer {index} are {layer.kind} already"
                 )
         shape = step.forecast(shape)
         shapes.append(shape)

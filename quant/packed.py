@@ -12,9 +12,9 @@ Letters: E experts, S experts of a stack, O/K output and input features of a pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -123,15 +123,20 @@ class Stack(nn.Module):
             stack.zero = nn.Parameter(pack(value.zero, grid.bits), requires_grad=False)
         return stack
 
-    def dense(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """The matrices in some slots, unpacked: [len(slots), O, K]."""
+    def forward(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """The matrices in some slots, unpacked: [len(slots), O, K]. A call, so that offloading hooks see it."""
         if self.encoding.bits == 0:
-            return self.weight[slots].to(dtype)
+            return self.weight[slots.to(self.weight.device)].to(dtype)
         grid = self.encoding.grid
+        slots = slots.to(self.codes.device)
         codes = unpack(self.codes[slots], grid.bits, self.in_features)
         scale = self.scale[slots]
         zero = None if grid.symmetric else unpack(self.zero[slots], grid.bits, scale.shape[-1])
         return dequantize(Quantized(codes, scale, zero, grid), dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(_keeping_dtype(fn), recurse)
+        return self
 
 
 class PackedProjection(nn.Module):
@@ -157,7 +162,7 @@ class PackedProjection(nn.Module):
         # Plain lists, not buffers: they follow from the description, and needn't move between devices.
         self._slots = slots
 
-    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def matrices(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The matrices of some experts, unpacked: [len(experts), O, K]."""
         parts = []
         order = []
@@ -165,11 +170,11 @@ class PackedProjection(nn.Module):
             positions = [p for p, e in enumerate(experts) if self.assignment[e] == name]
             if positions:
                 stack: Stack = self.get_submodule(name)  # type: ignore[assignment]
-                slots = torch.tensor([self._slots[experts[p]] for p in positions], device=_device(stack))
-                parts.append(stack.dense(slots, dtype))
+                slots = torch.tensor([self._slots[experts[p]] for p in positions])
+                parts.append(stack(slots, dtype))
                 order += positions
         if len(parts) == 1:
-            return parts[0]
+            return parts[0]  # type: ignore[no-any-return]
         back = torch.tensor(order, device=parts[0].device).argsort()
         return torch.cat(parts)[back]
 
@@ -185,7 +190,7 @@ class PackedProjection(nn.Module):
             ends = torch.tensor([counts[e] for e in experts]).cumsum(0)
             rows = slice(start, start + int(ends[-1]))
             offsets = ends.to(torch.int32).to(input_RK.device)
-            output[rows] = grouped_linear(input_RK[rows], self.dense(experts, input_RK.dtype), offsets)
+            output[rows] = grouped_linear(input_RK[rows], self.matrices(experts, input_RK.dtype), offsets)
             start = rows.stop
         return output
 
@@ -252,6 +257,12 @@ class PackedExperts(nn.Module):
         """One expert, unpacked."""
         return self._weights([index]).map(lambda stacked: stacked[0])
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for child in self.children():
+            child._apply(fn)
+        super()._apply(_keeping_dtype(fn), recurse=False)
+        return self
+
     def describe(self) -> dict[str, Any]:
         """JSON from which `build_packed` rebuilds the module."""
         encodings: dict[str, Encoding] = {}
@@ -272,7 +283,7 @@ class PackedExperts(nn.Module):
 
     def _weights(self, experts: Sequence[int]) -> ExpertWeights:
         dtype = torch.float32
-        matrices = {n: p.dense(experts, dtype) for n, p in self.projections.items()}
+        matrices = {n: p.matrices(experts, dtype) for n, p in self.projections.items()}
         index = torch.tensor(list(experts))
         biases = {n: p.data[index] for n, p in self._parameters.items() if p is not None}
         return ExpertWeights(**matrices, **biases)
@@ -349,8 +360,14 @@ def _fused(block: MoEBlock) -> nn.Module:
     return module._original.module if isinstance(module, PackedExperts) else module  # type: ignore[no-any-return]
 
 
-def _device(stack: Stack) -> torch.device:
-    return next(stack.parameters()).device
+def _keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `module.to` does to a tensor, without the cast: scales and biases stay what was stored, in any dtype."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = move(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -35,33 +34,87 @@ class MoeCompressConfig(QuantizationConfigMixin):
         self.axes = axes or []
         self.blocks = blocks or {}
 
-    def restructure(self, model: nn.Module) -> None:
-        """Reshape the blocks of a skeleton. Raises CheckpointError for a version that this package doesn't know."""
-        from moe_compress.errors import CheckpointError
+    def restructure(self, model: Any) -> None:
+        """Reshape the blocks of a skeleton.
+
+        Raises CheckpointError for a version that this package doesn't know, and for a model of another structure.
+        """
+        from moe_compress.errors import CheckpointError, UnsupportedModelError
         from moe_compress.model import MoEBlock
         from moe_compress.model.axes import ExpertAxes
+        from moe_compress.model.block import check_version
 
-        if self.format_version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"the checkpoint has format version {self.format_version}, this moe-compress reads up to "
-                f"{FORMAT_VERSION}: install a newer one"
-            )
+        check_version(self.format_version)
         axes = [ExpertAxes.from_json(values) for values in self.axes]
+        stack = self.stack_in(model)
         for index, description in self.blocks.items():
-            layer = model.get_submodule(f"{self.stack}.{index}")
-            block = MoEBlock(int(index), layer, description["experts"], axes[description["axes"]])
-            block.restructure(description)
+            try:
+                layer = model.get_submodule(f"{stack}.{index}")
+                block = MoEBlock(int(index), layer, description["experts"], axes[description["axes"]])
+                block.restructure(description)
+            except (AttributeError, KeyError, IndexError, TypeError, ValueError, UnsupportedModelError) as error:
+                raise CheckpointError(
+                    f"quantization_config describes layer {index} of {self.stack!r}, which doesn't fit "
+                    f"{type(model).__name__}: {error}"
+                ) from error
             # The file fills all of it; some families' initialisation would look for the fused parameters.
             block.parent._is_hf_initialized = True  # type: ignore[assignment]
 
+    def stack_in(self, model: Any) -> str:
+        """Module path of the decoder layers in a model: a base model lacks the prefix of the one with a head."""
+        prefix = f"{model.base_model_prefix}."
+        has_base = hasattr(model, model.base_model_prefix)
+        return self.stack.removeprefix(prefix) if not has_base else self.stack
+
 
 class MoeCompressQuantizer(HfQuantizer):
-    """Reshapes the skeleton before transformers loads weights into it."""
+    """Reshapes the skeleton before transformers loads weights into it, and checks that the files fill it."""
 
     quantization_config: MoeCompressConfig
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Called before the model is built: registers the experts implementation that config.json names."""
+        import moe_compress.model  # noqa: F401
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> Any:
+        from moe_compress.model.hf import choose_implementation
+
+        choose_implementation(model)
         self.quantization_config.restructure(model)
+        if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            self._check_names(model, checkpoint_files)
+        return model
+
+    def _check_names(self, model: Any, files: list[str]) -> None:
+        """Raise CheckpointError where transformers would only warn: for what nothing fills, or nothing takes."""
+        from pathlib import Path
+
+        from safetensors import safe_open
+
+        from moe_compress.errors import CheckpointError
+        from moe_compress.model.disk import check_complete
+        from moe_compress.model.hf import NameMap
+
+        stored: set[str] = set()
+        for file in files:
+            with safe_open(file, framework="pt") as shard:
+                stored.update(shard.keys())
+        names = NameMap(model, stored)
+        folder = Path(files[0]).parent
+        check_complete(model, names.filled, folder)
+        config = self.quantization_config
+        stack, state = config.stack_in(model), model.state_dict().keys()
+        packed = tuple(f"{stack}.{i}.{b['experts']}." for i, b in config.blocks.items() if b["kind"] != "fused")
+        for name, runtime in sorted(names.runtime.items()):
+            if runtime.startswith(packed) and runtime not in state:
+                raise CheckpointError(f"{folder} holds {name!r}, which its quantization_config doesn't describe")
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from moe_compress.model.hf import save_as_it_runs
+
+        save_as_it_runs(model)
         return model
 
     def is_serializable(self, **_: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_compress.constants import FORMAT_VERSION
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 
 from . import families, hf
@@ -57,6 +58,15 @@ def read_routing(output: Any, tokens: int) -> Routing | None:
 # How a block's experts are rebuilt from a saved state: kind → "module:function", called with block and description,
 # giving an experts module on meta. By name, because the view of a model imports no method.
 EXPERTS_KINDS: dict[str, str] = {"packed": "moe_compress.quant.packed:build_packed"}
+
+
+def check_version(version: Any) -> None:
+    """Raise CheckpointError for a version of the native format that this package doesn't know."""
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format version {version}, this moe-compress reads up to {FORMAT_VERSION}: "
+            "install a newer one"
+        )
 
 
 def build_experts(block: MoEBlock, kind: str, layout: dict[str, Any]) -> nn.Module:
@@ -227,6 +237,11 @@ class MoEBlock:
         prefixes = (self.path + ".", self.router_path + ".")
         state = self.module.state_dict()
         return [n for n in state if n.startswith(prefixes) or n in self.axes.tensors]
+
+    def weight_names(self) -> list[str]:
+        """Those of `own_names` that hold the experts' matrices and biases, however they are stored."""
+        experts, norm = self.path + ".", f"{self.path}.post_expert_norm."
+        return [n for n in self.own_names() if n.startswith(experts) and not n.startswith(norm)]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors (names relative to the layer) and a JSON description from which `restore` rebuilds the block."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,7 @@ class DiskWeights:
         self.names = hf.NameMap(module, source.tensors)
         state = module.state_dict()
         self.unowned = sorted(n for n, runtime in self.names.runtime.items() if runtime not in state)
-        self._check_complete(set(state))
+        check_complete(module, self.names.filled, source.folder)
         for name, runtime in self.names.runtime.items():
             if runtime in state:
                 self._check_tensor(name, state[runtime])
@@ -205,13 +206,12 @@ class DiskWeights:
             path, _, leaf = name.rpartition(".")
             self.module.get_submodule(path)._parameters[leaf] = tensor
 
-    def _check_complete(self, state: set[str]) -> None:
-        provided = self.names.filled
-        tied = dict(getattr(self.module, "all_tied_weights_keys", None) or {})
-        ignored = self.module._keys_to_ignore_on_load_missing or ()
-        for name in sorted(state - provided):
-            if tied.get(name) in provided or any(re.search(pattern, name) for pattern in ignored):
-                continue
-            raise CheckpointError(
-                f"{self.source.folder} holds nothing for {name!r}, which {type(self.module).__name__} needs"
-            )
+
+def check_complete(module: PreTrainedModel, filled: set[str], where: Path) -> None:
+    """Raise CheckpointError when a tensor that the model needs is filled by nothing in the checkpoint."""
+    tied = dict(getattr(module, "all_tied_weights_keys", None) or {})
+    ignored = module._keys_to_ignore_on_load_missing or ()
+    for name in sorted(module.state_dict().keys() - filled):
+        if tied.get(name) in filled or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        raise CheckpointError(f"{where} holds nothing for {name!r}, which {type(module).__name__} needs")

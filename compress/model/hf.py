@@ -129,6 +129,25 @@ def to_disk_default(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor])
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
+def save_as_it_runs(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` write the names of the module tree, which its loader takes as well, and the guard.
+
+    The family's mapping is for dense experts: it would rename packed ones, and in some families join them. The guard is
+    the name of this package's implementation in config.json: transformers refuses it where the package isn't imported,
+    instead of initialising experts at random.
+    """
+    model._weight_conversions = []
+    model.config.experts_implementation = IMPLEMENTATION
+
+
+def choose_implementation(model: PreTrainedModel) -> None:
+    """Where config.json names this package's implementation (the guard), run what transformers itself would choose."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation_internal", None) == IMPLEMENTATION:
+            config._experts_implementation_internal = model.get_correct_experts_implementation(None)  # type: ignore[union-attr]
+
+
 def load_into(model: PreTrainedModel, tensors: Mapping[str, Any]) -> None:
     """Set those parameters of `model` that `tensors` (disk name → tensor or lazy slice) hold; leave all others.
 

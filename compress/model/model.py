@@ -27,7 +27,7 @@ from moe_compress.errors import CheckpointError, InputError, UnsupportedModelErr
 
 from . import families, hf, offload
 from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index
-from .block import MoEBlock
+from .block import MoEBlock, check_version
 from .disk import DiskWeights, Overlay
 from .expert_names import ExpertNames, find_expert_names
 from .tensors import release_freed, to_meta
@@ -111,6 +111,7 @@ class MoEModel:
         model = cls(module, source.config)
         quantized = source.config.get("quantization_config") or {}
         if quantized.get("quant_method") == QUANT_METHOD:
+            check_version(quantized.get("format_version"))
             for index, description in quantized["blocks"].items():
                 block = model.block(int(index))
                 if description["experts"] != block.path:
@@ -136,9 +137,19 @@ class MoEModel:
 
     @classmethod
     def wrap(cls, module: PreTrainedModel) -> MoEModel:
-        """A loaded model, also one that accelerate dispatched over devices or offloaded."""
+        """A loaded model, also one that accelerate dispatched over devices or offloaded.
+
+        Raises UnsupportedModelError for a dense or quantized model, and for a family that can't be handled.
+        """
         _refuse(module.config)
         values = json.loads(module.config.to_json_string(use_diff=False))
+        quantized = values.pop("quantization_config", None) or {}
+        blocks = quantized.get("blocks", {}).values()
+        if quantized and (quantized.get("quant_method") != QUANT_METHOD or any(b["kind"] != "fused" for b in blocks)):
+            raise UnsupportedModelError(
+                f"this {type(module).__name__} is quantized already ({quantized.get('quant_method')}): start from the "
+                "model in full precision"
+            )
         model = cls(module, {**values, "architectures": [type(module).__name__]})
         model.device = offload.execution_device(module.get_input_embeddings())
         return model
@@ -191,6 +202,13 @@ class MoEModel:
             return self.weights.stored_dtypes(index)
         return {name: tensor.dtype for name, tensor in self.layers[index].state_dict().items()}
 
+    def expert_names(self, index: int, count: int) -> ExpertNames | None:
+        """How `count` experts of a layer are called on disk one by one; None where they are stored together."""
+        to_disk = (
+            functools.partial(hf.to_disk_default, self.module) if self.weights is None else self.weights.names.to_disk
+        )
+        return find_expert_names(self.block(index), f"{self.stack}.{index}.", count, to_disk)
+
     # --- live layers -------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -202,13 +220,6 @@ class MoEModel:
             stored: tensors in the dtypes of the folder and on the CPU, instead of compute dtype and device.
         """
         module = self.layers[index]
-    def expert_names(self, index: int, count: int) -> ExpertNames | None:
-        """How `count` experts of a layer are called on disk one by one; None where they are stored together."""
-        to_disk = (
-            functools.partial(hf.to_disk_default, self.module) if self.weights is None else self.weights.names.to_disk
-        )
-        return find_expert_names(self.block(index), f"{self.stack}.{index}.", count, to_disk)
-
         block = self.block(index) if index in self._paths else None
         if self.weights is None:
             yield Layer(index, module, block)
@@ -271,6 +282,11 @@ def _read_config(source: Checkpoint) -> PreTrainedConfig:
     return config
 
 
+def _presented(model: MoEModel, source: Checkpoint, method: str) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
+    module, _, function = PRESENTED[method].partition(":")
+    return getattr(importlib.import_module(module), function)(model, source)  # type: ignore[no-any-return]
+
+
 def _refuse(config: PreTrainedConfig) -> None:
     for model_type in (config.model_type, config.get_text_config().model_type):
         if reason := families.refusal(model_type):
@@ -282,11 +298,6 @@ def _find_stack(module: PreTrainedModel) -> str:
     lists: Counter[str] = Counter()
     for path in expert_counts(module):
         parts = path.split(".")
-def _presented(model: MoEModel, source: Checkpoint, method: str) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
-    module, _, function = PRESENTED[method].partition(":")
-    return getattr(importlib.import_module(module), function)(model, source)  # type: ignore[no-any-return]
-
-
         for position in range(len(parts) - 1, 0, -1):
             if parts[position].isdigit():
                 lists[".".join(parts[:position])] += 1

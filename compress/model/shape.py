@@ -95,24 +95,22 @@ def model_shape(model: MoEModel) -> ModelShape:
     for index in model.moe_layers:
         block = model.block(index)
         experts = block.experts
-        weights = experts.weights()
-        count = experts.num_experts
+        one = experts.expert(0)
         dtypes = model.stored_dtypes(index)
-        down = next(n for n in block.own_names() if n.startswith(block.path) and "down_proj" in n)
-        weight_bytes = dtypes[down].itemsize
-        biases = sum(v.numel() for n, v in weights.items() if n.endswith("_bias")) // count
-        layer = LayerShape(
-            num_experts=count,
+        names = block.weight_names()
+        tensors = block.module.state_dict()
+        layers[index] = LayerShape(
+            num_experts=experts.num_experts,
             top_k=block.top_k,
             groups=block.groups,
             hidden=experts.hidden_size,
-            intermediate=int(weights.up.shape[1]),
-            matrices=len(weights.matrices()),
-            biases=biases,
-            weight_bytes=weight_bytes,
-            bytes=0,
+            intermediate=int(one.up.shape[0]),
+            matrices=len(one.matrices()),
+            biases=sum(v.numel() for n, v in one.items() if n.endswith("_bias")),
+            weight_bytes=next(dtypes[n] for n in names if "down_proj" in n).itemsize,
+            bytes=sum(tensors[n].numel() * dtypes[n].itemsize for n in names),
+            kind=block.kind,
         )
-        layers[index] = layer.with_experts(count)
     if model.weights is not None:
         total = model.source.nbytes
     else:

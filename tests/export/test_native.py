@@ -1,0 +1,440 @@
+"""The native format: what its document says, byte for byte; what loads it, and what refuses to."""
+
+import copy
+import functools
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from families import input_batch, tiny_model
+from native_reader import STORED, Native, read_tensors
+from packs import Packed, mixture, put, three_quarters
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import moe_compress
+from moe_compress.errors import CheckpointError, MoeCompressError, UnsupportedModelError
+from moe_compress.export.verify import verify
+from moe_compress.export.write import write_folder
+from moe_compress.model import MoEModel, hf
+from moe_compress.probe import streamed
+from moe_compress.progress import Progress
+
+# Packed layers and a dense one, gate or none, biases, a norm inside the experts; see tests/quant/test_packed.py.
+NAMES = ["qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark", "deepseek_v3"]
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """Family → (source folder in bfloat16, native folder with all encodings and unequal layers, packed values)."""
+
+    @functools.cache
+    def build(name):
+        root = tmp_path_factory.mktemp(name)
+        tiny_model(name).bfloat16().save_pretrained(root / "source")
+        model = MoEModel.open(root / "source")
+        model.overlay = Packed(model, mixture, fewer=model.moe_layers[1:2])
+        manifest = {"probe": streamed(model, list(range(3, 19)))}
+        assert write_folder(model, root / "native", manifest, Progress()) == "native"
+        return root / "source", root / "native", model.overlay.values
+
+    return build
+
+
+@pytest.fixture
+def damaged(native, tmp_path):
+    """Copy of a native folder with its tensors and config changed by a function."""
+
+    def make(change, name="qwen3_moe"):
+        folder = tmp_path / "damaged"
+        shutil.copytree(native(name)[1], folder, dirs_exist_ok=True)
+        tensors = load_file(folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        change(tensors, config["quantization_config"])
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+def from_pretrained(folder, **options):
+    cls = hf.model_class(AutoConfig.from_pretrained(folder))
+    return cls.from_pretrained(folder, **{"dtype": torch.float32, **options}).eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(**input_batch(model)).logits
+
+
+def experts_of(model):
+    """Path → packed experts module."""
+    return {p: m for p, m in model.named_modules() if getattr(m, "kind", "") == "packed"}
+
+
+@pytest.fixture(scope="module")
+def expected(native):
+    """Family → logits of the source with the packed values written into its dense experts."""
+
+    @functools.cache
+    def compute(name):
+        source, _, values = native(name)
+        model = from_pretrained(source)
+        view = MoEModel.wrap(model)
+        for layer in view.moe_layers:
+            block = view.block(layer)
+            if len(values[layer]["up"]) < block.num_experts:
+                block.keep(three_quarters(block))
+            put(block, values[layer])
+        return logits(model)
+
+    return compute
+
+
+# ---- What the document says ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_read_by_the_document_alone(name, native):
+    """Every packed matrix, decoded by tests/native_reader.py, is exactly what was packed and what the model uses."""
+    _, folder, values = native(name)
+    file = Native(folder)
+    modules = experts_of(from_pretrained(folder))
+    assert len(file.packed_layers()) == len(modules) == len(values) > 1
+    encodings = set()
+    for layer in file.packed_layers():
+        path = file.prefix(layer).removesuffix(".")
+        used = dict(modules[path].weights().items())
+        read = file.weights(layer)
+        assert used.keys() == read.keys()
+        for key, array in read.items():
+            assert torch.equal(torch.from_numpy(array), used[key].float())
+            if key in values[int(layer)]:
+                assert torch.equal(torch.from_numpy(array), values[int(layer)][key])
+        encodings |= set(file.quantization["blocks"][layer]["layout"]["encodings"])
+        rest = {n for n in file.tensors if n.startswith(path + ".")} - file.used
+        assert rest == ({path + ".post_expert_norm.weight"} if name == "muse_spark" else set())
+    assert {e[1] for e in encodings - {"dense"}} == set("12345678")
+    assert "dense" in encodings
+    assert any(e.endswith("z") for e in encodings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_else_is_the_source(name, native):
+    """Names, dtypes and bytes of what isn't packed; config.json but for two keys; the manifest's digests."""
+    source, folder, _ = native(name)
+    file, before = Native(folder), read_tensors(source)
+    for layer in file.packed_layers():
+        file.weights(layer)
+    rest = {n: t for n, t in file.tensors.items() if n not in file.used}
+    fewer = {n for n, t in rest.items() if t[1] != before[n][1]}  # router rows of the layer that lost an expert
+    assert fewer
+    assert all(rest[n] == before[n] for n in rest.keys() - fewer)
+    assert all(rest[n][0] == before[n][0] for n in fewer)
+    assert all(".experts." in n for n in before.keys() - rest.keys())
+    config = json.loads((source / "config.json").read_text())
+    assert file.config.pop("experts_implementation") == "moe_compress"
+    assert {k: v for k, v in file.config.items() if k != "quantization_config"} == config
+    assert set(file.quantization) == {"quant_method", "format_version", "stack", "axes", "blocks"}
+    manifest = json.loads((folder / "moe_compress.json").read_text())["tensors"]
+    assert manifest.keys() == file.tensors.keys()
+    for key, (dtype, shape, raw) in file.tensors.items():
+        entry = manifest[key]
+        assert entry["sha256"] == hashlib.sha256(raw).hexdigest()
+        assert (STORED.get(entry["dtype"], "I32" if entry["dtype"] == "int32" else "?"), entry["shape"]) == (
+            dtype,
+            shape,
+        )
+        assert (entry["bytes"], entry["file"]) == (len(raw), "model.safetensors")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_axes_say_what_counts_experts(name, native):
+    """Shapes of routers and dense experts follow from `axes` and `num_experts` alone."""
+    _, folder, _ = native(name)
+    file = Native(folder)
+    for layer, block in file.quantization["blocks"].items():
+        axes = file.quantization["axes"][block["axes"]]["tensors"]
+        checked = 0
+        for tensor, (dimension, more) in axes.items():
+            for stored in [n for n in file.tensors if n.endswith(f"layers.{layer}.{tensor}")]:
+                assert file.tensors[stored][1][dimension] == block["num_experts"] + more
+                checked += 1
+        assert checked
+
+
+# ---- Who loads it ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loaded_equals_dense_values(name, native, expected):
+    _, folder, _ = native(name)
+    loaded = from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded), expected(name), rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(moe_compress.load(folder, dtype=torch.float32)), logits(loaded))
+    assert verify(folder).distance <= verify(folder).tolerance
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_what_the_file_is(name, native):
+    """Loaded in the dtype of the file, parameters and buffers take the file's bytes, and share no larger storage."""
+    _, folder, _ = native(name)
+    stored = read_tensors(folder)
+    loaded = from_pretrained(folder, dtype=torch.bfloat16)
+    state = {id(t): t for t in loaded.state_dict(keep_vars=True).values()}.values()
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state}
+    wider = sum(2 * t.numel() for t in state if t.dtype == torch.float32)  # the file has none
+    assert sum(held.values()) == sum(len(t[2]) for t in stored.values()) + wider
+    assert wider < 0.02 * sum(held.values())  # a few vectors that a family keeps in float32
+    for dtype in (torch.float32, torch.float16):
+        for path, module in experts_of(from_pretrained(folder, dtype=dtype)).items():
+            size = sum(t.untyped_storage().nbytes() for n, t in module.state_dict().items() if "norm" not in n)
+            assert size == sum(len(t[2]) for n, t in stored.items() if n.startswith(path + ".") and "norm" not in n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "auto"])
+def test_dtypes(dtype, native, expected):
+    """Weights compute in the dtype asked for; what is stored of packed experts stays as it is."""
+    _, folder, _ = native("gpt_oss")
+    stored = read_tensors(folder)
+    for option in ("dtype", "torch_dtype"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **{option: dtype})
+        assert loaded.dtype == (torch.bfloat16 if dtype == "auto" else dtype)
+        for path, module in experts_of(loaded).items():
+            for name, tensor in module.state_dict().items():
+                assert STORED.get(str(tensor.dtype)[6:], "I32") == stored[f"{path}.{name}"][0]
+        output = logits(loaded)
+        assert output.dtype == loaded.dtype
+        distance = (output.float() - expected("gpt_oss")).norm() / expected("gpt_oss").norm()
+        assert distance < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_casting_a_loaded_model(native):
+    """`.to(dtype)` gives what loading in that dtype gives; `.half()` and `.float()` are refused by transformers."""
+    _, folder, _ = native("gpt_oss")
+    wide, narrow = from_pretrained(folder), from_pretrained(folder, dtype=torch.bfloat16)
+    exact = logits(wide)
+    cast = copy.deepcopy(wide).to(torch.bfloat16)
+    for name, buffer in narrow.named_buffers():  # the rotary frequencies, which loading keeps in float32
+        path, _, leaf = name.rpartition(".")
+        cast.get_submodule(path)._buffers[leaf] = buffer
+    assert torch.equal(logits(cast), logits(narrow))
+    back = from_pretrained(folder).to(torch.float16).to(torch.float32)
+    for path, module in experts_of(back).items():
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, wide.get_submodule(path).state_dict()[name])
+    for cast in (wide.half, wide.float):
+        with pytest.raises(ValueError, match="not supported for quantized"):
+            cast()
+    assert torch.equal(logits(wide), exact)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "muse_spark"])
+def test_device_maps(name, native, tmp_path):
+    """On one device, or with layers left on the disk by accelerate: the same numbers."""
+    _, folder, _ = native(name)
+    exact = logits(from_pretrained(folder))
+    assert torch.equal(logits(from_pretrained(folder, device_map="cpu")), exact)
+    assert torch.equal(logits(from_pretrained(folder, device_map="auto")), exact)
+    some = sum(len(raw) for _, _, raw in read_tensors(folder).values())  # stored in 2 bytes, most is held in 4
+    spread = from_pretrained(
+        folder, device_map="auto", max_memory={"cpu": some}, offload_folder=str(tmp_path / "offloaded")
+    )
+    where = set(spread.hf_device_map.values())
+    assert "disk" in where
+    assert any(p.is_meta for m in experts_of(spread).values() for p in m.parameters())
+    assert torch.equal(logits(spread), exact)
+    assert torch.equal(logits(spread), exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_again(name, native, tmp_path):
+    """`save_pretrained` of a loaded model writes the same tensors and description; they load to the same logits."""
+    _, folder, _ = native(name)
+    loaded = from_pretrained(folder, dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "again")
+    again = from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert torch.equal(logits(again), logits(loaded))
+    one, two = Native(folder), Native(tmp_path / "again")
+    assert two.quantization == one.quantization
+    assert two.config["experts_implementation"] == one.config["experts_implementation"]
+    for layer in one.packed_layers():
+        one.weights(layer)
+    assert {n: two.tensors[n] for n in one.used} == {n: one.tensors[n] for n in one.used}
+    # In another dtype the packed tensors are the same still.
+    from_pretrained(folder).save_pretrained(tmp_path / "wide")
+    wide = Native(tmp_path / "wide")
+    assert {n: wide.tensors[n] for n in one.used} == {n: one.tensors[n] for n in one.used}
+    torch.testing.assert_close(logits(from_pretrained(tmp_path / "wide")), logits(from_pretrained(folder)))
+
+
+def test_copies(native, tmp_path):
+    """deepcopy, pickle, state_dict: the same logits, nothing shared."""
+    _, folder, _ = native("gpt_oss")
+    loaded = from_pretrained(folder)
+    output = logits(loaded)
+    torch.save(loaded, tmp_path / "model.pt")
+    fresh = from_pretrained(folder)
+    for parameter in fresh.parameters():
+        parameter.data.zero_()
+    assert not torch.equal(logits(fresh), output)
+    assert not any(fresh.load_state_dict(loaded.state_dict()))
+    copies = [copy.deepcopy(loaded), torch.load(tmp_path / "model.pt", weights_only=False), fresh]
+    for parameter in loaded.parameters():
+        parameter.data.zero_()
+    for one in copies:
+        assert torch.equal(logits(one), output)
+    copies[0].save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved")), output)
+
+
+def test_generate(native, expected):
+    """Greedy, with the key-value cache: the tokens that full forwards choose."""
+    _, folder, _ = native("qwen3_moe")
+    loaded = from_pretrained(folder)
+    ids = input_batch(loaded)["input_ids"]
+    found = loaded.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    for _ in range(5):
+        with torch.no_grad():
+            scores = loaded(input_ids=ids).logits[:, -1]
+        scores[:, loaded.config.eos_token_id] = -torch.inf
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, ids)
+
+
+def test_base_model_without_head(native):
+    """AutoModel loads the decoder alone, whose modules lack the prefix."""
+    _, folder, _ = native("qwen3_moe")
+    whole, base = from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    ids = input_batch(whole)["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(whole.lm_head(base(ids).last_hidden_state), whole(ids).logits)
+    assert len(experts_of(base)) == len(experts_of(whole))
+
+
+# ---- What is refused ----
+
+
+def refused(folder, message, error=MoeCompressError, streamed_too=True):
+    """By plain from_pretrained, by `load`, and streamed."""
+    readers = [from_pretrained, moe_compress.load]
+    for read in readers:
+        with pytest.raises(error, match=message):
+            read(folder)
+    if streamed_too:
+        with pytest.raises(MoeCompressError):
+            run_streamed(folder)
+
+
+def run_streamed(folder):
+    streamed(MoEModel.open(folder), [3, 4, 5])
+
+
+PACKED = "model.layers.0.mlp.experts.gate_proj.b4row.codes"
+ATTENTION = "model.layers.1.self_attn.q_proj.weight"
+ROUTER = "model.layers.1.mlp.gate.weight"
+
+
+@pytest.mark.parametrize("name", [PACKED, PACKED.replace("codes", "scale"), ATTENTION, ROUTER, "model.norm.weight"])
+def test_missing_tensors(name, damaged):
+    refused(damaged(lambda tensors, _: tensors.pop(name)), rf"holds nothing for '{name}'")
+
+
+def test_missing_dense_experts_of_a_fused_layer(native, tmp_path):
+    """A layer that stays dense in a native folder, one expert's matrix lost on the way."""
+    source, _, _ = native("qwen3_moe")
+    model = MoEModel.open(source)
+    model.overlay = Packed(model, mixture)
+    del model.overlay.states[1]
+    write_folder(model, tmp_path / "half", {}, Progress())
+    half = Native(tmp_path / "half")
+    assert half.quantization["blocks"]["1"]["kind"] == "fused"
+    assert len(experts_of(from_pretrained(tmp_path / "half"))) == len(half.packed_layers()) == 2
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    lost = next(n for n in tensors if n.startswith("model.layers.1.mlp.experts") and "down" in n)
+    del tensors[lost]
+    save_file(tensors, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    with pytest.raises((MoeCompressError, RuntimeError)):
+        from_pretrained(tmp_path / "half")
+
+
+@pytest.mark.parametrize("name", [PACKED.replace("codes", "zero"), PACKED.replace("4row", "4g4")])
+def test_extra_tensors_among_the_packed(name, damaged):
+    def add(tensors, _):
+        tensors[name] = torch.zeros(1, dtype=torch.int32)
+
+    refused(damaged(add), "doesn't describe", streamed_too=False)
+
+
+@pytest.mark.parametrize("name", [PACKED, PACKED.replace("codes", "scale"), ATTENTION, ROUTER])
+def test_misshaped_tensors(name, damaged):
+    def cut(tensors, _):
+        tensors[name] = tensors[name][:-1].clone()
+
+    refused(damaged(cut), "(?s)mismatch|shape", (MoeCompressError, RuntimeError))
+
+
+def _newer(_, config):
+    config["format_version"] = 2
+
+
+def _unknown_kind(_, config):
+    config["blocks"]["0"]["kind"] = "hologram"
+
+
+def _other_width(_, config):
+    layout = config["blocks"]["0"]["layout"]
+    layout["encodings"]["b4row"]["bits"] = 5
+
+
+def _no_such_layer(_, config):
+    config["blocks"]["17"] = config["blocks"]["0"]
+
+
+def _no_such_module(_, config):
+    config["blocks"]["0"]["experts"] = "mlp.specialists"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_newer, "format version 2.*up to 1: install a newer"),
+        (_unknown_kind, "hologram.*newer moe-compress"),
+        (_other_width, "(?s)mismatch|shape"),
+        (_no_such_layer, "describes layer 17"),
+        (_no_such_module, "describes layer 0"),
+    ],
+)
+def test_descriptions_that_do_not_fit(change, message, damaged):
+    refused(damaged(change), message, (MoeCompressError, RuntimeError))
+
+
+def test_another_architecture(native):
+    """A class whose modules are elsewhere says so instead of loading nothing."""
+    _, folder, _ = native("qwen3_moe")
+    with pytest.raises(CheckpointError, match="doesn't fit LlamaForCausalLM"):
+        transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_compressing_what_is_packed_already(native, tmp_path):
+    """Neither loaded nor from the folder."""
+    _, folder, _ = native("qwen3_moe")
+    loaded = from_pretrained(folder)
+    with pytest.raises(UnsupportedModelError, match="quantized already"):
+        moe_compress.compress(loaded, passes=[{"prune.experts": {"experts": 4, "criterion": "random"}}])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        json.dumps(
+            {
+                "model": str(folder),
+                "output": str(tmp_path / "out"),
+                "passes": [{"quantize.mixed": {"bits": 8, "allocation": "uniform", "method": "rtn"}}],
+            }
+        )
+    )
+    with pytest.raises(MoeCompressError, match="can't change this model: the experts of layer 0 are packed already"):
+        moe_compress.run(recipe)

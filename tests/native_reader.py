@@ -1,0 +1,119 @@
+"""Reads a native checkpoint by what docs/format.md says, and nothing else: no torch, nothing of the package.
+
+Promise: whoever doubts the document can doubt this file; a change of the format that isn't documented breaks it.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1, "U8": 1}
+STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def read_tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Name → (dtype as safetensors names it, shape, bytes)."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    tensors = {}
+    for file in files:
+        raw = (folder / file).read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        for name, entry in json.loads(raw[8 : 8 + length]).items():
+            if name != "__metadata__":
+                start, stop = (8 + length + offset for offset in entry["data_offsets"])
+                assert stop - start == SIZES[entry["dtype"]] * np.prod(entry["shape"], dtype=int)
+                tensors[name] = (entry["dtype"], entry["shape"], raw[start:stop])
+    return tensors
+
+
+def as_float(dtype: str, shape: list[int], raw: bytes) -> np.ndarray:
+    """Floating-point tensor as float32 (float16 and bfloat16 are exact in it)."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return np.frombuffer(raw, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32).reshape(shape)
+
+
+def codes_of(shape: list[int], raw: bytes, bits: int, columns: int) -> np.ndarray:
+    """Rows of packed integers → rows of codes, bit by bit."""
+    assert shape[-1] == -(-columns * bits // 32)
+    rows = np.frombuffer(raw, np.uint8).reshape(-1, 4 * shape[-1])  # little-endian words: a stream of bytes
+    stream = np.unpackbits(rows, axis=1, bitorder="little")
+    assert not stream[:, columns * bits :].any()
+    per_code = stream[:, : columns * bits].reshape(len(rows), columns, bits).astype(np.int64)
+    return (per_code << np.arange(bits)).sum(-1).reshape(*shape[:-1], columns)
+
+
+class Native:
+    """A native checkpoint folder.
+
+    Attributes:
+        config: config.json. tensors: see read_tensors. used: names of the packed tensors that were read.
+    """
+
+    def __init__(self, folder: Path):
+        self.config = json.loads((folder / "config.json").read_text())
+        self.quantization = self.config["quantization_config"]
+        assert self.quantization["quant_method"] == "moe_compress"
+        assert self.quantization["format_version"] == 1
+        self.tensors = read_tensors(folder)
+        self.used: set[str] = set()
+
+    def prefix(self, layer: str) -> str:
+        """P of a layer."""
+        return f"{self.quantization['stack']}.{layer}.{self.quantization['blocks'][layer]['experts']}."
+
+    def packed_layers(self) -> list[str]:
+        """Layers whose experts are packed."""
+        return [i for i, block in self.quantization["blocks"].items() if block["kind"] == "packed"]
+
+    def weights(self, layer: str) -> dict[str, np.ndarray]:
+        """Projection → float32 [E, O, K]; bias → [E, O]."""
+        block = self.quantization["blocks"][layer]
+        layout = block["layout"]
+        result = {}
+        for name, entry in layout["projections"].items():
+            shape = (block["num_experts"], entry["out_features"], entry["in_features"])
+            assert len(entry["experts"]) == shape[0]
+            result[name] = np.full(shape, np.nan, np.float32)
+            for encoding in set(entry["experts"]):
+                members = [e for e, own in enumerate(entry["experts"]) if own == encoding]
+                stack = f"{self.prefix(layer)}{name}_proj.{encoding}."
+                result[name][members] = self._stack(stack, layout["encodings"][encoding], encoding, shape)
+        for name, dtype in layout["biases"].items():
+            stored = self._take(self.prefix(layer) + name)
+            assert stored[0] == STORED[dtype]
+            result[name] = as_float(*stored)
+        return result
+
+    def _stack(self, prefix: str, encoding: dict, name: str, shape: tuple[int, int, int]) -> np.ndarray:
+        bits, columns = encoding["bits"], shape[2]
+        if bits == 0:
+            assert name == "dense"
+            stored = self._take(prefix + "weight")
+            assert stored[0] == STORED[encoding["dtype"]]
+            return as_float(*stored)
+        size = encoding["group_size"]
+        zeros = "" if encoding["symmetric"] else "z"
+        assert name == (f"b{bits}row{zeros}" if size == -1 else f"b{bits}g{size}{zeros}")
+        groups = 1 if size == -1 else columns // size
+        scales = self._take(prefix + "scale")
+        assert scales[0] == STORED[encoding["dtype"]]
+        assert scales[1][1:] == [shape[1], groups]
+        dtype, stored, raw = self._take(prefix + "codes")
+        assert dtype == "I32"
+        codes = codes_of(stored, raw, bits, columns).astype(np.float32)
+        zero = np.float32(0.5 if bits == 1 else 2 ** (bits - 1))
+        if not encoding["symmetric"]:
+            dtype, stored, raw = self._take(prefix + "zero")
+            assert dtype == "I32"
+            zero = np.repeat(codes_of(stored, raw, bits, groups).astype(np.float32), columns // groups, -1)
+        return np.repeat(as_float(*scales), columns // groups, -1) * (codes - zero)
+
+    def _take(self, name: str) -> tuple[str, list[int], bytes]:
+        self.used.add(name)
+        return self.tensors[name]
