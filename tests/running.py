@@ -142,13 +142,11 @@ def _child(job: dict) -> int:
 
 
 def _serve() -> None:
-    import torch
-
     import moe_compress.cli.main
     import moe_compress.passes
     from moe_compress.cli.show import inspected
 
-    torch.set_num_threads(1)
+    # One thread by OMP_NUM_THREADS: torch.set_num_threads would start a pool here, which no child inherits whole.
     moe_compress.passes.all_passes()
     inspected(
         str(ROOT / "demo" / "moe-demo")
