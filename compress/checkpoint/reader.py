@@ -76,7 +76,7 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder / INDEX} names {missing[0]!r} in {file}, which doesn't hold it")
             unlisted = sorted(found.keys() - names) if names is not None else []
             if unlisted:
-                raise CheckpointError(f"{file} holds {unlisted[0]!r}, which {INDEX} doesn't list")
+                raise CheckpointError(f"{self.folder / file} holds {unlisted[0]!r}, which {INDEX} doesn't list")
             self.tensors.update(found)
 
     def __enter__(self) -> Checkpoint:
