@@ -1,0 +1,222 @@
+"""Whole runs through the command line: what they write is what they say, loads, and counts itself rightly."""
+
+import json
+import math
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import EXPERTS, GPTQ, LAYERS, MERGE, PRUNE, RTN, recipe, write_recipe
+from conftest import ROOT
+from running import digest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_compress
+
+HIDDEN = NEURONS = 32
+SEVEN = {"merge.average": {"experts": 7}}
+# Name → (passes, target, experts left, whether they are packed).
+RECIPES = {
+    "prune": ([PRUNE], "transformers", 6, False),
+    "merge": ([MERGE], "transformers", 6, False),
+    "rtn": ([RTN], "native", 8, True),
+    "gptq": ([GPTQ], "native", 8, True),
+    "all": ([SEVEN, PRUNE, GPTQ], "native", 6, True),
+}
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, list[int], int]]:
+    """Name → dtype, shape, bytes, from the files' headers: nothing of the package takes part."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        raw = file.read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        for name, entry in json.loads(raw[8 : 8 + length]).items():
+            if name != "__metadata__":
+                start, stop = entry["data_offsets"]
+                found[name] = (entry["dtype"], entry["shape"], stop - start)
+    return found
+
+
+def sizes(folder: Path, experts: int) -> dict[str, float]:
+    """`bytes`, `expert_bytes`, `bits_per_weight` of a checkpoint with so many experts in each layer."""
+    found = tensors(folder)
+    held = sum(size for name, (_, _, size) in found.items() if ".mlp.experts." in name)
+    weights = LAYERS * experts * 3 * HIDDEN * NEURONS
+    return {
+        "bytes": sum(size for *_, size in found.values()),
+        "expert_bytes": held,
+        "bits_per_weight": 8 * held / weights,
+    }
+
+
+def documented(heading: str) -> set[str]:
+    """Keys of a table in docs/report.md."""
+    text = (ROOT / "docs" / "report.md").read_text().split(heading, 1)[1]
+    rows = text.split("| key |", 1)[1].split("\n\n")[0].splitlines()[2:]
+    return {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1].split("(")[0])}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, small, text, commands):
+    """Name → output folder of a finished run; each runs once."""
+    folder = tmp_path_factory.mktemp("runs")
+    done: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in done:
+            passes, target, *_ = RECIPES[name]
+            output = folder / name
+            path = write_recipe(folder / f"{name}.yaml", recipe(small, output, passes, text, target=target))
+            source = digest(small)
+            said = commands("run", path)
+            assert (said.code, said.err) == (0, "")
+            assert f"checkpoint: {output}\n" in said.out
+            assert digest(small) == source
+            assert not (folder / f"{name}.work").exists()
+            done[name] = output
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_report_is_true(name, ran, small):
+    passes, _, experts, packed = RECIPES[name]
+    output = ran(name)
+    report = json.loads((output / "report.json").read_text())
+    assert documented("# report.json") <= report.keys()
+    assert report["schema"] == 1
+    assert documented("`before` and `after`:") == report["after"].keys()
+    assert report["after"].keys() - report["before"].keys() == {"kl", "agreement"}
+
+    before, after = sizes(small, EXPERTS), sizes(output, experts)
+    assert {k: report["before"][k] for k in before} == pytest.approx(before)
+    assert {k: report["after"][k] for k in after} == pytest.approx(after)
+    assert report["verification"]["bytes"] == after["bytes"]
+    assert report["verification"]["tensors"] == len(tensors(output))
+    assert report["verification"]["distance"] <= report["verification"]["tolerance"]
+    assert report["tokens_seen"] == 4 * 32
+
+    assert [step["name"] for step in report["passes"]] == [next(iter(p)) for p in passes]
+    assert {k: report["passes"][-1][k] for k in after} == pytest.approx(after)
+    if packed:
+        assert after["bits_per_weight"] <= report["passes"][-1]["options"]["bits"]
+    for layer in report["layers"]:
+        assert documented("An element of `layers`:") <= layer.keys()
+        assert (layer["num_experts_before"], layer["num_experts"]) == (EXPERTS, experts)
+        assert [e["expert"] for e in layer["experts"]] == list(range(EXPERTS))
+        slots = {e["slot"] for e in layer["experts"]} - {None}
+        assert slots == set(range(experts))
+        own = [size for n, (*_, size) in tensors(output).items() if f"layers.{layer['layer']}.mlp.experts." in n]
+        assert layer["expert_bytes"] == sum(own)
+    names = [stage["name"] for stage in report["stages"]]
+    assert names[-2:] == ["verify", "score: text"]
+    assert all(s["seconds"] >= 0 and s["peak_memory_bytes"] > 0 for s in report["stages"])
+    assert "| perplexity held-out |" in (output / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_result_loads(name, ran, text):
+    *_, experts, packed = RECIPES[name]
+    output = ran(name)
+    config = json.loads((output / "config.json").read_text())
+    assert config["num_local_experts"] == experts
+    assert ("quantization_config" in config) == packed
+    assert moe_compress  # what is packed needs the import, and nothing else
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    manifest = json.loads((output / "moe_compress.json").read_text())
+    ids = torch.tensor([manifest["probe"]["input_ids"]])
+    with torch.no_grad():
+        logits = model(ids).logits[0]
+    expected = torch.tensor(manifest["probe"]["logits"])
+    assert torch.allclose(logits.gather(1, torch.tensor(manifest["probe"]["index"])), expected, atol=2e-3)
+
+    # The reported perplexity, from the loaded model, window by window.
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    tokens = tokenizer((text / "held-out.txt").read_text())["input_ids"][:128]
+    nll, count = 0.0, 0
+    for start in range(0, len(tokens), 32):
+        window = torch.tensor([tokens[start : start + 32]])
+        with torch.no_grad():
+            loss = model(window, labels=window).loss
+        nll, count = nll + float(loss) * (window.shape[1] - 1), count + window.shape[1] - 1
+    report = json.loads((output / "report.json").read_text())
+    assert report["after"]["perplexity"]["held-out"] == pytest.approx(math.exp(nll / count), rel=1e-3)
+
+
+def test_evaluate_says_what_the_report_says(ran, small, text, commands, tmp_path):
+    output = ran("all")
+    file = tmp_path / "scores.json"
+    wanted = ["--text", text / "held-out.txt", "--length", 32, "--max-tokens", 128, "--json", file]
+    said = commands("evaluate", output, "--against", small, *wanted)
+    assert (said.code, said.err) == (0, "")
+    scores = json.loads(file.read_text())
+    after = json.loads((output / "report.json").read_text())["after"]
+    assert scores.keys() == after.keys()
+    for key, value in after.items():
+        assert scores[key] == pytest.approx(value)
+    assert "perplexity held-out" in said.out
+
+
+def test_a_dry_run_writes_nothing(small, text, commands, tmp_path):
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(small, tmp_path / "out", [PRUNE, RTN], text))
+    before = digest(tmp_path)
+    said = commands("run", path, "--dry-run", "--set", "passes.prune.experts.experts=4", "--output", tmp_path / "other")
+    assert (said.code, said.err) == (0, "")
+    assert digest(tmp_path) == before
+    rows = {line.split()[0]: line.split() for line in said.out.splitlines() if line.strip()}
+    assert rows["source"][-1] == "8"
+    assert rows["prune.experts"][-1] == rows["quantize.mixed"][-1] == "4"  # experts per layer
+    assert f"{tmp_path / 'other'} for native; nothing was changed" in said.out
+
+
+def test_settings_output_and_overwriting(small, text, commands, tmp_path):
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(small, tmp_path / "unused", [PRUNE], text, evaluate={}))
+    output = tmp_path / "deep" / "out"
+    assert commands("run", path, "--output", output, "--set", "passes.0.experts=5", "--set", "seed=3").code == 0
+    assert not (tmp_path / "unused").exists()
+    first = json.loads((output / "report.json").read_text())
+    assert (first["seed"], first["recipe"]["seed"], first["layers"][0]["num_experts"]) == (3, 3, 5)
+
+    before = digest(output)
+    again = commands("run", path, "--output", output, "--set", "passes.0.experts=5", "--set", "seed=3")
+    assert again.code == 2  # the same, finished: nothing is done twice unasked
+    assert "not empty" in again.line
+    assert digest(output) == before
+
+    (output / "stray.txt").write_text("stray")
+    replaced = commands("run", path, "--output", output, "--set", "passes.0.experts=4", "--overwrite")
+    assert (replaced.code, replaced.err) == (0, "")
+    assert not (output / "stray.txt").exists()
+    assert json.loads((output / "config.json").read_text())["num_local_experts"] == 4
+    assert [p.name for p in output.parent.iterdir()] == ["out"]
+
+
+def test_a_result_is_the_source_of_another(ran, commands, text, tmp_path):
+    """What a run says of its own result doesn't come along into what is made from it."""
+    source = ran("prune")
+    stale = json.loads((source / "report.json").read_text())
+    step = {"quantize.mixed": {**RTN["quantize.mixed"], "protect_super_experts": False}}
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(source, tmp_path / "out", [step]))
+    plant = "import os, moe_compress.pipeline as p\np.verify = lambda *a, **k: os.kill(os.getpid(), 9)"
+    assert commands("run", path, plant=plant).code == -9
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert commands("run", path).code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["before"]["bytes"] == stale["after"]["bytes"]
+    assert report["passes"][0]["name"] == "quantize.mixed"
+
+
+def test_an_output_that_is_a_link(small, text, commands, tmp_path):
+    """What is replaced is the folder that the link leads to."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(small, tmp_path / "out", [PRUNE], text, evaluate={}))
+    assert commands("run", path).code == 0
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "real" / "config.json").is_file()
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["real"]
