@@ -11,8 +11,10 @@ and the layers themselves run in the caller's thread: no concurrency, the same n
 
 from __future__ import annotations
 
+import errno
 import inspect
 import itertools
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moe_compress.errors import RunError
 
 from . import hf, offload
 from .model import Layer, MoEModel
@@ -120,6 +124,7 @@ class Sweep:
             if tensor.numel() * tensor.element_size() < 1 << 20:
                 return tensor
             file = folder / f"{name}-{next(count)}.bin"
+            _reserve(file, tensor.numel() * tensor.element_size())
             mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
             return mapped.copy_(tensor)
 
@@ -287,6 +292,21 @@ class _Stub(nn.Module):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         return _CURRENT.call.wait_at(self.__dict__["_index"], (arguments, keywords))
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Have room for a file before it is mapped: writing through a map to a full disk would end the process."""
+    with file.open("ab") as handle:
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(handle.fileno(), 0, size)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise RunError(
+                    f"the disk is full: {file.parent} has no room for hidden states; free some space and run the same "
+                    "command again, with fewer `sequences`, or with `hidden_states: memory` if they fit there"
+                ) from error
 
 
 def _map(value: Any, function: Any) -> Any:
