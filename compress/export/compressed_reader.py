@@ -18,7 +18,7 @@ from moe_compress.errors import CheckpointError, UnsupportedModelError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.expert_names import ExpertNames, find_expert_names
 
-from .compressed_tensors import PACKING, find_scheme
+from .compressed_tensors import PACKING, ServerView
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
@@ -45,6 +45,7 @@ def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, 
         )
     packed = {n.removesuffix(".weight_packed") for n in source.tensors if n.endswith(".weight_packed")}
     parts = {f"{module}.{part}" for module in packed for part in _PARTS}
+    view = ServerView(config)
     names = hf.NameMap(model.module, [n for n in source.tensors if n not in parts] + [f"{m}.weight" for m in packed])
     stacks: dict[str, list[str]] = {}
     descriptions = {}
@@ -55,7 +56,7 @@ def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, 
         found = find_expert_names(block, prefix, block.num_experts, names.to_disk)
         if found is None or found.linear(0, "down") not in packed:
             continue
-        layout, own = _layer(source, config, found, block.num_experts, f"{prefix}{block.path}")
+        layout, own = _layer(source, view, found, block.num_experts, f"{prefix}{block.path}")
         stacks |= own
         left -= {found.linear(e, p) for e in range(block.num_experts) for p in found.leaves}
         descriptions[index] = {
@@ -79,11 +80,11 @@ def uniform(config: Mapping[str, Any]) -> bool:
 
 
 def _layer(
-    source: Checkpoint, config: Mapping[str, Any], names: ExpertNames, count: int, experts: str
+    source: Checkpoint, view: ServerView, names: ExpertNames, count: int, experts: str
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """A layer's layout, and name of the stack → names of its parts in the file."""
     module = names.linear(0, "down")
-    scheme = find_scheme(config, module)
+    scheme = view.scheme(module)
     if scheme is None:
         raise CheckpointError(f"{source.folder}: {module!r} is packed, and no group of its config has it")
     group_size = scheme.get("group_size") or -1
@@ -101,8 +102,7 @@ def _layer(
         modules = [names.linear(e, projection) for e in range(count)]
         for module in modules:
             _check(source, module)
-        for module in (modules[0], modules[-1]):  # patterns that tell experts apart are nobody's
-            if find_scheme(config, module) != scheme:
+            if view.scheme(module) != scheme:
                 raise CheckpointError(f"{source.folder}: {module!r} has another scheme than the experts beside it")
         rows, columns = _shape(source, modules[0])
         for module in modules[1:]:

@@ -69,6 +69,10 @@ class WrittenLayer:
     names: ExpertNames
     num_experts: int
 
+    def modules(self) -> list[str]:
+        """Module paths of all its expert projections, as in the file."""
+        return [self.names.linear(e, p) for e in range(self.num_experts) for p in self.names.leaves]
+
 
 def layer_scheme(index: int, layout: Mapping[str, Any]) -> Scheme:
     """The one scheme of a packed layer.
@@ -164,12 +168,7 @@ def quantization_config(layers: Mapping[int, WrittenLayer], dense: Iterable[str]
             "input_activations": None,
             "output_activations": None,
         }
-    quantized = [
-        layer.names.linear(e, p)
-        for layer in layers.values()
-        for e in (0, layer.num_experts - 1)
-        for p in layer.names.leaves
-    ]
+    quantized = [module for layer in layers.values() for module in layer.modules()]
     dense = list(dict.fromkeys(dense))
     config = {
         "quant_method": COMPRESSED_TENSORS,
@@ -185,31 +184,45 @@ def quantization_config(layers: Mapping[int, WrittenLayer], dense: Iterable[str]
     return config
 
 
-def find_scheme(config: Mapping[str, Any], module: str) -> dict[str, Any] | None:
-    """What a server does with a module: the `weights` of the first group that has it, or None where it stays dense.
+class ServerView:
+    """What a server makes of a `quantization_config`: `ignore` first, then the first group with a target."""
 
-    Args:
-        config: `quantization_config`.
-        module: path, as in the file.
-    """
-    if any(_matches(entry, module) for entry in config.get("ignore") or ()):
-        return None
-    for group in config["config_groups"].values():
-        if any(_matches(target, module) for target in group["targets"]):
-            weights: dict[str, Any] = group["weights"]
-            return weights
-    return None
+    def __init__(self, config: Mapping[str, Any]):
+        self._ignored = _Entries(config.get("ignore") or ())
+        self._groups = [(_Entries(group["targets"]), group["weights"]) for group in config["config_groups"].values()]
+
+    def scheme(self, module: str) -> dict[str, Any] | None:
+        """`weights` of the group that a module (path, as in the file) is in, or None where it stays dense."""
+        if module in self._ignored:
+            return None
+        return next((weights for targets, weights in self._groups if module in targets), None)
+
+
+class _Entries:
+    """Entries of `targets` or `ignore`: names, and patterns after "re:"."""
+
+    def __init__(self, entries: Iterable[str]):
+        entries = list(entries)
+        self.names = {entry for entry in entries if not entry.startswith("re:")}
+        self._patterns = [re.compile(entry[3:]) for entry in entries if entry.startswith("re:")]
+
+    def __contains__(self, module: str) -> bool:
+        return module in self.names or any(pattern.match(module) for pattern in self._patterns)
 
 
 def _targets(layers: Mapping[int, WrittenLayer]) -> list[str]:
-    """One pattern for all layers whose experts are called alike. It names neither expert nor projection."""
+    """One pattern for all layers whose experts are called alike.
+
+    It leaves open what stands before the layers and between layer and experts (servers have modules of their own), and
+    names neither expert nor projection.
+    """
     found: dict[tuple[str, str], list[int]] = {}
     for index, layer in layers.items():
         before, after = _around(layer.names.experts, index)
-        found.setdefault((before.rpartition(".")[2], after), []).append(index)
+        found.setdefault((before.rpartition(".")[2], after.rpartition(".")[2]), []).append(index)
     return [
-        rf"re:.*{re.escape(stack)}\.({'|'.join(map(str, sorted(numbers)))})\.{re.escape(after)}\..*"
-        for (stack, after), numbers in found.items()
+        rf"re:.*{re.escape(stack)}\.({'|'.join(map(str, sorted(numbers)))})\.(.*\.)?{re.escape(experts)}\..*"
+        for (stack, experts), numbers in found.items()
     ]
 
 
@@ -221,38 +234,46 @@ def _around(path: str, index: int) -> tuple[str, str]:
     return before.strip("."), after.strip(".")
 
 
-def _patterns(dense: Iterable[str], quantized: list[str]) -> list[str]:
+def _patterns(dense: Iterable[str], quantized: Iterable[str]) -> list[str]:
     """Patterns for dense modules that hold whatever stands before them: servers have prefixes of their own."""
+    taken = {suffix for module in quantized for suffix in _suffixes(module.split("."))}
+    taken_open = {_numbers_open(suffix) for suffix in taken}
     patterns: dict[str, None] = {}
     for name in dense:
         parts = name.split(".")
         numbers = [i for i, part in enumerate(parts) if part.isdigit()]
         start = max(0, numbers[0] - 1) if numbers else len(parts) - 1
-        any_number = [r"\d+" if part.isdigit() else re.escape(part) for part in parts]
-        exact = [re.escape(part) for part in parts]
-        # From general to particular; a dense layer's experts (of another tower, of a draft model) look like ours.
-        for candidate in (any_number[start:], exact[start:], any_number, exact):
-            pattern = r"re:(.*\.)?" + r"\.".join(candidate) + "$"
-            if not any(_matches(pattern, module) for module in quantized):
-                patterns[pattern] = None
+        # From general to particular: the experts of a draft model or of another tower look like those that are packed.
+        for path in (".".join(parts[start:]), name):
+            if _numbers_open(path) not in taken_open:
+                patterns[_pattern(_numbers_open(path))] = None
+                break
+            if path not in taken:
+                patterns[_pattern(path)] = None
                 break
     return list(patterns)
 
 
+def _suffixes(parts: list[str]) -> list[str]:
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _numbers_open(path: str) -> str:
+    """A path with "#" for every number."""
+    return ".".join("#" if part.isdigit() else part for part in path.split("."))
+
+
+def _pattern(path: str) -> str:
+    """For modules whose path ends so."""
+    return r"re:(.*\.)?" + r"\.".join(r"\d+" if part == "#" else re.escape(part) for part in path.split(".")) + "$"
+
+
 def _check(config: Mapping[str, Any], layers: Mapping[int, WrittenLayer], dense: Iterable[str]) -> None:
+    view = ServerView(config)
     for index, layer in layers.items():
-        for expert in (0, layer.num_experts - 1):
-            for projection in layer.names.leaves:
-                module = layer.names.linear(expert, projection)
-                if find_scheme(config, module) != layer.scheme.weights():
-                    raise RunError(
-                        f"layer {index}: {module!r} would be read with another scheme than it was written with"
-                    )
-    ignored = set(config["ignore"])
+        for module in layer.modules():
+            if view.scheme(module) != layer.scheme.weights():
+                raise RunError(f"layer {index}: {module!r} would be read with another scheme than it was written with")
     for module in dense:
-        if module not in ignored:
+        if view.scheme(module) is not None:
             raise RunError(f"{module!r} is dense, and nothing in the config says so")
-
-
-def _matches(entry: str, module: str) -> bool:
-    return bool(re.match(entry[3:], module)) if entry.startswith("re:") else entry == module

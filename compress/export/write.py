@@ -113,7 +113,7 @@ def write_memory(
                 packed = served.tensors(index, packed, descriptions[index])
             writer.add(packed)
             dense = {n: t for n, t in tensors.items() if n not in names and n not in tied}
-            dense = hf.to_disk_default(model.module, dense)
+            dense = model.to_disk(dense) if form == COMPRESSED_TENSORS else hf.to_disk_default(model.module, dense)
             writer.add(dense)
             served.leave({name: tensor.shape for name, tensor in dense.items()})
         if index is not None:

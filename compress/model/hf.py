@@ -116,12 +116,24 @@ class NameMap:
 
     def to_disk(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runtime tensors → tensors under the names and in the layout of this checkpoint's files."""
-        before = getattr(self.model, "_weight_conversions", None)
-        self.model._weight_conversions = list(self.used)
-        try:
-            return dict(revert_weight_conversion(self.model, dict(tensors)))
-        finally:
-            self.model._weight_conversions = before
+        return to_disk_by(self.used, self.model, tensors)
+
+
+def conversions(model: PreTrainedModel) -> list[Any] | None:
+    """What a model in memory was loaded by, for `to_disk_by`; None for its family's own mapping."""
+    return getattr(model, "_weight_conversions", None)
+
+
+def to_disk_by(
+    entries: list[Any] | None, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Runtime tensors → tensors under the names and in the layout that the conversion `entries` lead from."""
+    before = conversions(model)
+    model._weight_conversions = None if entries is None else list(entries)
+    try:
+        return dict(revert_weight_conversion(model, dict(tensors)))
+    finally:
+        model._weight_conversions = before
 
 
 def to_disk_default(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

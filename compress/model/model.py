@@ -11,7 +11,7 @@ import functools
 import importlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,7 @@ class MoEModel:
         self.weights: DiskWeights | None = None
         self.overlay: Overlay | None = None
         self.device = torch.device("cpu")
+        self._conversions = hf.conversions(module)
         self.stack = _find_stack(module)
         self.untouched = sorted(p for p in expert_counts(module) if not p.startswith(self.stack + "."))
         structure = decoded({k: v for k, v in values.items() if k != "quantization_config"})
@@ -203,11 +204,14 @@ class MoEModel:
         return {name: tensor.dtype for name, tensor in self.layers[index].state_dict().items()}
 
     def expert_names(self, index: int, count: int) -> ExpertNames | None:
+    def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors (by full name) as they are on disk: in the folder, or where a model in memory came from."""
+        if self.weights is not None:
+            return self.weights.names.to_disk(tensors)
+        return hf.to_disk_by(self._conversions, self.module, tensors)
+
         """How `count` experts of a layer are called on disk one by one; None where they are stored together."""
-        to_disk = (
-            functools.partial(hf.to_disk_default, self.module) if self.weights is None else self.weights.names.to_disk
-        )
-        return find_expert_names(self.block(index), f"{self.stack}.{index}.", count, to_disk)
+        return find_expert_names(self.block(index), f"{self.stack}.{index}.", count, self.to_disk)
 
     # --- live layers -------------------------------------------------------------------------------------------
 
