@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_compress import feasibility, probe
 from moe_compress.calib.text import Calibration, TokenBatches, load_batches
 from moe_compress.checkpoint.writer import check_output
 from moe_compress.engine import Calibrated, MemoryStorage, Outcome, run_passes
-from moe_compress.errors import InputError
+from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
 from moe_compress.evaluate.text import TextScores, WindowBatch, load_text, score_batches
+from moe_compress.export.registration import attach
 from moe_compress.export.targets import find_target
-from moe_compress.export.write import write_memory
+from moe_compress.export.write import result_config, write_memory
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import ModelShape, model_shape
 from moe_compress.model.sweep import Sweep
 from moe_compress.passes import Pass
 from moe_compress.progress import Monitor
-from moe_compress.recipe import Evaluation, build_pass
+from moe_compress.recipe import Evaluation, make_part, make_passes
 from moe_compress.report.build import build, versions
 from moe_compress.report.text import headline
 
@@ -78,7 +83,7 @@ def compress(
     *,
     passes: Sequence[str | Mapping[str, Any] | Pass],
     tokenizer: Any = None,
-    calibration: Calibration | TokenBatches | Mapping[str, Any] | str | None = None,
+    calibration: Calibration | TokenBatches | Mapping[str, Any] | str | Path | Sequence[Any] | None = None,
     evaluate: Evaluation | Mapping[str, Any] | None = None,
     target: str = "native",
     monitor: Monitor | None = None,
@@ -89,18 +94,21 @@ def compress(
         model: any supported family, also dispatched over devices or offloaded by accelerate (`device_map`).
         passes: as in a recipe: "prune.experts", {"prune.experts": {"keep": 0.75}}, or Pass objects.
         tokenizer: needed where text is read, and saved with the model.
-        calibration: as in a recipe (a mapping, a path), or token batches.
+        calibration: as in a recipe (a mapping, a path or several), or token ids: int64 tensors [sequences, length].
         evaluate: text to score before and after (tasks: save the model and use `moe-compress evaluate`).
         target: runtime that the result is for.
         monitor: shows and remembers stages.
 
+    Afterwards the model is what loading the saved result would give, so its own `save_pretrained` works too.
+
     Raises:
         InputError and its kinds: something is wrong with the arguments; the model is unchanged.
-        RunError and its kinds: something failed on the way; the model may be half changed.
+        RunError and its kinds: something failed on the way. If layers were being changed by then, the message (or a
+            note on an error that isn't this package's) says that the model has to be loaded again.
     """
     monitor = monitor or Monitor()
     goal = find_target(target)
-    steps = [build_pass(dict(p) if isinstance(p, Mapping) else p, goal, ("passes", n)) for n, p in enumerate(passes)]
+    steps = make_passes([passes] if isinstance(passes, str | Mapping | Pass) else passes, goal)
     if not steps:
         raise InputError("there is nothing to do: `passes` is empty")
     with monitor.stage("check"):
@@ -108,7 +116,7 @@ def compress(
         before = model_shape(view)
         feasibility.check_runtime(view, feasibility.forecast(before, steps, goal)[-1], goal)
         calibrated = _calibrated(view, tokenizer, calibration, steps)
-        wanted = evaluate if isinstance(evaluate, Evaluation) else Evaluation(**(evaluate or {}))
+        wanted = make_part(Evaluation, evaluate if evaluate is not None else {}, "evaluate")
         if wanted.tasks:
             raise InputError("tasks need a saved model: save it, then `moe-compress evaluate FOLDER --tasks …`")
         windows = _windows(view, tokenizer, wanted) if wanted.text else []
@@ -119,7 +127,9 @@ def compress(
             original = stack.enter_context(Sweep(view, [{"input_ids": w.ids} for w in windows]))
             with monitor.stage("score: original", len(view.layers)) as progress:
                 _to_the_end(original, progress)
-        outcomes = run_passes(view, steps, before, calibrated, MemoryStorage(), "in memory", monitor)
+        with _saying_what_is_left(storage := MemoryStorage()):
+            outcomes = run_passes(view, steps, before, calibrated, storage, "in memory", monitor)
+        _settle(view)
         scores = TextScores()
         if original is not None:
             with monitor.stage("score: result", len(view.layers)) as progress:
@@ -137,25 +147,74 @@ def _to_the_end(sweep: Sweep, progress: Any = None) -> None:
             progress.layer(step.index)
 
 
+@contextmanager
+def _saying_what_is_left(storage: MemoryStorage) -> Iterator[None]:
+    """Errors say so when layers were changed, or being changed, before them."""
+    try:
+        yield
+    except BaseException as error:
+        stores = storage.passes.values()
+        if any(store.planned for store in stores):
+            done = sum(len(store.reports) for store in stores)
+            what = f"the model is changed in part ({done} layers done): load it again"
+            if isinstance(error, MoeCompressError):
+                raise RunError(f"{error}; {what}") from error
+            error.add_note(f"moe-compress: {what}")
+        raise
+
+
+def _settle(view: MoEModel) -> None:
+    """Make the model's own config say what it is now."""
+    values, form = result_config(view, {i: view.block(i).state()[1] for i in view.moe_layers})
+    for path in view.count_paths:
+        config: Any = view.module.config
+        for key in path[:-1]:
+            config = getattr(config, key)
+        setattr(config, path[-1], functools.reduce(lambda part, key: part[key], path, values))
+    attach(view.module, values["quantization_config"] if form == "native" else None)
+
+
 def _calibrated(view: MoEModel, tokenizer: Any, calibration: Any, steps: Sequence[Pass]) -> Calibrated:
+    vocabulary = view.module.config.get_text_config().vocab_size
+    batch_size = 8
+    if isinstance(calibration, Tensor) or (isinstance(calibration, Sequence) and _are_tokens(calibration)):
+        parts = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+        calibration, batch_size = _token_batches(parts, vocabulary), max(len(part) for part in parts)
     if isinstance(calibration, TokenBatches):
-        text, batch_size = calibration, 8
-        feasibility.check_calibration(view, steps, True, int(text.ids.shape[1]))
-        return Calibrated(text, batch_size)
-    settings = calibration if isinstance(calibration, Calibration) or calibration is None else _settings(calibration)
+        feasibility.check_calibration(view, steps, True, int(calibration.ids.shape[1]))
+        return Calibrated(calibration, batch_size)
+    settings = None if calibration is None else _settings(calibration)
     feasibility.check_calibration(view, steps, settings is not None, settings.length if settings else 0)
     if settings is None or not any(s.statistics() or s.needs_inputs() for s in steps):
         return Calibrated(None)
     if tokenizer is None:
         raise InputError("calibration text needs the model's tokenizer: pass `tokenizer=`")
-    vocabulary = view.module.config.get_text_config().vocab_size
     return Calibrated(load_batches(settings, tokenizer, Path.cwd(), vocab_size=vocabulary), settings.batch_size)
 
 
+def _are_tokens(values: Sequence[Any]) -> bool:
+    return bool(values) and not isinstance(values, str) and all(isinstance(value, Tensor) for value in values)
+
+
+def _token_batches(parts: list[Tensor], vocabulary: int) -> TokenBatches:
+    """Token ids that the caller made. Raises DataError when the model can't read them."""
+    shapes = [tuple(part.shape) for part in parts]
+    if any(len(shape) != 2 or not all(shape) for shape in shapes) or len({shape[1] for shape in shapes}) > 1:
+        raise DataError(f"calibration: token ids are tensors [sequences, length] of one length, not {shapes}")
+    if any(part.is_floating_point() or part.dtype == torch.bool for part in parts):
+        raise DataError(f"calibration: token ids are integers, not {parts[0].dtype}")
+    ids = torch.cat([part.detach().to("cpu", torch.int64) for part in parts])
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise DataError(
+            f"calibration: token ids go from {int(ids.min())} to {int(ids.max())}, the model knows {vocabulary}"
+        )
+    report = {"sequences": len(ids), "tokens": ids.numel(), "source": "token ids"}
+    return TokenBatches(ids, [None] * len(ids), hashlib.sha256(ids.numpy().tobytes()).hexdigest(), report)
+
+
 def _settings(calibration: Any) -> Calibration:
-    if isinstance(calibration, str):
-        return Calibration(sources=[calibration])  # type: ignore[list-item]
-    return Calibration(**calibration)
+    sources = isinstance(calibration, str | Path | list | tuple)
+    return make_part(Calibration, {"sources": calibration} if sources else calibration, "calibration")
 
 
 def _windows(view: MoEModel, tokenizer: Any, wanted: Evaluation) -> list[WindowBatch]:

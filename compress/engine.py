@@ -303,8 +303,9 @@ class MemoryStorage:
 
 @dataclass
 class MemoryCommits:
-    """Commits of a pass on a model in memory."""
+    """Commits of a pass on a model in memory. `planned`: layers are being changed, or were."""
 
+    planned: bool = False
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def plan(self) -> dict[str, Any] | None:
@@ -313,6 +314,7 @@ class MemoryCommits:
 
     def save_plan(self, plan: dict[str, Any]) -> None:
         """The outcome holds it."""
+        self.planned = True
 
     def has(self, layer: int) -> bool:
         """Whether the layer was changed."""

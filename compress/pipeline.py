@@ -27,7 +27,7 @@ from moe_compress.model import MoEModel
 from moe_compress.model.shape import ModelShape, model_shape
 from moe_compress.passes import Pass
 from moe_compress.progress import Monitor
-from moe_compress.recipe import Recipe, read_recipe
+from moe_compress.recipe import Recipe, make_recipe, read_recipe
 from moe_compress.report.build import build, versions
 from moe_compress.report.text import markdown
 
@@ -79,7 +79,7 @@ def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
 
 
 def run(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     overrides: Mapping[str, str] | None = None,
     *,
     overwrite: bool = False,
@@ -89,7 +89,7 @@ def run(
     """Carry out a recipe.
 
     Args:
-        recipe: a recipe, or the path of its file.
+        recipe: a recipe, a dict of its keys, or the path of its file.
         overrides: dotted keys → YAML values, for a file.
         overwrite: whether the output folder may hold something (it is replaced when the new result is complete).
         fresh: forget the finished work of an earlier run with this output.
@@ -99,7 +99,9 @@ def run(
         InputError and its kinds: recipe, model or data are wrong; nothing was changed.
         RunError and its kinds: something failed on the way; the same call continues.
     """
-    if not isinstance(recipe, Recipe):
+    if isinstance(recipe, Mapping):
+        recipe = make_recipe(recipe)
+    elif not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     monitor = monitor or Monitor()
     output, place = Path(recipe.output), _workspace_of(recipe)

@@ -7,9 +7,9 @@ model's shapes is found by `feasibility.py`, before any work.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -21,6 +21,7 @@ from moe_compress.passes import Pass, PassOptions, find_pass, load_plugin
 from moe_compress.units import parse_bytes
 
 KeyPath = tuple[str | int, ...]
+Part = TypeVar("Part", bound=BaseModel)
 
 
 class Evaluation(BaseModel):
@@ -142,7 +143,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     for key, value in (overrides or {}).items():
         _override(values, key, value)
     try:
-        return make_recipe(values)
+        return _make(values)
     except _KeyError as error:
         at = _line(node, error.path)
         where = f"{path}:{at}" if at else str(path)
@@ -150,7 +151,37 @@ def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """Check a recipe given as a dict. Raises RecipeError."""
+    """Check a recipe given as a dict. Raises RecipeError with the key."""
+    try:
+        return _make(values)
+    except _KeyError as error:
+        raise RecipeError(f"{_dotted(error.path)}: {error}") from error
+
+
+def make_part(part: type[Part], values: Any, key: str) -> Part:
+    """Check a part of a recipe (calibration, evaluate), given as a dict or ready. Raises RecipeError with the key."""
+    if isinstance(values, part):
+        return values
+    if not isinstance(values, Mapping):
+        raise RecipeError(
+            f"{key}: {type(values).__name__} can't be read as {part.__name__}: give a mapping of its keys"
+        )
+    try:
+        return part(**values)
+    except ValidationError as error:
+        explained = _explained(error, part, (key,))
+        raise RecipeError(f"{_dotted(explained.path)}: {explained}") from error
+
+
+def make_passes(entries: Sequence[Any], target: Target) -> list[Pass]:
+    """The passes of a recipe given as a list. Raises RecipeError with the key."""
+    try:
+        return [build_pass(entry, target, ("passes", number)) for number, entry in enumerate(entries)]
+    except _KeyError as error:
+        raise RecipeError(f"{_dotted(error.path)}: {error}") from error
+
+
+def _make(values: Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe(**values)
     except ValidationError as error:
@@ -171,14 +202,14 @@ def build_pass(entry: Any, target: Target, path: KeyPath = ()) -> Pass:
         return entry
     if isinstance(entry, str):
         entry = {entry: {}}
-    if not isinstance(entry, dict) or len(entry) != 1:
+    if not isinstance(entry, Mapping) or len(entry) != 1:
         raise _KeyError(path, "a pass is a name, or one name with its options: {prune.experts: {keep: 0.75}}")
     ((name, options),) = entry.items()
     try:
         cls = find_pass(str(name))
     except RecipeError as error:
         raise _KeyError(path, str(error)) from error
-    if options is not None and not isinstance(options, dict):
+    if options is not None and not isinstance(options, Mapping):
         raise _KeyError((*path, name), "options are a mapping")
     try:
         return cls(cls.Options(**(options or {})), target)

@@ -132,3 +132,21 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(MoeCompressConfig)
         register_quantizer(QUANT_METHOD)(MoeCompressQuantizer)
+
+
+def attach(model: Any, values: dict[str, Any] | None) -> None:
+    """Make a model that was changed in memory what loading it would give: `save_pretrained` then writes it right.
+
+    Args:
+        model: a transformers model whose blocks are changed already.
+        values: its `quantization_config`, or None where it needs none.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if values is not None:
+        quantizer = MoeCompressQuantizer(MoeCompressConfig(**values))
+        model.hf_quantizer, model.is_quantized = quantizer, True
+        model.quantization_method = QUANT_METHOD
+        quantizer.postprocess_model(model)
+    elif quantizer is not None:
+        quantizer.remove_quantization_config(model)
+        model.config.__dict__.pop("experts_implementation", None)

@@ -133,13 +133,14 @@ def result_config(
     "compressed-tensors" says of the layers is known when they are written.
     """
     config = copy.deepcopy(model.config_values)
-    counts = {
-        i: int(descriptions[i]["num_experts"]) if i in descriptions else model.original_experts
-        for i in model.moe_layers
-    }
-    uniform = len(set(counts.values())) == 1
+    if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:  # described anew
+        del config["quantization_config"]
+        config.pop("experts_implementation", None)
+    descriptions = {i: descriptions.get(i) or model.description(i) for i in model.moe_layers}
+    counts = {int(d["num_experts"]) for d in descriptions.values()}
+    uniform = len(counts) == 1
     if uniform:
-        config = with_count(config, model.count_paths, next(iter(counts.values())))
+        config = with_count(config, model.count_paths, next(iter(counts)))
     dense = all(d["kind"] == "fused" for d in descriptions.values())
     if dense and uniform:
         return config, "hf"
@@ -154,8 +155,7 @@ def result_config(
         axes = model.axes(index).to_json()
         if axes not in kinds:
             kinds.append(axes)
-        unchanged = {"kind": "fused", "num_experts": counts[index], "experts": model.block(index).path}
-        blocks[str(index)] = {**descriptions.get(index, unchanged), "axes": kinds.index(axes)}
+        blocks[str(index)] = {**descriptions[index], "axes": kinds.index(axes)}
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,

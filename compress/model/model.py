@@ -81,7 +81,7 @@ class MoEModel:
         self._axes = expert_axes(module, structure, self.count_paths, self.stack)
         self._paths = _one_per_layer(self._axes, self.stack)
         self.original_experts = self.block(self.moe_layers[0]).num_experts
-        self._own = {i: frozenset(self.block(i).own_names()) for i in self.moe_layers}
+        self._remember()
 
     # --- building ----------------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class MoEModel:
                 f"{path} is already quantized ({quantized.get('quant_method', 'unknown method')}); "
                 "start from the checkpoint in full precision"
             )
-        model._own = {i: frozenset(model.block(i).own_names()) for i in model.moe_layers}
+        model._remember()
         model.overlay = overlay
         model.device = torch.device(device)
         model.weights = DiskWeights(module, source, model.stack, model.device)
@@ -145,6 +145,7 @@ class MoEModel:
         _refuse(module.config)
         values = json.loads(module.config.to_json_string(use_diff=False))
         quantized = values.pop("quantization_config", None) or {}
+        values.pop("experts_implementation", None)
         blocks = quantized.get("blocks", {}).values()
         if quantized and (quantized.get("quant_method") != QUANT_METHOD or any(b["kind"] != "fused" for b in blocks)):
             raise UnsupportedModelError(
@@ -193,6 +194,15 @@ class MoEModel:
         """Names, relative to the layer, that a block's tensors have in the source."""
         return self._own[index]
 
+    def description(self, index: int) -> dict[str, Any]:
+        """A block's description (`MoEBlock.state`) as the source holds it."""
+        return self._descriptions[index]
+
+    def _remember(self) -> None:
+        """Names and descriptions of blocks before anything changes them."""
+        self._own = {i: frozenset(self.block(i).own_names()) for i in self.moe_layers}
+        self._descriptions = {i: self.block(i).state()[1] for i in self.moe_layers}
+
     def axes(self, index: int) -> ExpertAxes:
         """What counts experts in a layer's block."""
         return self._axes[self._paths[index]]
@@ -203,13 +213,13 @@ class MoEModel:
             return self.weights.stored_dtypes(index)
         return {name: tensor.dtype for name, tensor in self.layers[index].state_dict().items()}
 
-    def expert_names(self, index: int, count: int) -> ExpertNames | None:
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Dense tensors (by full name) as they are on disk: in the folder, or where a model in memory came from."""
         if self.weights is not None:
             return self.weights.names.to_disk(tensors)
         return hf.to_disk_by(self._conversions, self.module, tensors)
 
+    def expert_names(self, index: int, count: int) -> ExpertNames | None:
         """How `count` experts of a layer are called on disk one by one; None where they are stored together."""
         return find_expert_names(self.block(index), f"{self.stack}.{index}.", count, self.to_disk)
 

@@ -124,7 +124,7 @@ def observe(block: MoEBlock, observer: Observer, sequence_T: Tensor | None = Non
         logits = scores.reshape(len(hidden), -1) if isinstance(scores, Tensor) else None
         sequence = sequence_T if sequence_T is not None and len(sequence_T) == len(hidden) else None
         with torch.no_grad():
-            observer(Tap(block.layer, experts, hidden, index, weight, output, logits, sequence, parts))
+            observer(Tap(block.layer, experts, hidden, index, weight, output, logits, sequence, _parts=parts))
 
     def ran(packed: nn.Module, arguments: Any, output: Tensor) -> None:
         hidden, index, weight = arguments[:3]
