@@ -80,8 +80,9 @@ class TextSource(BaseModel):
     def _consistent(self) -> Self:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("a source has either a `path` or a `dataset`")
-        if self.path is not None and (mine := {"subset", "split"} & self.model_fields_set):
-            raise ValueError(f"`{min(mine)}` belongs to a `dataset`, not to a `path`")
+        for name in ("subset", "split"):  # a recipe that was recorded says the defaults too
+            if self.path is not None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` belongs to a `dataset`, not to a `path`")
         if self.domain is not None and self.domain_field is not None:
             raise ValueError("a source has a `domain` or a `domain_field`, not both")
         return self

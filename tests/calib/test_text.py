@@ -462,7 +462,7 @@ def test_tokenizers_that_do_not_fit(with_bos: Any, tokenizer: Any, tmp_path: Pat
         ({"sources": "a", "sequnces": 4}, "Extra inputs"),
         ({"sources": [{}]}, "either a `path` or a `dataset`"),
         ({"sources": [{"path": "a", "dataset": "b"}]}, "either a `path` or a `dataset`"),
-        ({"sources": [{"path": "a", "split": "train"}]}, "`split` belongs to a `dataset`"),
+        ({"sources": [{"path": "a", "split": "test"}]}, "`split` belongs to a `dataset`"),
         ({"sources": [{"path": "a", "domain": "a", "domain_field": "b"}]}, "not both"),
         ({"sources": [{"path": "a", "weight": 0}]}, "greater than 0"),
         ({"sources": "a", "length": 1}, "greater than or equal to 2"),

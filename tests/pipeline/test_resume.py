@@ -187,7 +187,7 @@ def test_a_disk_too_full_for_hidden_states(small, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(RunError, match="the disk is full: .* hidden states"):
+    with pytest.raises(RunError, match=r"the disk is full: .* hidden states"):
         sweep.held(large, "two")
 
 
