@@ -236,31 +236,38 @@ def _around(path: str, index: int) -> tuple[str, str]:
 
 def _patterns(dense: Iterable[str], quantized: Iterable[str]) -> list[str]:
     """Patterns for dense modules that hold whatever stands before them: servers have prefixes of their own."""
-    taken = {suffix for module in quantized for suffix in _suffixes(module.split("."))}
-    taken_open = {_numbers_open(suffix) for suffix in taken}
+    suffixes = {suffix for module in quantized for suffix in _suffixes(module)}
+    taken = [{_open(suffix, kept) for suffix in suffixes} for kept in _KEPT]
     patterns: dict[str, None] = {}
     for name in dense:
         parts = name.split(".")
         numbers = [i for i, part in enumerate(parts) if part.isdigit()]
         start = max(0, numbers[0] - 1) if numbers else len(parts) - 1
         # From general to particular: the experts of a draft model or of another tower look like those that are packed.
-        for path in (".".join(parts[start:]), name):
-            if _numbers_open(path) not in taken_open:
-                patterns[_pattern(_numbers_open(path))] = None
-                break
-            if path not in taken:
-                patterns[_pattern(path)] = None
+        candidates = [(path, level) for path in (".".join(parts[start:]), name) for level in range(len(_KEPT))]
+        for path, level in candidates:
+            if (opened := _open(path, _KEPT[level])) not in taken[level]:
+                patterns[_pattern(opened)] = None
                 break
     return list(patterns)
 
 
-def _suffixes(parts: list[str]) -> list[str]:
+def _suffixes(path: str) -> list[str]:
+    parts = path.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _numbers_open(path: str) -> str:
-    """A path with "#" for every number."""
-    return ".".join("#" if part.isdigit() else part for part in path.split("."))
+# How many numbers of a path a pattern keeps: none, the layer's, all.
+_KEPT = (0, 1, 99)
+
+
+def _open(path: str, kept: int) -> str:
+    """A path with "#" for every number after the first `kept`."""
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    for i in numbers[kept:]:
+        parts[i] = "#"
+    return ".".join(parts)
 
 
 def _pattern(path: str) -> str:

@@ -3,6 +3,7 @@
 A server is played by `server_scheme`, which matches names as vLLM and SGLang do: `ignore` first, then the first target.
 """
 
+import importlib.util
 import json
 import re
 import shutil
@@ -33,6 +34,7 @@ from moe_compress.quant.packed import Encoding, Stack, pack_experts
 from moe_compress.recipe import make_recipe
 
 CT = "compressed-tensors"
+LIBRARY = importlib.util.find_spec("compressed_tensors") is not None
 GROUP = 32
 
 
@@ -263,7 +265,7 @@ def test_names_are_what_the_family_writes(name):
     assert not stored
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "gemma4", "aria", "zaya"])
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "gemma4", "zaya"])
 def test_experts_that_are_stored_together_have_no_names(name):
     model = MoEModel.wrap(tiny_model(name))
     assert model.expert_names(model.moe_layers[0], 8) is None
@@ -417,8 +419,8 @@ def test_the_reader_holds_the_same_integers_and_verifies(written, widths):
                 assert torch.equal(projection.matrices(range(EXPERTS), torch.bfloat16), values[index][name])
     found = verify(folder)
     assert found.distance < 1e-5
-    assert ("same experts, bit for bit" in found.loader) == (len(set(widths)) == 1)
-    assert ("these differ" in found.loader) == (len(set(widths)) > 1)
+    assert ("same experts, bit for bit" in found.loader) == (LIBRARY and len(set(widths)) == 1)
+    assert ("these differ" in found.loader) == (LIBRARY and len(set(widths)) > 1)
     assert "streamed" in verify(folder, memory="1 kB").loader
 
 
@@ -499,7 +501,7 @@ def test_the_demo_end_to_end_with_layers_of_different_widths(demo, tmp_path):
     assert [g["weights"]["num_bits"] for g in config["config_groups"].values()] == [2, 4]
     assert report["after"]["bits_per_weight"] <= 3.2
     assert report["verification"]["distance"] < 1e-4
-    assert "these differ" in report["verification"]["loader"]
+    assert "transformers' own loader was not asked" in report["verification"]["loader"]
     assert 1 < report["after"]["perplexity"]["text_novels"] < 200
     assert 0 < report["after"]["kl"]["text_novels"] < 2
     experts = [n for n in tensors_of(tmp_path / "out") if ".mlp.experts." in n]
@@ -526,7 +528,7 @@ def test_pruned_then_quantized_loads_with_the_smaller_count(small, text, tmp_pat
     passes = [{"prune.experts": {"experts": 6, "criterion": "reap"}}, *quantized()]
     report = moe_compress.run(make_recipe(recipe(small, tmp_path / "out", passes, text, target="sglang"))).report
     assert MoEModel.open(tmp_path / "out").block(0).num_experts == 6
-    assert "bit for bit" in report["verification"]["loader"]
+    assert ("bit for bit" in report["verification"]["loader"]) == LIBRARY
     assert not any(".experts.6." in n for n in tensors_of(tmp_path / "out"))
 
 
