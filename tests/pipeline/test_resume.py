@@ -157,9 +157,9 @@ SHORT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {si
     ("plant", "said"),
     [
         (FULL.format(at=3), "the disk is full"),
-        (FULL.format(at=40), "the disk is full"),
+        pytest.param(FULL.format(at=40), "the disk is full", marks=pytest.mark.slow),
         (FULL.format(at=60), "the disk is full"),
-        (SHORT.format(size=20_000), "could not be written"),
+        pytest.param(SHORT.format(size=20_000), "could not be written", marks=pytest.mark.slow),
         (SHORT.format(size=100_000), "could not be written"),
     ],
 )
