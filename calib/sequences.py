@@ -170,10 +170,9 @@ def balanced(made: Iterator[Made], count: int) -> Iterator[Made]:
     while waiting:
         domain = min(waiting, key=lambda d: given[d])  # the first seen of equals
         while not waiting[domain] and sum(map(len, waiting.values())) < WAITING * count:
-            sequence = next(made, None)
-            if sequence is None:
+            if (more := next(made, None)) is None:
                 break
-            waiting.setdefault(sequence.domain, deque()).append(sequence)
+            waiting.setdefault(more.domain, deque()).append(more)
         if not waiting[domain]:
             del waiting[domain]  # no more of it, or none soon
             continue
