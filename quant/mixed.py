@@ -161,7 +161,7 @@ class QuantizeMixed(Pass):
             protected = super_experts(maxima, profile.decoder_layers)
         summary: dict[str, Any] = {}
         if self.options.allocation == "uniform":
-            bits = self._uniform(profile.shape)
+            bits = self._uniform(profile.shape, protected)
         else:
             bits, summary = self._solved(profile, protected)
         layers: dict[int, dict[str, Any]] = {
@@ -224,27 +224,43 @@ class QuantizeMixed(Pass):
         beside = layer.matrices * self.target.matrix_bytes
         return (layer.matrices - 1) * wide + narrow + beside + layer.biases * layer.weight_bytes
 
-    def _uniform(self, shape: ModelShape) -> dict[int, list[int]]:
-        """In every layer the same mixture of the two widths around the budget, spread evenly over the experts."""
+    def _uniform(self, shape: ModelShape, protected: dict[int, list[int]]) -> dict[int, list[int]]:
+        """In every layer the same mixture of the two widths around the budget, spread evenly over the experts.
+
+        Protected experts get the largest width (the whole layer, where the target wants one), the others what is left.
+        """
         widths = self.options.widths
-        budget = self._budget(shape)
+        whole = self.target.bits_per == "layer"
+        free = {
+            i: [e for e in range(layer.num_experts) if not (protected.get(i) if whole else e in protected.get(i, []))]
+            for i, layer in shape.layers.items()
+        }
 
         def total(bits: int) -> int:
-            return sum(layer.num_experts * self._expert_bytes(layer, bits) for layer in shape.layers.values())
+            return sum(len(free[i]) * self._expert_bytes(layer, bits) for i, layer in shape.layers.items())
 
-        low = max(b for b in widths if total(b) <= budget)
-        higher = [b for b in widths if b > low]
-        if not higher:
-            return {i: [low] * layer.num_experts for i, layer in shape.layers.items()}
-        high = higher[0]
-        share = (budget - total(low)) / (total(high) - total(low))
+        fixed = sum(
+            (layer.num_experts - len(free[i])) * self._expert_bytes(layer, widths[-1])
+            for i, layer in shape.layers.items()
+        )
+        budget = self._budget(shape) - fixed
+        affordable = [b for b in widths if total(b) <= budget]
+        if not affordable:
+            raise BudgetError(
+                f"quantize.mixed: super experts at {widths[-1]} bits leave {show_bytes(max(0, budget))} of the budget, "
+                f"and the others take {show_bytes(total(widths[0]))} at {widths[0]} bits: allow more, or set "
+                "`protect_super_experts: false`"
+            )
+        low = affordable[-1]
+        high = min((b for b in widths if b > low), default=low)
+        spare = total(high) - total(low)
+        share = (budget - total(low)) / spare if spare and not whole else 0.0
         result = {}
         for index, layer in shape.layers.items():
-            if self.target.bits_per == "layer":
-                result[index] = [low] * layer.num_experts
-                continue
-            steps = [int((e + 1) * share + 1e-9) - int(e * share + 1e-9) for e in range(layer.num_experts)]
-            result[index] = [high if step else low for step in steps]
+            result[index] = [widths[-1]] * layer.num_experts
+            for position, expert in enumerate(free[index]):
+                step = int((position + 1) * share + 1e-9) - int(position * share + 1e-9)
+                result[index][expert] = high if step else low
         return result
 
     def _solved(self, profile: Profile, protected: dict[int, list[int]]) -> tuple[dict[int, list[int]], dict[str, Any]]:
