@@ -182,7 +182,7 @@ def show_passes() -> None:
     for target in TARGETS.values():
         table.add_row(target.name, target.summary)
     console.print(table)
-    console.print("\n`moe-compress passes NAME` explains a pass and its options")
+    console.print("\n`moe-compress passes NAME` explains a pass and its options; docs/targets.md, what targets load")
 
 
 def show_pass(name: str) -> None:

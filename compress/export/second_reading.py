@@ -58,7 +58,8 @@ def second_reading(folder: Path, model: PreTrainedModel, room: int) -> str:
         unpacked = FusedExperts(theirs.get_submodule(path)).weights()
         for name, projection in module.projections.items():
             for expert in range(module.num_experts):
-                if not torch.equal(projection.matrices([expert], dtype)[0], getattr(unpacked, name)[expert]):
+                ours = projection.matrices([expert], dtype)[0].cpu()  # theirs is on the CPU
+                if not torch.equal(ours, getattr(unpacked, name)[expert]):
                     raise VerificationError(
                         f"{folder}: transformers' own loader reads the {name} projection of expert {expert} in {path} "
                         "as other weights than were written"

@@ -108,7 +108,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "vllm",
-            "vLLM 0.33: compressed-tensors, one width of 2 to 8 bits per layer (4 and 8 on every GPU, older vLLM too)",
+            "vLLM 0.33: compressed-tensors, one width of 2 to 8 bits per layer (older vLLM: 4 or 8)",
             bits=(2, 3, 4, 5, 6, 7, 8),
             **_SERVED,  # type: ignore[arg-type]
         ),
