@@ -8,6 +8,9 @@ This module is imported while transformers itself is being imported, so it may i
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
@@ -15,6 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_compress.constants import FORMAT_VERSION, QUANT_METHOD
+
+# Whether transformers gives the tensors of a quantized model the dtype asked for (5.23), or some of them (5.17).
+_CASTS = hasattr(HfQuantizer, "get_new_dtype")
 
 
 class MoeCompressConfig(QuantizationConfigMixin):
@@ -71,6 +77,7 @@ class MoeCompressQuantizer(HfQuantizer):
     """Reshapes the skeleton before transformers loads weights into it, and checks that the files fill it."""
 
     quantization_config: MoeCompressConfig
+    _expected: Mapping[str, Any] = MappingProxyType({})
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Called before the model is built: registers the experts implementation that config.json names."""
@@ -83,6 +90,7 @@ class MoeCompressQuantizer(HfQuantizer):
 
         choose_implementation(model)
         self.quantization_config.restructure(model)
+        self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             self._check_names(model, checkpoint_files)
         return model
@@ -112,8 +120,24 @@ class MoeCompressQuantizer(HfQuantizer):
                 raise CheckpointError(f"{folder} holds {name!r}, which its quantization_config doesn't describe")
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        from moe_compress.model.hf import save_as_it_runs
+        import torch
 
+        from moe_compress.errors import CheckpointError
+        from moe_compress.model.hf import kept_in_float32, save_as_it_runs
+
+        keep = re.compile("|".join(p.replace("*", ".*") for p in kept_in_float32(model, model.dtype)) or r"(?!)")
+        # transformers before 5.23 checks no shapes of a quantized model, and casts nothing that it renames.
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name not in self._expected:
+                continue
+            shape, dtype = self._expected[name]
+            if tensor.shape != shape:
+                raise CheckpointError(
+                    f"tensor {name!r} has the shape {list(tensor.shape)}, but config.json asks for {list(shape)}: "
+                    "the checkpoint and its config.json don't belong together"
+                )
+            if not _CASTS and tensor.is_floating_point() and not tensor.is_meta:
+                tensor.data = tensor.data.to(torch.float32 if keep.search(name) else dtype)
         save_as_it_runs(model)
         return model
 

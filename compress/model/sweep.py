@@ -266,8 +266,11 @@ class _Call:
         try:
             with torch.no_grad():
                 keywords = _to(dict(batch), device)
-                if "use_cache" in inspect.signature(module.forward).parameters:
-                    keywords.setdefault("use_cache", False)  # nothing is generated: no keys and values to keep
+                # Nothing is generated, and a layer that runs twice would read its own keys and values. Many classes
+                # hand the switch on without naming it.
+                accepted = inspect.signature(module.forward).parameters
+                if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+                    keywords.setdefault("use_cache", False)
                 result = module(**keywords)
                 self.output = result.logits if hasattr(result, "logits") else result[0]
         except _Aborted:

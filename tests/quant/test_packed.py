@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from families import tiny_model
+from families import discover, tiny_model
 from packs import DENSE, mixture, pack_block, put
 from reference import outputs_ETH
 
@@ -13,7 +13,7 @@ from moe_compress.model import MoEModel
 from moe_compress.quant import packed
 
 # Gate and up concatenated; transposed, interleaved, biases; no gate, inputs of size 28; a norm after each expert.
-LAYOUTS = ["qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"]
+LAYOUTS = sorted({"qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"} & set(discover()))
 ROUTINGS = ["spread", "one expert", "uneven", "slots that no expert serves"]
 
 

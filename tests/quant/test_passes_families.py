@@ -8,7 +8,7 @@ import moe_compress
 from moe_compress.model import MoEModel, families
 
 # One of each layout; the others are in the slow part. See tests/reference.py.
-FAST = ["qwen3_moe", "gpt_oss", "nemotron_h", "inkling"]
+FAST = ["qwen3_moe", "gpt_oss", "nemotron_h", "granitemoe"]
 SUPPORTED = [name for name in discover() if families.refusal(name) is None]
 every_family = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in SUPPORTED]
