@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import MoEBlock, Tap
 from moe_compress.model.dispatch import Dispatch, grouped_gram
 
@@ -92,6 +93,36 @@ class _RoutingSums(Accumulator):
     def result(self) -> Result:
         counts, gate, squared = self.sums
         return {"tokens": torch.tensor(self.tokens), "counts": counts, "gate": gate, "gate_squared": squared}
+
+
+@dataclass(frozen=True)
+class ChosenLogits(Statistic):
+    """The router's logits where they led to a choice.
+
+    Result: `sum` [E] Σ of the expert's logit over the tokens routed to it, as the family's own router returns it (some
+    return probabilities). Raises UnsupportedModelError, while measuring, where the router returns none.
+    """
+
+    name: ClassVar[str] = "chosen_logits"
+
+    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
+        """See Statistic."""
+        return _LogitSums(block.num_experts)
+
+
+class _LogitSums(Accumulator):
+    def __init__(self, experts: int):
+        self.experts = experts
+        self.sums = torch.zeros(experts, dtype=torch.float64)
+
+    def update(self, tap: Tap) -> None:
+        if tap.logits_TE is None:
+            raise UnsupportedModelError(f"layer {tap.layer}: its router returns no logits, which chosen_logits sums")
+        dispatch = Dispatch.of(tap.index_TK, tap.weight_TK, self.experts)
+        self.sums += _sum_rows(tap.logits_TE[dispatch.token_R, dispatch.expert_R], dispatch, self.experts).cpu()
+
+    def result(self) -> Result:
+        return {"sum": self.sums}
 
 
 @dataclass(frozen=True)

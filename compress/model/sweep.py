@@ -29,7 +29,7 @@ from moe_compress.errors import RunError
 
 from . import hf, offload
 from .model import Layer, MoEModel
-from .tap import Observer, Tap, observe, residual_norms
+from .tap import Observer, Tap, hidden_behind, observe, residual_norms
 from .tensors import release_freed
 
 Batch = Mapping[str, Any]
@@ -203,6 +203,8 @@ class Step:
             # Handed on only now: what a change of the block weighs depends on the hidden state behind the layer.
             for tap in taps:
                 tap.residual_T = residual_norms(output, len(tap.hidden_TH))
+                behind = hidden_behind(output, len(tap.hidden_TH))
+                tap.behind_TH = behind if behind is not None and behind.dim() == 2 else None
                 assert observer is not None
                 observer(tap)
         return output

@@ -9,9 +9,10 @@ Letters: T tokens of the batch, K experts per token, E experts, R = rows that re
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Tap:
         sequence_T: number of the calibration sequence that each token belongs to.
         residual_T: squared norm of each token's hidden state behind the decoder layer, all residual streams together;
             None where the layer returns nothing of one row per token.
+        behind_TH: hidden state behind the decoder layer; None where that isn't one vector per token.
+        router_arguments: what the router was called with, by the names of its parameters.
     """
 
     layer: int
@@ -48,6 +51,8 @@ class Tap:
     logits_TE: Tensor | None = None
     sequence_T: Tensor | None = None
     residual_T: Tensor | None = None
+    behind_TH: Tensor | None = None
+    router_arguments: dict[str, Any] = field(default_factory=dict)
     _parts: tuple[Dispatch, Tensor, Tensor] | None = None
 
     @functools.cached_property
@@ -81,12 +86,18 @@ class Tap:
 Observer = Callable[[Tap], None]
 
 
-def residual_norms(output: Any, tokens: int) -> Tensor | None:
-    """Squared norm per token, [T], of what a decoder layer returned: hidden states, or a tuple with them in front."""
+def hidden_behind(output: Any, tokens: int) -> Tensor | None:
+    """What a decoder layer returned, hidden states or a tuple with them in front, as [T, …]; None if it's neither."""
     hidden = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(hidden, Tensor) or hidden.dim() < 3 or hidden.shape[0] * hidden.shape[1] != tokens:
         return None
-    return hidden.reshape(tokens, -1).float().square().sum(dim=-1)
+    return hidden.reshape(tokens, *hidden.shape[2:])
+
+
+def residual_norms(output: Any, tokens: int) -> Tensor | None:
+    """Squared norm per token, [T], of what a decoder layer returned: hidden states, or a tuple with them in front."""
+    hidden = hidden_behind(output, tokens)
+    return None if hidden is None else hidden.reshape(tokens, -1).float().square().sum(dim=-1)
 
 
 # Experts module → who looks at it now. Only ever filled inside `observe`.
@@ -113,10 +124,10 @@ def observe(block: MoEBlock, observer: Observer, sequence_T: Tensor | None = Non
     The model must run under `hf.implementation`. `sequence_T` is passed on into the taps.
     """
     module = block.experts_module
-    returned: list[Any] = [None]
+    returned: list[Any] = [None, {}]  # by the router, and what it was called with
 
-    def routed(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        returned[0] = output
+    def routed(router: nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
+        returned[:] = output, inspect.signature(router.forward).bind(*arguments, **keywords).arguments
 
     def watch(experts: Experts, hidden: Tensor, index: Tensor, weight: Tensor, output: Tensor, parts: Any) -> None:
         routing = read_routing(returned[0], len(hidden))
@@ -124,13 +135,15 @@ def observe(block: MoEBlock, observer: Observer, sequence_T: Tensor | None = Non
         logits = scores.reshape(len(hidden), -1) if isinstance(scores, Tensor) else None
         sequence = sequence_T if sequence_T is not None and len(sequence_T) == len(hidden) else None
         with torch.no_grad():
-            observer(Tap(block.layer, experts, hidden, index, weight, output, logits, sequence, _parts=parts))
+            tap = Tap(block.layer, experts, hidden, index, weight, output, logits, sequence, _parts=parts)
+            tap.router_arguments = dict(returned[1])
+            observer(tap)
 
     def ran(packed: nn.Module, arguments: Any, output: Tensor) -> None:
         hidden, index, weight = arguments[:3]
         watch(packed, hidden, index, weight, output, None)  # type: ignore[arg-type]
 
-    handles = [block.router.register_forward_hook(routed)]
+    handles = [block.router.register_forward_hook(routed, with_kwargs=True)]
     if hf.is_fused_experts(module):
         _WATCHED[id(module)] = watch
     else:
