@@ -18,7 +18,8 @@ from moe_compress.model import MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 
-from .criteria import CRITERIA, find_criterion
+from . import gram_greedy  # noqa: F401  (registers its criterion)
+from .criteria import CRITERIA, Selection, find_criterion
 from .super_experts import super_experts
 
 
@@ -47,6 +48,11 @@ class PruneOptions(PassOptions, ExpertCounts):
     def _minimum_of_global(self) -> Self:
         if self.minimum is not None and self.scope == "uniform":
             raise ValueError("`minimum` belongs to scope: global; in a uniform plan every layer keeps the same number")
+        if self.scope == "global" and not find_criterion(self.criterion).ranks:
+            raise ValueError(
+                f"criterion {self.criterion!r} chooses sets of a given size and gives no order, which scope: global "
+                "compares layers by; take scope: uniform, or the criterion gram_greedy"
+            )
         return self
 
 
@@ -67,7 +73,7 @@ class PruneExperts(Pass):
 
     def statistics(self) -> Sequence[Statistic]:
         """The criterion's, and what finds super experts."""
-        found = list(find_criterion(self.options.criterion).statistics)
+        found = find_criterion(self.options.criterion).measures(self.options)
         if self.options.protect_super_experts:
             found.append(OutputNorms())
         return list({s.key: s for s in [*found, Routing()]}.values())
@@ -80,19 +86,27 @@ class PruneExperts(Pass):
                 f"{self.target.name!r} can't load; use scope: uniform, or target: native"
             )
         counts = {i: self._kept(i, layer) for i, layer in shape.layers.items()}
+        for index, count in counts.items():
+            if problem := find_criterion(self.options.criterion).problem(shape.layers[index], count):
+                raise RecipeError(f"prune.experts: criterion {self.options.criterion!r}: layer {index} {problem}")
         if self.options.scope == "global":
             _floors(shape, sum(counts.values()), self.options.minimum, {})
         return shape.with_layers({i: layer.with_experts(counts[i]) for i, layer in shape.layers.items()})
 
     def plan(self, profile: Profile) -> Plan:
         """Score all experts, protect super experts, keep the best."""
+        protected: dict[int, list[int]] = {}
+        if self.options.protect_super_experts:
+            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
+            protected = super_experts(maxima, profile.decoder_layers)
         chosen_criterion = find_criterion(self.options.criterion)
         generator = torch.Generator().manual_seed(self.options.seed)
         scores = {
-            layer: chosen_criterion.score(
-                {s.name: profile.of(layer, s) for s in chosen_criterion.statistics}, generator
+            index: chosen_criterion.score(
+                {s.name: profile.of(index, s) for s in chosen_criterion.measures(self.options)},
+                Selection(layer, self._kept(index, layer), protected.get(index, []), generator),
             )
-            for layer in profile.shape.layers
+            for index, layer in profile.shape.layers.items()
         }
         for layer, found in scores.items():
             if not found.isfinite().all():
@@ -101,10 +115,6 @@ class PruneExperts(Pass):
                     f"{(~found.isfinite()).nonzero().flatten().tolist()} of layer {layer} no finite score: the "
                     "checkpoint's weights, or what they compute, overflow"
                 )
-        protected: dict[int, list[int]] = {}
-        if self.options.protect_super_experts:
-            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
-            protected = super_experts(maxima, profile.decoder_layers)
         keep = self._choose(profile.shape, scores, protected)
         unseen = {i: (profile.of(i, Routing())["counts"] == 0).sum().item() for i in scores}
         layers = {
@@ -157,6 +167,11 @@ def _global_choice(
 
     Group-limited layers keep whole numbers of experts per group: they take part with one step per group.
     """
+    if negative := [i for i, found in scores.items() if bool((found < 0).any())]:
+        raise RunError(
+            f"prune.experts: scores of layers {negative} are negative, and scope: global compares shares of their sum; "
+            "use scope: uniform, or another criterion"
+        )
     floors = _floors(shape, total, minimum, protected)
     units: list[tuple[float, int, int]] = []  # score, layer, number of experts that come with it
     for index, layer in shape.layers.items():

@@ -1,0 +1,80 @@
+"""The criterion `gram_greedy`: one expert after another, each the one that adds least to the block's output error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_compress.calib.outputs import OutputGram
+
+from .criteria import Measured, Selection, criterion
+
+# Between experts whose removal costs the same, relative to the mean cost: keeps their scores in order of removal.
+_STEP = 1e-12
+
+
+def removal_order(gram_EE: Tensor, groups: int, protected: list[int]) -> tuple[list[int], Tensor]:
+    """Experts in the order in which greedy backward elimination removes them, and what each adds to the error.
+
+    The error of removing a set S is Σ_t ‖Σ_{e in S} g_te·f_e(x_t)‖² = Σ_{i, j in S} M_ij, exact as long as no token is
+    routed anew. Removing e on top of S adds M_ee + 2·Σ_{j in S} M_ej (negative where e undoes what S did).
+
+    Args:
+        gram_EE: M (statistic `output_gram`).
+        groups: routing groups of equal size, of which each loses an expert before any loses another.
+        protected: experts that are the last of their group to go.
+    """
+    gram = gram_EE.double()
+    experts = len(gram)
+    group_E = torch.arange(experts) // (experts // groups)
+    cost_E = gram.diagonal().clone()
+    removed = torch.zeros(experts, dtype=torch.bool)
+    kept_on = torch.zeros(experts, dtype=torch.bool)
+    kept_on[protected] = True
+    order, added = [], []
+    for round_number in range(experts // groups):
+        lost_E = torch.bincount(group_E[removed], minlength=groups)[group_E]
+        free = torch.bincount(group_E[~removed & ~kept_on], minlength=groups)[group_E] > 0
+        open_E = ~removed & (lost_E == round_number) & ~(kept_on & free)
+        for _ in range(groups):
+            expert = int(cost_E.masked_fill(~open_E, float("inf")).argmin())
+            order.append(expert)
+            added.append(cost_E[expert].clone())
+            removed[expert] = True
+            open_E &= group_E != group_E[expert]
+            cost_E += 2 * gram[expert]
+    return order, torch.stack(added)
+
+
+@criterion(
+    "gram_greedy",
+    "greedy backward elimination on Σ_t ‖Σ_{e removed} g_te·f_e(x_t)‖², the block's output error without re-routing: "
+    "NAEE's objective (arXiv 2402.14800) where its search over all sets is too long",
+    OutputGram(),
+)
+def gram_greedy(measured: Measured, asked: Selection) -> Tensor:
+    """What each expert adds to the error when it goes, as a share of the block's output energy Σ_t ‖y_t‖².
+
+    Adjacent steps of which the later costs less are given their mean (isotonic regression): then the lowest scores are
+    the first to go for every number of experts, scores sum to 1, and layers compare by what the next expert costs.
+    """
+    groups = asked.layer.groups[0] if asked.layer.groups else 1
+    gram = measured["output_gram"]["gram"]
+    order, added = removal_order(gram, groups, list(asked.protected))
+    rounds = isotonic(added.view(-1, groups).mean(dim=1))
+    rising = rounds + _STEP * rounds.mean().abs().clamp_min(1e-300) * torch.arange(len(rounds))
+    scores = torch.empty(len(order), dtype=torch.float64)
+    scores[order] = rising.repeat_interleave(groups)
+    return scores / scores.sum().clamp_min(1e-300)
+
+
+def isotonic(values: Tensor) -> Tensor:
+    """The nearest non-decreasing sequence in least squares (pool adjacent violators): [N] → [N], same sum."""
+    pools: list[tuple[float, int]] = []  # mean, length
+    for value in values.tolist():
+        mean, length = value, 1
+        while pools and pools[-1][0] > mean:
+            before, many = pools.pop()
+            mean, length = (mean * length + before * many) / (length + many), length + many
+        pools.append((mean, length))
+    return torch.cat([torch.full((length,), mean, dtype=torch.float64) for mean, length in pools])
