@@ -224,10 +224,8 @@ class _SimilaritySums(Accumulator):
 
     def update(self, tap: Tap) -> None:
         count = tap.hidden_TH.shape[0]
-        # Token t of the sweep is taken where t·sample/expected passes a whole number: evenly, whatever the batches.
-        share = torch.arange(self.seen, self.seen + count + 1) * min(self.settings.sample, self.expected)
+        taken = evenly(self.seen, count, self.settings.sample, self.expected)
         self.seen += count
-        taken = torch.diff(share // self.expected) > 0
         for part in tap.hidden_TH[taken.to(tap.hidden_TH.device)].split(self.settings.chunk):
             unit = torch.nn.functional.normalize(all_outputs(tap, part).float(), dim=-1).transpose(0, 1)  # [t, E, H]
             self.similarity += torch.bmm(unit, unit.transpose(1, 2)).sum(dim=0).double().cpu()
@@ -235,6 +233,20 @@ class _SimilaritySums(Accumulator):
 
     def result(self) -> Result:
         return {"similarity": self.similarity / max(1, self.tokens), "tokens": torch.tensor(self.tokens)}
+
+
+def evenly(seen: int, count: int, sample: int, tokens: int) -> Tensor:
+    """Which of the next `count` tokens belong to a sample spread over all, whatever the batches: [count] booleans.
+
+    Args:
+        seen: tokens before these.
+        count: tokens of this batch.
+        sample: tokens that are taken in all.
+        tokens: tokens of the whole sweep.
+    """
+    # Token t is taken where t·sample/tokens passes a whole number.
+    share = torch.arange(seen, seen + count + 1) * min(sample, tokens)
+    return torch.diff(share // tokens) > 0
 
 
 def all_outputs(tap: Tap, hidden_TH: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -30,7 +30,23 @@ class ExpertCounts(BaseModel):
         return self
 
 
-def kept_count(name: str, index: int, layer: LayerShape, options: ExpertCounts) -> int:
+class Routed(Protocol):
+    """Whatever says how many experts a layer routes to, and how: its shape, or its block."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts."""
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """(routing groups, groups a token may use) or None."""
+
+
+def kept_count(name: str, index: int, layer: Routed, options: ExpertCounts) -> int:
     """Experts that a layer keeps, checked against its routing. Raises RecipeError with the numbers."""
     count = options.experts if options.experts is not None else round(layer.num_experts * (options.keep or 1.0))
     if layer.groups and options.experts is None:

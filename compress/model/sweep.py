@@ -200,13 +200,15 @@ class Step:
                 if observer is not None and self.layer.block is not None:
                     stack.enter_context(observe(self.layer.block, taps.append, self._sweep._sequences[number]))
                 output = self.layer.module(*arguments, **keywords)
-            # Handed on only now: what a change of the block weighs depends on the hidden state behind the layer.
-            for tap in taps:
-                tap.residual_T = residual_norms(output, len(tap.hidden_TH))
-                behind = hidden_behind(output, len(tap.hidden_TH))
-                tap.behind_TH = behind if behind is not None and behind.dim() == 2 else None
-                assert observer is not None
-                observer(tap)
+            # Handed on only now: what a change of the block weighs depends on the hidden state behind the layer. Some
+            # observers run the experts again, and offloaded weights have left by now.
+            if taps and observer is not None:
+                with self.readable():
+                    for tap in taps:
+                        tap.residual_T = residual_norms(output, len(tap.hidden_TH))
+                        hidden = hidden_behind(output, len(tap.hidden_TH))
+                        tap.behind_TH = hidden if hidden is not None and hidden.dim() == 2 else None
+                        observer(tap)
         return output
 
 
