@@ -2,7 +2,7 @@
 
     python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
 
-Groups: prune, merge, quantize (default: all). Prints one table per group; every row is a fresh copy of the model,
+Groups: prune, criteria, merge, quantize (default: all). Prints one table per group; every row is a fresh copy of the model,
 compressed by the same function that `moe_compress.compress` offers. Perplexities are means over the texts of the nats
 per token, so rows compare as they stand; `kl` is the mean KL divergence from the original.
 """
@@ -34,6 +34,16 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
         for criterion in ("random", "frequency", "gate_mass", "ean", "reap")
     }
     | {f"reap, global {keep:.0%}": [{"prune.experts": {"keep": keep, "scope": "global"}}] for keep in (0.75, 0.5)},
+    "criteria": {
+        f"{name} {keep:.0%}": [{"prune.experts": {"keep": keep, **options}}]
+        for keep in (0.75, 0.5)
+        for name, options in (
+            *((c, {"criterion": c}) for c in ("random", "reap", "reap_l2", "weighted_ean", "man", "msan")),
+            *((c, {"criterion": c}) for c in ("easy_ep", "tcess", "mone", "max_activation", "stun")),
+            *((c, {"criterion": c}) for c in ("gram_greedy", "naee")),
+            ("gram_greedy, global", {"criterion": "gram_greedy", "scope": "global"}),
+        )
+    },
     "merge": {
         f"{name} {keep:.0%}": [{method: {"keep": keep, **options}}]
         for keep in (0.75, 0.5)

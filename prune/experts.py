@@ -18,7 +18,7 @@ from moe_compress.model import MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 
-from . import gram_greedy, naee  # noqa: F401  (they register criteria)
+from . import gram_greedy, naee, stun  # noqa: F401  (they register criteria)
 from .criteria import CRITERIA, Selection, find_criterion
 from .super_experts import super_experts
 

@@ -310,5 +310,5 @@ def test_gram_greedy_of_models(name):
 
 
 def test_every_criterion_is_tested():
-    assert set(FORMULAS) | ELSEWHERE | {"gram_greedy", "naee"} == set(CRITERIA)
+    assert set(FORMULAS) | ELSEWHERE | {"gram_greedy", "naee", "stun"} == set(CRITERIA)
     assert all(c.name == name and c.source and c.score.__doc__ for name, c in CRITERIA.items())
