@@ -36,7 +36,7 @@ class Rerouting:
         layer = copy.deepcopy(block.module, shared)
         for module in layer.modules():
             if hasattr(module, "_hf_hook"):  # accelerate's hooks would bring back the whole router
-                module.forward = module._old_forward
+                module.forward = module._old_forward  # type: ignore[assignment]
                 del module._hf_hook
         self._block = MoEBlock(block.layer, layer, block.path, block.axes)
         self._block.experts_module.forward = _nothing  # type: ignore[method-assign]
