@@ -27,7 +27,9 @@ class OutputGram(Statistic):
 
     Result: `gram` [E, E] float64, M_ij = Σ_t ⟨g_ti·f_i(x_t), g_tj·f_j(x_t)⟩ over tokens that both serve. For any
     set of experts, the sum of its rows and columns is Σ_t ‖Σ_{e in the set} g_te·f_e(x_t)‖²: the squared error of the
-    block's output when the set is dropped and no token is routed anew. Costs T·K²·H multiplications.
+    block's output when the set is dropped and no token is routed anew. `relative` [E, E]: the same with every token's
+    term divided by ‖h_t‖², h_t the hidden state behind the decoder layer: what the error is beside what it is added to,
+    so that layers compare; not there where the layer returns nothing of one row per token. T·K²·H multiplications.
     """
 
     name: ClassVar[str] = "output_gram"
@@ -41,9 +43,15 @@ class _GramSums(Accumulator):
     def __init__(self, experts: int):
         self.experts = experts
         self.gram = torch.zeros(experts * experts, dtype=torch.float64)
+        self.relative: Tensor | None = torch.zeros_like(self.gram)
 
     def update(self, tap: Tap) -> None:
         dispatch = tap.dispatch
+        if tap.residual_T is None:
+            self.relative = None
+        # A hidden state of zero (none is known) would make its token's term infinite: it then doesn't count.
+        scale = torch.zeros(dispatch.tokens) if tap.residual_T is None else tap.residual_T.double().reciprocal().cpu()
+        scale = scale.nan_to_num(posinf=0.0)
         slots = dispatch.tokens * dispatch.slots
         # Slots that no expert serves point to a row of zeros behind the others, and count as expert 0.
         row = torch.full((slots,), len(dispatch.row_R), device=dispatch.row_R.device)
@@ -52,15 +60,19 @@ class _GramSums(Accumulator):
         weight = torch.cat([dispatch.weight_R.float(), dispatch.weight_R.new_zeros(1).float()])
         output = torch.cat([tap.output_RH, tap.output_RH.new_zeros(1, tap.output_RH.shape[1])])
         step = max(1, _CHUNK_BYTES // (4 * dispatch.slots * output.shape[1]))
-        for row_TK in row.view(-1, dispatch.slots).split(step):
+        for row_TK, scale_T in zip(row.view(-1, dispatch.slots).split(step), scale.split(step), strict=True):
             gated_TKH = output[row_TK].float() * weight[row_TK].unsqueeze(-1)
             products = torch.bmm(gated_TKH, gated_TKH.transpose(1, 2))
             expert_TK = expert[row_TK]
-            pair = expert_TK.unsqueeze(2) * self.experts + expert_TK.unsqueeze(1)
-            self.gram.index_add_(0, pair.flatten().cpu(), products.flatten().double().cpu())
+            pair = (expert_TK.unsqueeze(2) * self.experts + expert_TK.unsqueeze(1)).flatten().cpu()
+            exact = products.double().cpu()
+            self.gram.index_add_(0, pair, exact.flatten())
+            if self.relative is not None:
+                self.relative.index_add_(0, pair, (exact * scale_T.view(-1, 1, 1)).flatten())
 
     def result(self) -> Result:
-        return {"gram": self.gram.view(self.experts, self.experts)}
+        found = {"gram": self.gram} | ({"relative": self.relative} if self.relative is not None else {})
+        return {name: sums.view(self.experts, self.experts) for name, sums in found.items()}
 
 
 @dataclass(frozen=True)

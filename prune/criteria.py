@@ -51,6 +51,8 @@ class Criterion:
         score: results by statistic name, what is asked → [E].
         ranks: whether its order holds for any number of experts. One that looks for the best set of
             `Selection.keep` experts gives scores for that number only, and has no part in scope: global.
+        comparable: whether scores of different layers compare as they stand; otherwise scope: global compares shares of
+            each layer's sum.
         problem: layer's shape, experts that stay → why it can't choose these, or None; asked before anything is
             measured.
     """
@@ -60,6 +62,7 @@ class Criterion:
     statistics: tuple[Statistic | Callable[[ExpertCounts], Statistic], ...]
     score: Score
     ranks: bool = True
+    comparable: bool = False
     problem: Callable[[LayerShape, int], str | None] = lambda layer, keep: None
 
     def measures(self, options: ExpertCounts) -> list[Statistic]:
@@ -75,12 +78,13 @@ def criterion(
     source: str,
     *statistics: Statistic | Callable[[ExpertCounts], Statistic],
     ranks: bool = True,
+    comparable: bool = False,
     problem: Callable[[LayerShape, int], str | None] = lambda layer, keep: None,
 ) -> Callable[[Score], Score]:
     """Register a score under a name; see Criterion."""
 
     def add(score: Score) -> Score:
-        CRITERIA[name] = Criterion(name, source, statistics, score, ranks, problem)
+        CRITERIA[name] = Criterion(name, source, statistics, score, ranks, comparable, problem)
         return score
 
     return add

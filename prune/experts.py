@@ -30,7 +30,7 @@ class PruneOptions(PassOptions, ExpertCounts):
     scope: Literal["uniform", "global"] = Field(
         default="uniform",
         description="uniform: the same number in every layer; global: the lowest of all layers, by scores "
-        "that are made comparable (each layer's sum to 1)",
+        "that are made comparable (each layer's sum to 1, unless they are by themselves)",
     )
     minimum: int | None = Field(
         default=None, ge=1, description="Experts that a layer keeps at the least (global); default: twice the top-k"
@@ -153,7 +153,18 @@ class PruneExperts(Pass):
         counts = {i: self._kept(i, layer) for i, layer in shape.layers.items()}
         if self.options.scope == "uniform":
             return {i: chosen(scores[i], counts[i], shape.layers[i], protected.get(i, [])) for i in scores}
-        return _global_choice(shape, scores, sum(counts.values()), self.options.minimum, protected)
+        shares = scores if find_criterion(self.options.criterion).comparable else _shares(scores)
+        return _global_choice(shape, shares, sum(counts.values()), self.options.minimum, protected)
+
+
+def _shares(scores: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Every layer's scores as shares of their sum. Raises RunError for negative ones, of which that says nothing."""
+    if negative := [i for i, found in scores.items() if bool((found < 0).any())]:
+        raise RunError(
+            f"prune.experts: scores of layers {negative} are negative, and scope: global compares shares of their sum; "
+            "use scope: uniform, or another criterion"
+        )
+    return {index: found / found.sum().clamp_min(1e-300) for index, found in scores.items()}
 
 
 def _global_choice(
@@ -163,21 +174,17 @@ def _global_choice(
     minimum: int | None,
     protected: dict[int, list[int]],
 ) -> dict[int, list[int]]:
-    """The `total` highest scores of all layers, each layer's share of its own sum, a minimum kept in every layer.
+    """The `total` highest scores of all layers, which are comparable, a minimum kept in every layer.
 
     Group-limited layers keep whole numbers of experts per group: they take part with one step per group.
     """
-    if negative := [i for i, found in scores.items() if bool((found < 0).any())]:
-        raise RunError(
-            f"prune.experts: scores of layers {negative} are negative, and scope: global compares shares of their sum; "
-            "use scope: uniform, or another criterion"
-        )
     floors = _floors(shape, total, minimum, protected)
     units: list[tuple[float, int, int]] = []  # score, layer, number of experts that come with it
     for index, layer in shape.layers.items():
         step = layer.groups[0] if layer.groups else 1
-        share = scores[index] / scores[index].sum().clamp_min(1e-300)
-        price = share[ranked(scores[index], layer, protected.get(index, []))].mean(dim=0)  # of each further step
+        price = scores[index][ranked(scores[index], layer, protected.get(index, []))].mean(
+            dim=0
+        )  # of each further step
         units += [(float(price[n // step]), index, step) for n in range(floors[index], layer.num_experts, step)]
     kept = dict(floors)
     left = total - sum(kept.values())

@@ -13,8 +13,8 @@ from .criteria import Measured, Selection, criterion
 _STEP = 1e-12
 
 
-def removal_order(gram_EE: Tensor, groups: int, protected: list[int]) -> tuple[list[int], Tensor]:
-    """Experts in the order in which greedy backward elimination removes them, and what each adds to the error.
+def removal_order(gram_EE: Tensor, groups: int, protected: list[int]) -> list[int]:
+    """Experts in the order in which greedy backward elimination removes them.
 
     The error of removing a set S is Σ_t ‖Σ_{e in S} g_te·f_e(x_t)‖² = Σ_{i, j in S} M_ij, exact as long as no token is
     routed anew. Removing e on top of S adds M_ee + 2·Σ_{j in S} M_ej (negative where e undoes what S did).
@@ -31,7 +31,7 @@ def removal_order(gram_EE: Tensor, groups: int, protected: list[int]) -> tuple[l
     removed = torch.zeros(experts, dtype=torch.bool)
     kept_on = torch.zeros(experts, dtype=torch.bool)
     kept_on[protected] = True
-    order, added = [], []
+    order = []
     for round_number in range(experts // groups):
         lost_E = torch.bincount(group_E[removed], minlength=groups)[group_E]
         free = torch.bincount(group_E[~removed & ~kept_on], minlength=groups)[group_E] > 0
@@ -39,11 +39,16 @@ def removal_order(gram_EE: Tensor, groups: int, protected: list[int]) -> tuple[l
         for _ in range(groups):
             expert = int(cost_E.masked_fill(~open_E, float("inf")).argmin())
             order.append(expert)
-            added.append(cost_E[expert].clone())
             removed[expert] = True
             open_E &= group_E != group_E[expert]
             cost_E += 2 * gram[expert]
-    return order, torch.stack(added)
+    return order
+
+
+def added(gram_EE: Tensor, order: list[int]) -> Tensor:
+    """What each expert adds to the error of those before it, in that order: [E]."""
+    ordered = gram_EE.double()[order][:, order]
+    return ordered.diagonal() + 2 * ordered.tril(-1).sum(dim=1)
 
 
 @criterion(
@@ -51,21 +56,24 @@ def removal_order(gram_EE: Tensor, groups: int, protected: list[int]) -> tuple[l
     "greedy backward elimination on Σ_t ‖Σ_{e removed} g_te·f_e(x_t)‖², the block's output error without re-routing: "
     "NAEE's objective (arXiv 2402.14800) where its search over all sets is too long",
     OutputGram(),
+    comparable=True,
 )
 def gram_greedy(measured: Measured, asked: Selection) -> Tensor:
-    """What each expert adds to the error when it goes, as a share of the block's output energy Σ_t ‖y_t‖².
+    """What each expert adds to the error when it goes, Σ_t of each token's error beside its hidden state's ‖h_t‖².
 
-    Adjacent steps of which the later costs less are given their mean (isotonic regression): then the lowest scores are
-    the first to go for every number of experts, scores sum to 1, and layers compare by what the next expert costs.
+    The order is greedy in the error itself. Adjacent steps of which the later costs less are given their mean (isotonic
+    regression): then the lowest scores are the first to go for every number of experts, and layers compare by what
+    the next expert costs. Where hidden states aren't known, all is relative to the layer's output, Σ_t ‖y_t‖².
     """
     groups = asked.layer.groups[0] if asked.layer.groups else 1
-    gram = measured["output_gram"]["gram"]
-    order, added = removal_order(gram, groups, list(asked.protected))
-    rounds = isotonic(added.view(-1, groups).mean(dim=1))
-    rising = rounds + _STEP * rounds.mean().abs().clamp_min(1e-300) * torch.arange(len(rounds))
+    result = measured["output_gram"]
+    order = removal_order(result["gram"], groups, list(asked.protected))
+    relative = result["relative"] if "relative" in result else result["gram"] / result["gram"].sum().clamp_min(1e-300)
+    rounds = isotonic(added(relative, order).view(-1, groups).mean(dim=1)).clamp_min(0)
+    rising = rounds + _STEP * rounds.mean().clamp_min(1e-300) * torch.arange(len(rounds))
     scores = torch.empty(len(order), dtype=torch.float64)
     scores[order] = rising.repeat_interleave(groups)
-    return scores / scores.sum().clamp_min(1e-300)
+    return scores
 
 
 def isotonic(values: Tensor) -> Tensor:

@@ -66,7 +66,16 @@ def test_output_gram(name):
         found = measured(name).of(layer, OutputGram())["gram"]
         expected = torch.stack([torch.stack([(a * b).sum() for b in gated]) for a in gated])
         close(found, expected)
-        assert torch.equal(found, found.T) or torch.allclose(found, found.T, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(found, found.T, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "zaya", "demo"])
+def test_output_gram_relative_to_the_hidden_state(name):
+    behind = behind_layers(model_of(name), batches_of(name))
+    for layer, (call, outputs) in reference(name).items():
+        gated = gated_ETH(call, outputs) / behind[layer].norm(dim=1).view(1, -1, 1)
+        expected = torch.stack([torch.stack([(a * b).sum() for b in gated]) for a in gated])
+        close(measured(name).of(layer, OutputGram())["relative"], expected)
 
 
 @every_kind

@@ -18,6 +18,7 @@ from moe_compress.model import MoEModel
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.prune.criteria import CRITERIA, Selection
 from moe_compress.prune.experts import PruneExperts, PruneOptions
+from moe_compress.prune.gram_greedy import added as costs_of
 from moe_compress.prune.gram_greedy import isotonic, removal_order
 
 ELSEWHERE = {"random", "frequency", "gate_mass", "ean", "reap", "easy_ep", "tcess"}  # tests/prune/test_prune.py, below
@@ -199,7 +200,8 @@ CASES = [(1, ()), (1, (3,)), (2, ()), (2, (0, 1)), (4, ()), (4, (6, 7))]
 @pytest.mark.parametrize("seed", range(4))
 def test_removal_order_is_greedy_by_recomputation(seed, groups, protected):
     added = random_outputs(seed)
-    order, costs = removal_order(gram_of(added), groups, list(protected))
+    order = removal_order(gram_of(added), groups, list(protected))
+    costs = costs_of(gram_of(added), order)
     expected, errors = greedy_by_recomputation(added, groups, protected)
     assert order == expected
     assert costs.cumsum(0).tolist() == pytest.approx(errors[1:], rel=1e-9)
@@ -214,7 +216,7 @@ def test_scores_choose_greedily_at_every_count(seed, groups, protected):
     scores = CRITERIA["gram_greedy"].score({"output_gram": {"gram": gram}}, limit)
     assert (scores >= 0).all()
     assert float(scores.sum()) == pytest.approx(1)
-    order, _ = removal_order(gram, groups, list(protected))
+    order = removal_order(gram, groups, list(protected))
     for count in range(groups, 9, groups):
         if protected and count < groups * len(protected):
             continue  # all of them are in one group
@@ -222,12 +224,13 @@ def test_scores_choose_greedily_at_every_count(seed, groups, protected):
 
 
 def test_scores_are_what_the_next_expert_costs():
-    """Shares of the output's energy; where a later step costs less than an earlier, both have their mean."""
+    """Shares of the output energy without hidden states; neighbours of which the later costs less have their mean."""
     for seed in range(6):
         added = random_outputs(seed)
         gram = gram_of(added)
         scores = CRITERIA["gram_greedy"].score({"output_gram": {"gram": gram}}, asked(8))
-        order, costs = removal_order(gram, 1, [])
+        order = removal_order(gram, 1, [])
+        costs = costs_of(gram, order)
         energy = error_of(added, range(8))
         shares = (costs / energy).tolist()
         rising = scores[order].tolist()
@@ -235,6 +238,37 @@ def test_scores_are_what_the_next_expert_costs():
         if shares == sorted(shares):
             assert rising == pytest.approx(shares, abs=1e-9)
         assert rising == pytest.approx(isotonic(torch.tensor(shares, dtype=torch.float64)).tolist(), abs=1e-9)
+
+
+def test_scores_are_relative_to_the_hidden_state():
+    """Where they are known: the greedy order of the error itself, each step's cost beside the hidden states'."""
+    for seed in range(6):
+        added = random_outputs(seed)
+        gram, relative = gram_of(added), gram_of(added / torch.arange(1, 41).sqrt().view(1, -1, 1))
+        scores = CRITERIA["gram_greedy"].score({"output_gram": {"gram": gram, "relative": relative}}, asked(8))
+        order = removal_order(gram, 1, [])
+        assert scores.argsort(stable=True).tolist() == order
+        assert scores[order].tolist() == pytest.approx(isotonic(costs_of(relative, order)).tolist(), abs=1e-9)
+
+
+def test_layers_compare_by_what_the_next_expert_costs():
+    """Of two layers the one whose outputs are ten times smaller beside the hidden state loses experts first."""
+    store = MemoryStore()
+    for layer, size in ((0, 1.0), (1, 0.1), (2, 1.0)):
+        gram = gram_of(random_outputs(layer))
+        store.put(layer, "output_gram", {"gram": gram, "relative": size**2 * gram})
+        store.put(layer, "routing", {"tokens": torch.tensor(40), "counts": torch.ones(8, dtype=torch.float64)})
+    profile = Profile(ModelShape({layer: layer_shape(8) for layer in range(3)}, 0), store, 3)
+    options = {"criterion": "gram_greedy", "protect_super_experts": False, "scope": "global", "minimum": 2}
+    plan = prune(experts=5, **options).plan(profile)
+    assert len(plan.layers[1]["keep"]) == 2
+    scores = {layer: sorted(decision["scores"], reverse=True) for layer, decision in plan.layers.items()}
+    kept = {layer: len(decision["keep"]) for layer, decision in plan.layers.items()}
+    best = max(  # the total of what is kept, over all admissible numbers per layer
+        (n for n in itertools.product(range(2, 9), repeat=3) if sum(n) == 15),
+        key=lambda n: sum(sum(scores[layer][: n[layer]]) for layer in range(3)),
+    )
+    assert tuple(kept.values()) == best
 
 
 def test_isotonic_against_brute_force():
@@ -260,7 +294,7 @@ def test_how_close_greedy_is_to_the_best_set():
     excess, hits, cases = [], 0, 0
     for seed in range(40):
         gram = gram_of(random_outputs(100 + seed))
-        order, _ = removal_order(gram, 1, [])
+        order = removal_order(gram, 1, [])
         for count in range(1, 7):
             sets = [list(s) for s in itertools.combinations(range(8), count)]
             best = min(float(gram[s][:, s].sum()) for s in sets)
@@ -280,7 +314,7 @@ def test_gram_greedy_keeps_one_of_two_that_undo_each_other():
     added[4] = -added[1]
     gram = gram_of(added)
     sizes = gram.diagonal()
-    order, _ = removal_order(gram, 1, [])
+    order = removal_order(gram, 1, [])
     assert set(sizes.topk(2).indices.tolist()) == {1, 4}
     assert abs(order.index(1) - order.index(4)) == 1  # once one goes, the other follows at once
     scores = CRITERIA["gram_greedy"].score({"output_gram": {"gram": gram}}, asked(6))

@@ -104,7 +104,7 @@ def test_no_worse_than_greedy_without_routing_anew():
     """What greedy elimination removes costs at least what the best set does, both with routing anew."""
     name = "qwen3_moe"
     layer = MoEModel.wrap(model_of(name)).moe_layers[-1]
-    order, _ = removal_order(profile_of(name).of(layer, OutputGram())["gram"], 1, [])
+    order = removal_order(profile_of(name).of(layer, OutputGram())["gram"], 1, [])
     errors = brute_force(name, layer)
     assert errors[tuple(sorted(order[2:]))] >= min(errors.values())
 
