@@ -50,6 +50,19 @@ def editable(layer: nn.Module) -> Iterator[None]:
             add_hook_to_module(module, AlignDevicesHook(device, offload=True))
 
 
+@contextmanager
+def runnable(module: nn.Module) -> Iterator[None]:
+    """What is in `module` runs on its tensors as they are: within `editable`, where hooks would load old values."""
+    hooked = {m: m.forward for m in module.modules() if hasattr(m, "_hf_hook") and hasattr(m, "_old_forward")}
+    for inner in hooked:
+        inner.forward = inner._old_forward  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for inner, forward in hooked.items():
+            inner.forward = forward  # type: ignore[assignment]
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module's inputs must be."""
     hook = _align(getattr(module, "_hf_hook", None))
