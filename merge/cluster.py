@@ -1,15 +1,21 @@
-"""Which experts belong together: k-means on a Gram matrix, without the vectors that it is the Gram matrix of.
+"""Which experts belong together, from a Gram matrix alone, without the vectors that it is the Gram matrix of.
 
 Mean cosine between outputs, S_ij = mean_t cos(f_i(x_t), f_j(x_t)), is the inner product of the experts' normalised
 outputs over all tokens, put end to end. So k-means with k-means++ on those outputs (Sub-MoE, arXiv 2506.23266, section
 3.1) needs nothing but S: ‖u_i − mean(c)‖² = S_ii − 2·mean_j S_ij + mean_jk S_jk over members j, k of c.
+The same distances serve hierarchical clustering. Where some experts are to stay and take the others in, similarity
+decides who joins whom.
 
 Letters: E experts, C clusters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
 _ITERATIONS = 100
@@ -38,6 +44,63 @@ def kmeans(similarity_EE: Tensor, clusters: int, generator: torch.Generator, res
     assert best is not None
     groups = [(best == c).nonzero().flatten().tolist() for c in range(clusters)]
     return sorted(groups)
+
+
+def hierarchical(similarity_EE: Tensor, clusters: int, method: str) -> list[list[int]]:
+    """Agglomerative clustering down to `clusters` groups, by distance (HC-SMoE, arXiv 2410.08589, section 3.2).
+
+    Args:
+        similarity_EE: symmetric, positive semidefinite (inner products).
+        clusters: number of groups, 1 … E.
+        method: scipy's name of the linkage: average, complete, ward.
+
+    Returns:
+        As `kmeans`: exactly `clusters` groups, also where distances tie.
+    """
+    similarity = similarity_EE.double().cpu()
+    count = len(similarity)
+    if not 1 <= clusters <= count:
+        raise ValueError(f"{count} experts can't form {clusters} groups")
+    groups = {e: [e] for e in range(count)}
+    if clusters < count:
+        squared = similarity.diagonal()
+        distance = (squared.unsqueeze(0) + squared.unsqueeze(1) - 2 * similarity).clamp_min(0).sqrt()
+        distance.fill_diagonal_(0)
+        distance = (distance + distance.T) / 2
+        steps = linkage(squareform(distance.numpy(), checks=False), method)
+        for number, (left, right) in enumerate(steps[: count - clusters, :2].astype(int)):
+            groups[count + number] = groups.pop(left) + groups.pop(right)
+    return sorted(sorted(g) for g in groups.values())
+
+
+def joined(similarity_EE: Tensor, kept: Sequence[int]) -> dict[int, list[int]]:
+    """Each other expert joins the kept one most like it: kept expert → its group, members ascending.
+
+    Source: M-SMoE (arXiv 2310.01334, section 3.1), whose kept experts are the most used.
+    """
+    groups = {k: [k] for k in kept}
+    rest = [e for e in range(len(similarity_EE)) if e not in groups]
+    nearest = similarity_EE[rest][:, list(kept)].argmax(dim=1).tolist()
+    for expert, at in zip(rest, nearest, strict=True):
+        groups[kept[at]].append(expert)
+    return {k: sorted(g) for k, g in groups.items()}
+
+
+def grabbed(similarity_EE: Tensor, kept: Sequence[int], size: int) -> dict[int, list[int]]:
+    """Kept experts in the order given take the others most like them, up to `size` each, until none is left.
+
+    Few experts change, all others stay what they are: REAM (arXiv 2604.04356, section 3). Result as of `joined`; where
+    all kept experts together can't take the rest, those that are left join the one most like them.
+    """
+    groups = {k: [k] for k in kept}
+    rest = [e for e in range(len(similarity_EE)) if e not in groups]
+    for keeper in kept:
+        like = sorted(rest, key=lambda e: (-float(similarity_EE[keeper, e]), e))[:size]
+        groups[keeper] += like
+        rest = [e for e in rest if e not in like]
+    for expert in rest:
+        groups[max(kept, key=lambda k: float(similarity_EE[expert, k]))].append(expert)
+    return {k: sorted(g) for k, g in groups.items()}
 
 
 def inertia(similarity_EE: Tensor, groups: list[list[int]]) -> float:

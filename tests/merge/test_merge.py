@@ -18,7 +18,8 @@ from moe_compress.errors import RecipeError
 from moe_compress.export.targets import find_target
 from moe_compress.merge.cluster import inertia, kmeans
 from moe_compress.merge.combine import joint_subspace, output_gram, subspace_merge, weighted_average
-from moe_compress.merge.experts import PRIOR, MergeOptions, SubspaceOptions
+from moe_compress.merge.experts import PRIOR
+from moe_compress.merge.options import MergeOptions, SubspaceOptions
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Plan, find_pass
@@ -261,9 +262,10 @@ def test_combining_on_another_device():
 # Passes
 
 
-def merge(name="merge.average", **options):
+def merge(name="merge.average", preset="sub-moe", **options):
+    """A pass, by default as Sub-MoE has it: k-means, frequencies, nothing aligned or refitted."""
     cls = find_pass(name)
-    return cls(cls.Options(**options), find_target("native"))
+    return cls(cls.Options(preset=preset, **options), find_target("native"))
 
 
 @functools.cache

@@ -1,0 +1,126 @@
+"""Options of the merging passes, and what papers set them to."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from moe_compress.counts import ExpertCounts
+from moe_compress.passes import PassOptions
+
+# What a paper's method is in terms of the options. Where a paper leaves the router's rows in place and lets several of
+# them lead to one expert, which no runtime loads, the nearest that does load is named.
+PRESETS: dict[str, dict[str, Any]] = {
+    "hc-smoe": {  # arXiv 2410.08589, section 3.2, on the cosine of outputs instead of the distance of mean outputs
+        "grouping": "output",
+        "cluster": "average",
+        "weight": "frequency",
+        "router": "weighted",
+        "align": "none",
+        "refit": "none",
+    },
+    "sub-moe": {  # arXiv 2506.23266, section 3.1
+        "grouping": "output",
+        "cluster": "kmeans",
+        "weight": "frequency",
+        "router": "weighted",
+        "align": "none",
+        "refit": "none",
+    },
+    "m-smoe": {  # arXiv 2310.01334, section 3.1, the same number of experts in every layer
+        "grouping": "router",
+        "cluster": "dominant",
+        "weight": "frequency",
+        "router": "dominant",
+        "align": "weights",
+        "refit": "none",
+    },
+    "mergemoe": {  # arXiv 2510.14436
+        "grouping": "weights",
+        "cluster": "dominant",
+        "weight": "frequency",
+        "router": "weighted",
+        "align": "none",
+        "refit": "down",
+    },
+    "ream": {  # arXiv 2604.04356, section 3, similarity of outputs without the router's part
+        "grouping": "output",
+        "cluster": "ream",
+        "weight": "reap",
+        "router": "dominant",
+        "align": "activations",
+        "refit": "none",
+    },
+}
+
+
+class MergeOptions(PassOptions, ExpertCounts):
+    """Options of both merging passes; `preset` replaces the defaults of those that are not given."""
+
+    preset: Literal["hc-smoe", "sub-moe", "m-smoe", "mergemoe", "ream"] | None = Field(
+        default=None, description="A paper's setting, for all of the options below that are not given"
+    )
+    grouping: Literal["output", "router", "weights", "coactivation"] = Field(
+        default="output",
+        description="Experts are alike by the cosine of: outputs on the same tokens, router logits over tokens, "
+        "weights (neurons as they are numbered), or the tokens that they are chosen for",
+    )
+    cluster: Literal["kmeans", "average", "complete", "ward", "dominant", "absorb", "ream"] = Field(
+        default="absorb",
+        description="kmeans, or hierarchical clustering by that linkage; dominant: the most used experts stay, each "
+        "other joins the one most like it; absorb: the same with the experts that REAP scores highest; ream: these, "
+        "the highest first, take up to 16 each of those most like them",
+    )
+    weight: Literal["frequency", "gate", "equal", "reap", "energy"] = Field(
+        default="energy",
+        description="Weights of a group's members: tokens routed to them, routing weight, equal, REAP's score, or "
+        "the energy of their weighted outputs",
+    )
+    router: Literal["weighted", "dominant", "mean"] = Field(
+        default="dominant",
+        description="The group's router row: rows by weight, the dominant member's row, or the mean",
+    )
+    align: Literal["none", "weights", "activations"] = Field(
+        default="activations",
+        description="Reorder members' neurons like the dominant member's before averaging: by inner products of "
+        "weights, or by correlation of activations",
+    )
+    assignment: Literal["exact", "approximate"] = Field(
+        default="exact",
+        description="How neurons are matched: the best matching (CPU, pair by pair), or one near it, all pairs at once",
+    )
+    refit: Literal["none", "down", "layer"] = Field(
+        default="layer",
+        description="Solve down projections again on the calibration tokens: down: merged experts' outputs like their "
+        "members'; layer: all experts together, for the layer's output as it was",
+    )
+    ridge: float = Field(
+        default=0.25,
+        gt=0,
+        description="How strongly refitting holds on to the weights that are there; the fewer tokens, the stronger",
+    )
+    sample: int = Field(default=1024, ge=1, description="Tokens per layer on which outputs and neurons are compared")
+    protect_super_experts: bool = Field(default=True, description="Experts with massive activations stay as they are")
+    seed: int = Field(default=0, description="Seed of the k-means starts")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(name := values.get("preset"), str):
+            return {**PRESETS.get(name, {}), **values}
+        return values
+
+
+class SubspaceOptions(MergeOptions):
+    """Options of `merge.subspace`."""
+
+    rank: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of the joint output subspace that is kept (saves no bytes: weights stay dense)",
+    )
+    whiten: bool = Field(
+        default=True, description="Find the subspace from the members' outputs on their tokens, not from the weights"
+    )
