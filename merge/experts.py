@@ -26,7 +26,7 @@ from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.experts import ExpertWeights
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass, Plan, register
-from moe_compress.prune.criteria import find_criterion
+from moe_compress.prune.criteria import Selection, find_criterion
 from moe_compress.prune.super_experts import super_experts
 
 from .align import align_experts
@@ -203,8 +203,10 @@ class _MergeExperts(Pass):
         return profile.of(index, Routing())["counts"]
 
     def _reap(self, profile: Profile, index: int) -> Tensor:
-        criterion = find_criterion("reap")
-        return criterion.score({s.name: profile.of(index, s) for s in criterion.statistics}, torch.Generator())
+        criterion, layer = find_criterion("reap"), profile.shape.layers[index]
+        measured = {s.name: profile.of(index, s) for s in criterion.measures(self.options)}
+        count = kept_count(self.name, index, layer, self.options)
+        return criterion.score(measured, Selection(layer, count, (), torch.Generator()))
 
     def _router_mixture(self, weight_N: Tensor, dominant: int) -> Tensor:
         if self.options.router == "mean":
