@@ -366,7 +366,7 @@ def test_messages_go_through_the_chat_template(with_bos: Any, tokenizer: Any, tm
         ("a.jsonl", b'{"text": ""}\n{"text": null}\n{"text": " "}', r"0 usable documents .*\(3 read; skipped: 3 empty"),
         ("a.jsonl", b"", r"calibration is empty: 0 usable documents in .*a\.jsonl \(0 read; skipped: none\)"),
         ("a.jsonl.gz", b"this is not gzip", r"a\.jsonl\.gz: can't be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-12], r"can't be read: "),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-12], r"can't be read: "),
         ("a.parquet", b"PAR1 no", r"can't be read as parquet after row 0: "),
         ("a.csv", b"text\nhello\n", r": must be \.jsonl, \.json, \.txt, \.md \(or these with \.gz\), or \.parquet"),
         ("a.parquet.gz", b"", r"must be \.jsonl"),
