@@ -22,10 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_compress
 from moe_compress.calib.text import Calibration, TextSource, load_batches
+from moe_compress.merge.options import PRESETS
 from moe_compress.progress import Monitor
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "moe-demo"
+GROUPINGS = ("router", "weights", "coactivation")
+CLUSTERS = ("dominant", "absorb", "kmeans", "average")
 
 GROUPS: dict[str, dict[str, list[Any]]] = {
     "prune": {
@@ -48,11 +51,22 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
         f"{name} {keep:.0%}": [{method: {"keep": keep, **options}}]
         for keep in (0.75, 0.5)
         for name, method, options in (
-            ("average", "merge.average", {}),
-            ("subspace r=0.75", "merge.subspace", {}),
-            ("subspace r=0.75, not whitened", "merge.subspace", {"whiten": False}),
-            ("subspace r=0.5", "merge.subspace", {"rank": 0.5}),
-            ("average, dominant router row", "merge.average", {"router": "dominant"}),
+            ("for comparison: pruning by REAP", "prune.experts", {}),
+            *((f"average as {paper}", "merge.average", {"preset": paper}) for paper in PRESETS),
+            ("average (defaults)", "merge.average", {}),
+            ("average, no refit", "merge.average", {"refit": "none"}),
+            ("average, refit group by group", "merge.average", {"refit": "down"}),
+            ("average, no refit, not aligned", "merge.average", {"refit": "none", "align": "none"}),
+            ("average, no refit, aligned by weights", "merge.average", {"refit": "none", "align": "weights"}),
+            ("average, no refit, by frequency", "merge.average", {"refit": "none", "weight": "frequency"}),
+            ("average, not aligned", "merge.average", {"align": "none"}),
+            *((f"average, {g} similarity", "merge.average", {"grouping": g}) for g in GROUPINGS),
+            *((f"average, cluster: {c}", "merge.average", {"cluster": c}) for c in CLUSTERS),
+            ("average, weighted router row", "merge.average", {"router": "weighted"}),
+            ("average, mean router row", "merge.average", {"router": "mean"}),
+            ("subspace as sub-moe, r=0.75", "merge.subspace", {"preset": "sub-moe", "rank": 0.75}),
+            ("subspace (defaults)", "merge.subspace", {}),
+            ("subspace, r=0.75", "merge.subspace", {"rank": 0.75}),
         )
     },
     "quantize": {
@@ -96,7 +110,7 @@ def main() -> None:
         for seed in range(arguments.seeds)
     ]
     for group in arguments.groups or GROUPS:
-        print(f"\n{group}\n{'':44}{'MB':>7}{'nats above':>12}{'± sd':>8}{'kl':>9}{'agree':>8}{'seconds':>9}")
+        print(f"\n{group}\n{'':48}{'MB':>7}{'nats above':>12}{'± sd':>8}{'kl':>9}{'agree':>8}{'seconds':>9}")
         for name, passes in GROUPS[group].items():
             if arguments.only and arguments.only not in name:
                 continue
@@ -119,7 +133,7 @@ def main() -> None:
             kl = statistics.mean(statistics.mean(a["kl"].values()) for a in after)
             agree = statistics.mean(statistics.mean(a["agreement"].values()) for a in after)
             print(
-                f"{name:44}{after[0]['bytes'] / 1e6:7.2f}{statistics.mean(loss):+12.4f}{spread:8.4f}{kl:9.4f}"
+                f"{name:48}{after[0]['bytes'] / 1e6:7.2f}{statistics.mean(loss):+12.4f}{spread:8.4f}{kl:9.4f}"
                 f"{agree:8.1%}{statistics.mean(s for _, s in rows):9.1f}",
                 flush=True,
             )

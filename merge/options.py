@@ -67,7 +67,7 @@ class MergeOptions(PassOptions, ExpertCounts):
         "weights (neurons as they are numbered), or the tokens that they are chosen for",
     )
     cluster: Literal["kmeans", "average", "complete", "ward", "dominant", "absorb", "ream"] = Field(
-        default="absorb",
+        default="ream",
         description="kmeans, or hierarchical clustering by that linkage; dominant: the most used experts stay, each "
         "other joins the one most like it; absorb: the same with the experts that REAP scores highest; ream: these, "
         "the highest first, take up to 16 each of those most like them",

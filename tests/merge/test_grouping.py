@@ -80,15 +80,15 @@ def test_who_joins_whom():
 def test_dominants_are_those_that_stay():
     usage, saliency = torch.tensor([1.0, 2, 9, 8, 7, 6]), torch.tensor([9.0, 8, 1, 1, 1, 1])
     g = torch.Generator().manual_seed(0)
-    found = group_experts(SIMILARITY, 2, MergeOptions(experts=2), usage, saliency, 1, [], g)
+    found = group_experts(SIMILARITY, 2, MergeOptions(experts=2, cluster="absorb"), usage, saliency, 1, [], g)
     assert [(x.members, x.dominant) for x in found] == [([0, 2, 4], 0), ([1, 3, 5], 1)]
     found = group_experts(SIMILARITY, 2, MergeOptions(experts=2, cluster="average"), usage, saliency, 1, [], g)
     assert [(x.members, x.dominant) for x in found] == [([0, 2, 4], 2), ([1, 3, 5], 3)]
     # Two routing groups of three, and expert 4 by itself: experts 3 and 5 share the second group's other place.
-    found = group_experts(SIMILARITY, 4, MergeOptions(experts=4), usage, saliency, 2, [4], g)
+    found = group_experts(SIMILARITY, 4, MergeOptions(experts=4, cluster="absorb"), usage, saliency, 2, [4], g)
     assert [(x.members, x.dominant) for x in found] == [([0, 2], 0), ([1], 1), ([3, 5], 3), ([4], 4)]
     with pytest.raises(RecipeError, match="2 experts are to stay by themselves, and only 2 groups are allowed"):
-        group_experts(SIMILARITY, 4, MergeOptions(experts=4), usage, saliency, 2, [4, 5], g)
+        group_experts(SIMILARITY, 4, MergeOptions(experts=4, cluster="absorb"), usage, saliency, 2, [4, 5], g)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "zaya", "deepseek_v3"])
