@@ -47,11 +47,9 @@ class _GramSums(Accumulator):
 
     def update(self, tap: Tap) -> None:
         dispatch = tap.dispatch
-        if tap.residual_T is None:
-            self.relative = None
-        # A hidden state of zero (none is known) would make its token's term infinite: it then doesn't count.
-        scale = torch.zeros(dispatch.tokens) if tap.residual_T is None else tap.residual_T.double().reciprocal().cpu()
-        scale = scale.nan_to_num(posinf=0.0)
+        scale = tap.inverse_residual_T
+        if scale is None:
+            self.relative, scale = None, torch.zeros(dispatch.tokens)
         slots = dispatch.tokens * dispatch.slots
         # Slots that no expert serves point to a row of zeros behind the others, and count as expert 0.
         row = torch.full((slots,), len(dispatch.row_R), device=dispatch.row_R.device)

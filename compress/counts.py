@@ -64,7 +64,7 @@ def ranked(scores: Tensor, layer: LayerShape, protected: Sequence[int]) -> Tenso
     scores = scores.double().clone()
     if protected:
         scores[list(protected)] = float("inf")
-    groups = layer.groups[0] if layer.groups else 1
+    groups = layer.routing_groups
     size = layer.num_experts // groups
     order = scores.view(groups, size).argsort(dim=1, descending=True, stable=True)
     return order + size * torch.arange(groups).unsqueeze(1)
@@ -72,7 +72,7 @@ def ranked(scores: Tensor, layer: LayerShape, protected: Sequence[int]) -> Tenso
 
 def least_kept(layer: LayerShape, protected: Sequence[int]) -> int:
     """Experts that a layer must keep for the protected to be among them, as many of every routing group."""
-    groups = layer.groups[0] if layer.groups else 1
+    groups = layer.routing_groups
     size = layer.num_experts // groups
     return groups * max(Counter(e // size for e in protected).values(), default=0)
 

@@ -88,7 +88,7 @@ class _MergeExperts(Pass):
                 self.options,
                 usage,
                 self._saliency(profile, index),
-                layer.groups[0] if layer.groups else 1,
+                layer.routing_groups,
                 alone.get(index, []),
                 generator,
             )

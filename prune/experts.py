@@ -181,10 +181,9 @@ def _global_choice(
     floors = _floors(shape, total, minimum, protected)
     units: list[tuple[float, int, int]] = []  # score, layer, number of experts that come with it
     for index, layer in shape.layers.items():
-        step = layer.groups[0] if layer.groups else 1
-        price = scores[index][ranked(scores[index], layer, protected.get(index, []))].mean(
-            dim=0
-        )  # of each further step
+        step = layer.routing_groups
+        order = ranked(scores[index], layer, protected.get(index, []))
+        price = scores[index][order].mean(dim=0)  # of each further step
         units += [(float(price[n // step]), index, step) for n in range(floors[index], layer.num_experts, step)]
     kept = dict(floors)
     left = total - sum(kept.values())
@@ -199,7 +198,7 @@ def _floors(shape: ModelShape, total: int, minimum: int | None, protected: dict[
     """Experts that each layer keeps in any case. Raises RecipeError when they are more than `total`."""
     floors: dict[int, int] = {}
     for index, layer in shape.layers.items():
-        step = layer.groups[0] if layer.groups else 1
+        step = layer.routing_groups
         least = minimum if minimum is not None else min(layer.num_experts, 2 * layer.top_k)
         least = max(least, layer.top_k, least_kept(layer, protected.get(index, [])))
         if layer.groups:

@@ -65,7 +65,7 @@ def gram_greedy(measured: Measured, asked: Selection) -> Tensor:
     regression): then the lowest scores are the first to go for every number of experts, and layers compare by what
     the next expert costs. Where hidden states aren't known, all is relative to the layer's output, Σ_t ‖y_t‖².
     """
-    groups = asked.layer.groups[0] if asked.layer.groups else 1
+    groups = asked.layer.routing_groups
     result = measured["output_gram"]
     order = removal_order(result["gram"], groups, list(asked.protected))
     relative = result["relative"] if "relative" in result else result["gram"] / result["gram"].sum().clamp_min(1e-300)

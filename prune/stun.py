@@ -109,7 +109,7 @@ def stun(measured: Measured, asked: Selection) -> Tensor:
     As many clusters as experts stay, where the paper finds a threshold for that number; by router rows alone (its
     coefficients 1 and 0: co-activation has no part).
     """
-    groups = asked.layer.groups[0] if asked.layer.groups else 1
+    groups = asked.layer.routing_groups
     experts = asked.layer.num_experts
     router, weights = (measured["weight_grams"][key].double() for key in ("router", "experts"))
     norm = router.diagonal()

@@ -58,7 +58,7 @@ class _Errors(Accumulator):
         self.settings, self.experts = settings, experts
         self.inputs = BlockInputs()
         self.sequences: list[Tensor] = []
-        self.residuals: list[Tensor] | None = []
+        self.scales: list[Tensor] | None = []
         self.seen = 0
 
     def update(self, tap: Tap) -> None:
@@ -68,10 +68,10 @@ class _Errors(Accumulator):
         own = tap.sequence_T if tap.sequence_T is not None else torch.full((count,), self.seen)
         self.sequences.append(own)
         self.seen += 1
-        if tap.residual_T is None:
-            self.residuals = None
-        if self.residuals is not None and tap.residual_T is not None:
-            self.residuals.append(tap.residual_T.double().cpu())
+        if tap.inverse_residual_T is None:
+            self.scales = None
+        elif self.scales is not None:
+            self.scales.append(tap.inverse_residual_T)
 
     def result(self) -> Result:
         sequence_T = torch.cat(self.sequences)
@@ -81,8 +81,7 @@ class _Errors(Accumulator):
         dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, count)
         squared_BEQ = torch.zeros(len(self.settings.bits), count, number, dtype=torch.float64)
         relative_BE = torch.zeros(len(self.settings.bits), count, dtype=torch.float64)
-        # A hidden state of zero (none is known) would make its token's error infinite: it then doesn't count.
-        scale_T = None if self.residuals is None else torch.cat(self.residuals).reciprocal().nan_to_num(posinf=0.0)
+        scale_T = None if self.scales is None else torch.cat(self.scales)
         width = weights.parameters // count
         row = 3 * self.experts.hidden_size + 4 * weights.up.shape[1]
         sizes = [8 * width + 4 * rows * row for rows in dispatch.counts_E.tolist()]

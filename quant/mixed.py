@@ -7,34 +7,28 @@ bytes (scales, zero points and padding counted). Apply: round-to-nearest, or GPT
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from moe_compress.budget.knapsack import solve_arrays
 from moe_compress.calib.collect import Profile
-from moe_compress.calib.inputs import BlockInputs, Moments, chunks
+from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
 from moe_compress.errors import BudgetError, RecipeError, UnsupportedModelError
-from moe_compress.model import FusedExperts, MoEBlock
+from moe_compress.model import MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 from moe_compress.prune.super_experts import super_experts
 from moe_compress.units import parse_bytes, show_bytes
 
 from .cost import QuantizationError
-from .gptq import gptq, shrink_hessians
-from .grid import Grid, Quantized
-from .packed import Encoding, Stack, pack_experts
-from .rtn import round_to_nearest
-
-# Dense weights (float32) and solver workspace made at a time.
-_CHUNK_BYTES = 512 << 20
+from .experts import quantize_experts
+from .grid import Grid, Search
+from .packed import PROJECTIONS, Encoding
 
 
 class MixedOptions(PassOptions):
@@ -165,7 +159,11 @@ class QuantizeMixed(Pass):
         else:
             bits, summary = self._solved(profile, protected)
         layers: dict[int, dict[str, Any]] = {
-            i: {"bits": widths, "protected": protected.get(i, [])} for i, widths in bits.items()
+            i: {
+                "bits": dict.fromkeys(self._projections(profile.shape.layers[i]), widths),
+                "protected": protected.get(i, []),
+            }
+            for i, widths in bits.items()
         }
         used = sum(self._expert_bytes(profile.shape.layers[i], b) for i, widths in bits.items() for b in widths)
         everything = [b for widths in bits.values() for b in widths]
@@ -179,22 +177,31 @@ class QuantizeMixed(Pass):
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Quantize and pack a block's experts."""
-        experts = FusedExperts(block.experts_module)
-        results = list(
-            self._by_gptq(experts, decision["bits"], inputs)
-            if inputs is not None
-            else self._by_rtn(experts, decision["bits"])
-        )
-        matrices: dict[str, list[tuple[list[int], Stack]]] = {}
-        notes: dict[int, dict[str, Any]] = {}
-        for result in results:
-            matrices.setdefault(result.projection, []).append((result.experts, result.stack))
-            for expert, values in result.report.items():
-                notes.setdefault(expert, {}).update(values)
-        pack_experts(block, matrices)
-        protected = decision["protected"]
-        report = [{"bits": b, "protected": e in protected, **notes.get(e, {})} for e, b in enumerate(decision["bits"])]
+        report = quantize_experts(block, decision["bits"], self, inputs)
+        for expert, values in enumerate(report):
+            values["protected"] = expert in decision["protected"]
         return {"experts": report}
+
+    # --- how matrices are quantized (see Solving) ---------------------------------------------------------------
+
+    @property
+    def search(self) -> Search:
+        """How scales are found."""
+        return self.options.search
+
+    @property
+    def damping(self) -> float:
+        """Added to the Hessian's diagonal, times its mean."""
+        return self.options.damping
+
+    @property
+    def shrinkage(self) -> float | None:
+        """Tokens that the layer's mean Hessian counts for."""
+        return self.options.shrinkage
+
+    def grid(self, bits: int) -> Grid:
+        """The grid of a width."""
+        return Grid(bits, self.options.group_size, self.options.symmetric or bits == 1)
 
     # --- plan --------------------------------------------------------------------------------------------------
 
@@ -202,14 +209,15 @@ class QuantizeMixed(Pass):
     def _error(self) -> QuantizationError:
         return QuantizationError(tuple(self.options.widths), self.options.group_size, self.options.symmetric)
 
+    @staticmethod
+    def _projections(layer: LayerShape) -> tuple[str, ...]:
+        return PROJECTIONS[-layer.matrices :]
+
     def _budget(self, shape: ModelShape) -> int:
         if self.options.bits is not None:
             return int(self.options.bits * sum(layer.weights for layer in shape.layers.values()) / 8)
         assert self.options.size is not None
         return parse_bytes(self.options.size) - shape.other_bytes
-
-    def _grid(self, bits: int) -> Grid:
-        return Grid(bits, self.options.group_size, self.options.symmetric or bits == 1)
 
     def _group_that_fits(self, layer: LayerShape) -> str:
         """Which group size, no larger than the one asked for, divides both sides of an expert."""
@@ -336,86 +344,3 @@ class QuantizeMixed(Pass):
         factor = frequency**self.options.alpha * weight**self.options.beta
         cost: NDArray[np.float64] = (factor.unsqueeze(1) * error**self.options.gamma).numpy()
         return cost
-
-    # --- apply -------------------------------------------------------------------------------------------------
-
-    def _by_rtn(self, experts: FusedExperts, bits: list[int]) -> Sequence[_Result]:
-        weights = experts.weights()
-        results = []
-        sizes = [16 * weights.parameters // experts.num_experts] * experts.num_experts
-        for name, stacked in weights.matrices():
-            for chunk in chunks(sizes, _CHUNK_BYTES):
-                for width, members in _by_width(bits, chunk).items():
-                    quantized = round_to_nearest(stacked[members], self._grid(width), search=self.options.search)
-                    results.append(_Result(name, members, Stack.holding(quantized), {}))
-        return results
-
-    def _by_gptq(self, experts: FusedExperts, bits: list[int], inputs: BlockInputs) -> Sequence[_Result]:
-        weights = experts.weights()
-        rows = torch.zeros((), dtype=torch.float64)
-        means: list[Tensor] = []
-        for part in inputs.moments(experts, _CHUNK_BYTES):
-            sums = (part.input_CHH.sum(0), part.activation_CII.sum(0))
-            means = [m + s for m, s in zip(means, sums, strict=True)] if means else list(sums)
-            rows += part.rows_C.sum()
-        means = [m / float(rows.clamp_min(1)) for m in means]
-        results: list[_Result] = []
-        for part in inputs.moments(experts, _CHUNK_BYTES):
-            for width, members in _by_width(bits, part.experts).items():
-                results += self._solve(weights, part, members, width, means)
-        return results
-
-    def _solve(
-        self, weights: Any, part: Moments, members: list[int], width: int, means: list[Tensor]
-    ) -> Sequence[_Result]:
-        local = [e - part.experts.start for e in members]
-        rows = part.rows_C[local]
-        grid = self._grid(width)
-        inward = [n for n, _ in weights.matrices() if n != "down"]
-        stacked = torch.cat([getattr(weights, n)[members] for n in inward], dim=1)  # gate and up read the same
-        results = []
-        for names, matrices, moment, mean in (
-            (inward, stacked, part.input_CHH, means[0]),
-            (["down"], weights.down[members], part.activation_CII, means[1]),
-        ):
-            hessian = shrink_hessians(moment[local], rows, self.options.shrinkage, mean_KK=mean)
-            solved = gptq(matrices, hessian, grid, damping=self.options.damping, search=self.options.search)
-            report = {
-                e: {
-                    "tokens": int(rows[i]),
-                    f"{'_'.join(names)}_error": float(solved.error_E[i]),
-                    f"{'_'.join(names)}_rtn_error": float(solved.rtn_error_E[i]),
-                    f"{'_'.join(names)}_damping": float(solved.damping_E[i]),
-                }
-                for i, e in enumerate(members)
-            }
-            height = matrices.shape[1] // len(names)
-            for position, name in enumerate(names):
-                own = slice(position * height, (position + 1) * height)
-                results.append(
-                    _Result(name, members, Stack.holding(_rows(solved.quantized, own)), report if position == 0 else {})
-                )
-        return results
-
-
-@dataclass(frozen=True)
-class _Result:
-    """One projection of some experts, quantized; what to say of each expert."""
-
-    projection: str
-    experts: list[int]
-    stack: Stack
-    report: dict[int, dict[str, Any]]
-
-
-def _by_width(bits: list[int], experts: range) -> dict[int, list[int]]:
-    """Width → those of `experts` that get it."""
-    found: dict[int, list[int]] = {}
-    for expert in experts:
-        found.setdefault(bits[expert], []).append(expert)
-    return dict(sorted(found.items()))
-
-
-def _rows(quantized: Quantized, rows: slice) -> Quantized:
-    zero = None if quantized.zero is None else quantized.zero[:, rows]
-    return Quantized(quantized.codes[:, rows], quantized.scale[:, rows], zero, quantized.grid)

@@ -38,6 +38,11 @@ class LayerShape:
     kind: str = "fused"
 
     @property
+    def routing_groups(self) -> int:
+        """Runs of experts that the router treats apart, each of which must keep as many as the others; 1 if none."""
+        return self.groups[0] if self.groups else 1
+
+    @property
     def weights_per_expert(self) -> int:
         """Weights in one expert's projections."""
         return self.matrices * self.hidden * self.intermediate

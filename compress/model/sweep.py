@@ -29,7 +29,7 @@ from moe_compress.errors import RunError
 
 from . import hf, offload
 from .model import Layer, MoEModel
-from .tap import Observer, Tap, hidden_behind, observe, residual_norms
+from .tap import Observer, Tap, observe
 from .tensors import release_freed
 
 Batch = Mapping[str, Any]
@@ -205,9 +205,7 @@ class Step:
             if taps and observer is not None:
                 with self.readable():
                     for tap in taps:
-                        tap.residual_T = residual_norms(output, len(tap.hidden_TH))
-                        hidden = hidden_behind(output, len(tap.hidden_TH))
-                        tap.behind_TH = hidden if hidden is not None and hidden.dim() == 2 else None
+                        tap.layer_output = output
                         observer(tap)
         return output
 

@@ -36,9 +36,7 @@ class Tap:
         output_TH: output of the experts module (shared experts and scaling by the block not included).
         logits_TE: what the router returned as its logits; None where the router returns none.
         sequence_T: number of the calibration sequence that each token belongs to.
-        residual_T: squared norm of each token's hidden state behind the decoder layer, all residual streams together;
-            None where the layer returns nothing of one row per token.
-        behind_TH: hidden state behind the decoder layer; None where that isn't one vector per token.
+        layer_output: what the decoder layer returned; taps are handed on when it has run.
         router_arguments: what the router was called with, by the names of its parameters.
     """
 
@@ -50,8 +48,7 @@ class Tap:
     output_TH: Tensor
     logits_TE: Tensor | None = None
     sequence_T: Tensor | None = None
-    residual_T: Tensor | None = None
-    behind_TH: Tensor | None = None
+    layer_output: Any = None
     router_arguments: dict[str, Any] = field(default_factory=dict)
     _parts: tuple[Dispatch, Tensor, Tensor] | None = None
 
@@ -61,6 +58,22 @@ class Tap:
         if self._parts is not None:
             return self._parts
         return run_experts(self.experts, self.hidden_TH, self.index_TK, self.weight_TK)[1:]
+
+    @functools.cached_property
+    def inverse_residual_T(self) -> Tensor | None:
+        """1 / ‖h_t‖² of each hidden state behind the decoder layer, all residual streams together, float64 on the CPU.
+
+        Times a squared error, it says what the error is beside what it is added to. A hidden state of zero (none is
+        known) would make that infinite: it then counts 0. None where the layer returns nothing of one row per token.
+        """
+        norms = residual_norms(self.layer_output, len(self.hidden_TH))
+        return None if norms is None else norms.double().cpu().reciprocal().nan_to_num(posinf=0.0)
+
+    @property
+    def behind_TH(self) -> Tensor | None:
+        """Hidden state behind the decoder layer; None where that isn't one vector per token."""
+        hidden = hidden_behind(self.layer_output, len(self.hidden_TH))
+        return hidden if hidden is not None and hidden.dim() == 2 else None
 
     @property
     def dispatch(self) -> Dispatch:

@@ -78,7 +78,7 @@ def random_costs(shape, seed, widths=WIDTHS):
 
 
 def total(plan, shape, group=32):
-    return sum(expert_bytes(shape.layers[i], b, group) for i, own in plan.layers.items() for b in own["bits"])
+    return sum(expert_bytes(shape.layers[i], b, group) for i, own in plan.layers.items() for b in own["bits"]["down"])
 
 
 def cost_of(bits, costs, widths):
@@ -106,10 +106,12 @@ def test_cheapest_of_all_allocations(seed, bits, fixed):
                 planned(shape, costs, patch, protected, bits=bits, widths=widths)
             return
         plan = planned(shape, costs, patch, protected, bits=bits, widths=widths)
-    assert cost_of({i: own["bits"] for i, own in plan.layers.items()}, costs, widths) == pytest.approx(best, rel=1e-9)
+    assert cost_of({i: own["bits"]["down"] for i, own in plan.layers.items()}, costs, widths) == pytest.approx(
+        best, rel=1e-9
+    )
     assert total(plan, shape) <= budget
     if fixed:
-        assert plan.layers[3]["bits"][1] == 8
+        assert plan.layers[3]["bits"]["down"][1] == 8
         assert plan.layers[3]["protected"] == [1]
 
 
@@ -129,13 +131,13 @@ def test_budgets_hold(allocation, scope, group, monkeypatch):
         most = sum(la.num_experts * expert_bytes(la, 8, group) for la in shape.layers.values())
         assert used > 0.9 * min(budget, most)
         for index, own in plan.layers.items():
-            assert set(own["bits"]) <= set(WIDTHS)
+            assert set(own["bits"]["down"]) <= set(WIDTHS)
             layer = shape.layers[index]
             if scope == "layer" and allocation == "program":
                 share = budget * layer.weights // weights
-                assert sum(expert_bytes(layer, b, group) for b in own["bits"]) <= share
+                assert sum(expert_bytes(layer, b, group) for b in own["bits"]["down"]) <= share
             if allocation == "uniform":
-                assert len(set(own["bits"])) <= 2
+                assert len(set(own["bits"]["down"])) <= 2
 
 
 def test_size_is_of_the_whole_checkpoint(monkeypatch):
@@ -156,7 +158,7 @@ def test_one_width_per_layer_where_the_target_wants_it(allocation, monkeypatch):
     costs = random_costs(shape, 3, [4, 8])
     settings = {"target": "sglang", "widths": [4, 8], "allocation": allocation}
     plan = planned(shape, costs, monkeypatch, bits=7.0, **settings)
-    assert all(len(set(own["bits"])) == 1 for own in plan.layers.values())
+    assert all(len(set(own["bits"]["down"])) == 1 for own in plan.layers.values())
     assert plan.summary["expert_bytes"] <= plan.summary["budget_bytes"]
     if allocation == "program":
         best = min(
@@ -165,10 +167,10 @@ def test_one_width_per_layer_where_the_target_wants_it(allocation, monkeypatch):
             if bytes_of(tried := {i: [b] * len(costs[i]) for i, b in zip(costs, choice, strict=True)}, shape)
             <= plan.summary["budget_bytes"]
         )
-        found = {i: own["bits"] for i, own in plan.layers.items()}
+        found = {i: own["bits"]["down"] for i, own in plan.layers.items()}
         assert cost_of(found, costs, [4, 8]) == pytest.approx(best, rel=1e-9)
     protected = planned(shape, costs, monkeypatch, {3: [2]}, bits=7.0, **settings)
-    assert protected.layers[3]["bits"] == [8] * 6
+    assert protected.layers[3]["bits"]["down"] == [8] * 6
 
 
 def bytes_of(bits, shape):
@@ -182,8 +184,8 @@ def test_super_experts_get_the_largest_width(monkeypatch):
     protected = {1: [3, 7], 3: [0]}
     for allocation in ("program", "uniform"):
         plan = planned(shape, random_costs(shape, 4), monkeypatch, protected, bits=2.9, allocation=allocation)
-        assert [plan.layers[1]["bits"][e] for e in (3, 7)] == [8, 8]
-        assert plan.layers[3]["bits"][0] == 8
+        assert [plan.layers[1]["bits"]["down"][e] for e in (3, 7)] == [8, 8]
+        assert plan.layers[3]["bits"]["down"][0] == 8
         assert plan.layers[1]["protected"] == [3, 7]
         assert total(plan, shape) <= plan.summary["budget_bytes"]
         assert any("super experts [3, 7] get 8 bits" in note for note in plan.notes)
@@ -196,9 +198,9 @@ def test_uniform_is_spread_evenly(monkeypatch):
     """The control doesn't look at costs: the same share of the wider width in every layer."""
     shape = shape_of(16, 16, intermediate=(32,))
     plan = planned(shape, None, monkeypatch, bits=3.75, allocation="uniform", protect_super_experts=False)
-    assert plan.layers[1]["bits"] == plan.layers[3]["bits"]
-    assert sorted(plan.layers[1]["bits"]) == [3] * 12 + [4] * 4
-    assert plan.layers[1]["bits"] == [3, 3, 3, 4] * 4
+    assert plan.layers[1]["bits"]["down"] == plan.layers[3]["bits"]["down"]
+    assert sorted(plan.layers[1]["bits"]["down"]) == [3] * 12 + [4] * 4
+    assert plan.layers[1]["bits"]["down"] == [3, 3, 3, 4] * 4
     assert total(plan, shape) == plan.summary["budget_bytes"]
 
 
