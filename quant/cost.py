@@ -1,6 +1,6 @@
 """What it costs to quantize an expert: measured on the calibration text, before anything is quantized.
 
-Letters: E experts, B candidate widths, R rows (token, expert), Q sequences of the calibration text.
+Letters: E experts, M matrices of an expert, B candidate widths, R rows (token, expert), Q sequences of the text.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ class QuantizationError(Statistic):
     arXiv 2410.06270, Eq. 3): as everything else is exact, Z − Z' is the expert's own weighted change on its tokens.
     `squared` [E, B] Σ over tokens of ‖z_t − z'_t‖². `relative` [E, B] Σ over tokens of ‖z_t − z'_t‖² / ‖h_t‖², h the
     hidden state behind the decoder layer; absent where the layer returns none. Quantizer: round-to-nearest on the grid
-    that will be used.
+    that will be used. `per_matrix`: one matrix of an expert alone is quantized instead of all its matrices, and results
+    are [E, M, B], M in the order gate (where there is one), up, down.
     """
 
     name: ClassVar[str] = "quantization_error"
     bits: tuple[int, ...] = (1, 2, 3, 4, 8)
     group_size: int = 64
     symmetric: bool = True
+    per_matrix: bool = False
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
@@ -77,14 +79,16 @@ class _Errors(Accumulator):
         sequence_T = torch.cat(self.sequences)
         number = int(sequence_T.max()) + 1
         weights = self.experts.weights()
-        count = self.experts.num_experts
+        count, bits = self.experts.num_experts, self.settings.bits
+        names = [name for name, _ in weights.matrices()]
+        changed = [[name] for name in names] if self.settings.per_matrix else [names]
         dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, count)
-        squared_BEQ = torch.zeros(len(self.settings.bits), count, number, dtype=torch.float64)
-        relative_BE = torch.zeros(len(self.settings.bits), count, dtype=torch.float64)
+        squared_MBEQ = torch.zeros(len(changed), len(bits), count, number, dtype=torch.float64)
+        relative_MBE = torch.zeros(len(changed), len(bits), count, dtype=torch.float64)
         scale_T = None if self.scales is None else torch.cat(self.scales)
-        width = weights.parameters // count
+        dense = weights.parameters // count
         row = 3 * self.experts.hidden_size + 4 * weights.up.shape[1]
-        sizes = [8 * width + 4 * rows * row for rows in dispatch.counts_E.tolist()]
+        sizes = [8 * dense + 4 * rows * row for rows in dispatch.counts_E.tolist()]
         for chunk in chunks(sizes, _CHUNK_BYTES):
             _, part = dispatch.part(chunk)
             if not len(part.row_R):
@@ -93,23 +97,25 @@ class _Errors(Accumulator):
             input_RH = self.inputs.hidden_TH[part.token_R]
             exact = self.experts.with_weights(own, input_RH, part)[1]
             sequence_R = sequence_T.to(part.token_R.device)[part.token_R]
-            for column, bits in enumerate(self.settings.bits):
-                rounded = self.experts.with_weights(self._rounded(own, bits), input_RH, part)[1]
-                change = (exact - rounded).float().square().sum(-1).double() * part.weight_R.double().square()
-                change_R = change.cpu()
-                target_C = squared_BEQ[column, chunk.start : chunk.stop].view(-1)
-                target_C.index_add_(0, (part.expert_R * number + sequence_R).cpu(), change_R)
-                if scale_T is not None:
-                    own_C = relative_BE[column, chunk.start : chunk.stop]
-                    own_C.index_add_(0, part.expert_R.cpu(), change_R * scale_T[part.token_R.cpu()])
-        result = {"error": squared_BEQ.sqrt().sum(-1).T, "squared": squared_BEQ.sum(-1).T}
+            for column, width in enumerate(bits):
+                rounded = self._rounded(own, width)
+                for m, together in enumerate(changed):
+                    candidate = ExpertWeights(**(dict(own.items()) | {name: rounded[name] for name in together}))
+                    output = self.experts.with_weights(candidate, input_RH, part)[1]
+                    change = (exact - output).float().square().sum(-1).double() * part.weight_R.double().square()
+                    change_R = change.cpu()
+                    target_C = squared_MBEQ[m, column, chunk.start : chunk.stop].view(-1)
+                    target_C.index_add_(0, (part.expert_R * number + sequence_R).cpu(), change_R)
+                    if scale_T is not None:
+                        own_C = relative_MBE[m, column, chunk.start : chunk.stop]
+                        own_C.index_add_(0, part.expert_R.cpu(), change_R * scale_T[part.token_R.cpu()])
+        sums = {"error": squared_MBEQ.sqrt().sum(-1), "squared": squared_MBEQ.sum(-1)}
         if scale_T is not None:
-            result["relative"] = relative_BE.T
-        return {name: value.contiguous() for name, value in result.items()}
+            sums["relative"] = relative_MBE
+        # [M, B, E] → [E, M, B], or [E, B] of whole experts.
+        ordered = {name: value.permute(2, 0, 1) for name, value in sums.items()}
+        return {n: (v if self.settings.per_matrix else v[:, 0]).contiguous() for n, v in ordered.items()}
 
-    def _rounded(self, weights: ExpertWeights, bits: int) -> ExpertWeights:
+    def _rounded(self, weights: ExpertWeights, bits: int) -> dict[str, Tensor]:
         grid = self.settings.grid(bits)
-        values = dict(weights.items())
-        for name, matrix in weights.matrices():
-            values[name] = dequantize(round_to_nearest(matrix, grid), matrix.dtype)
-        return ExpertWeights(**values)
+        return {n: dequantize(round_to_nearest(matrix, grid), matrix.dtype) for n, matrix in weights.matrices()}

@@ -37,6 +37,7 @@ class Dual:
     """
 
     lam: float  # cost per step
+    step: int  # bytes
     room: int  # the budget less all smallest choices, in steps
     steps: Ints  # [U, F]
     base: Ints  # [U], the relaxation's own plan, which fits; r == 0 there

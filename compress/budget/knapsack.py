@@ -60,14 +60,16 @@ class Outcome:
     """What is known of a plan that fits.
 
     `size`: bytes. `cost`: of this plan; `bound`: no admissible plan costs less (an integer program proves this to 1e-6
-    of the gap it was given); `gap`: (cost - bound) / |cost|. `solver`: who proved it, lagrange, highs or cbc. `note`:
-    one line if something didn't go as asked (a time limit, no integer solver), else empty.
+    of the gap it was given); `gap`: (cost - bound) / |cost|. `price`: what a byte costs in the relaxation, 0 where
+    everything fits. `solver`: who proved it, lagrange, highs or cbc. `note`: one line if something didn't go as asked
+    (a time limit, no integer solver), else empty.
     """
 
     size: int
     cost: float
     bound: float
     gap: float
+    price: float
     solver: str
     seconds: float
     note: str
@@ -206,6 +208,7 @@ def solve_arrays(
         cost=cost,
         bound=bound,
         gap=0.0 if bound == cost else (cost - bound) / abs(cost) if cost else math.inf,
+        price=dual.lam / dual.step,
         solver=proved_by,
         seconds=time.perf_counter() - started,
         note=note,
@@ -283,7 +286,7 @@ def _relax(front: _Frontier, room: int) -> Dual:
     lam = float(gains[order[fit]]) if fit < len(rest) else 0.0
     own = np.take_along_axis(front.cost, base[:, None], 1), np.take_along_axis(steps_UF, base[:, None], 1)
     reduced = np.where(front.valid, (front.cost - own[0]) + lam * (steps_UF - own[1]), np.inf)
-    return Dual(lam, room, steps_UF, base, np.maximum(reduced, 0.0), rest[fit:])
+    return Dual(lam, divisor, room, steps_UF, base, np.maximum(reduced, 0.0), rest[fit:])
 
 
 def _fill_up(dual: Dual) -> Ints:

@@ -24,7 +24,7 @@ class Target:
         name, summary: how recipes call it, and what it is.
         dense_format, quantized_format: what is written for it.
         uniform_experts: the same number of experts in every layer.
-        bits_per: "expert" where every expert may have its own width, "layer" where a layer shares one.
+        bits_per: what may have a width of its own: "matrix", "expert", "projection" of a layer, or "layer".
         bits: widths that it loads.
         group_sizes: weights that may share a scale; None for any, whole rows included.
         asymmetric: whether it loads zero points.
@@ -94,8 +94,8 @@ TARGETS: dict[str, Target] = {
             dense_format="hf",
             quantized_format="native",
             uniform_experts=False,
-            bits_per="expert",
-            bits=(1, 2, 3, 4, 8),
+            bits_per="matrix",
+            bits=(1, 2, 3, 4, 5, 6, 8),
         ),
         Target(
             "transformers",

@@ -1,0 +1,154 @@
+"""What a width costs: functions of statistics, registered by name, each with its source.
+
+Every cost returns one number per width of each expert [E, B], or of each matrix [E, M, B], float64: the program spends
+bytes where they take most off the sum. So costs of different experts, layers and widths compare. Adding one: a function
+here, or in any file, under `@cost`.
+
+Letters: E experts, M matrices of an expert (gate, up, down; a family without gates has the last two), B widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_compress.calib.statistics import Result, Routing, Statistic
+from moe_compress.errors import RecipeError, UnsupportedModelError, nearest
+from moe_compress.model.shape import LayerShape
+
+from .cost import QuantizationError
+
+if TYPE_CHECKING:
+    from .options import MixedOptions
+
+Measured = dict[str, Result]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a cost in one layer.
+
+    Attributes:
+        options: of the pass.
+        per_matrix: whether units are smaller than an expert, so that the answer must be [E, M, B].
+        index, layer: the decoder layer and its shape.
+    """
+
+    options: MixedOptions
+    per_matrix: bool
+    index: int
+    layer: LayerShape
+
+
+Needs = Callable[["MixedOptions", bool], Statistic]  # options, per_matrix → what to measure
+Evaluate = Callable[[Measured, Asked], Tensor]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A way to say what a width costs.
+
+    Attributes:
+        name, source: how recipes call it, and where it is from.
+        needs: the statistics that it is computed from.
+        evaluate: results by statistic name, what is asked → [E, B], or [E, M, B].
+        per_matrix: whether it can say what a width costs each matrix.
+    """
+
+    name: str
+    source: str
+    needs: tuple[Statistic | Needs, ...]
+    evaluate: Evaluate
+    per_matrix: bool = False
+
+    def statistics(self, options: MixedOptions, per_matrix: bool) -> list[Statistic]:
+        """What it needs under these options."""
+        return [s if isinstance(s, Statistic) else s(options, per_matrix) for s in self.needs]
+
+
+COSTS: dict[str, Cost] = {}
+
+
+def cost(name: str, source: str, *needs: Statistic | Needs, per_matrix: bool = False) -> Callable[[Evaluate], Evaluate]:
+    """Register a cost under a name; see Cost."""
+
+    def add(evaluate: Evaluate) -> Evaluate:
+        COSTS[name] = Cost(name, source, needs, evaluate, per_matrix)
+        return evaluate
+
+    return add
+
+
+def find_cost(name: str) -> Cost:
+    """The cost of that name. Raises RecipeError with the nearest there is."""
+    if name not in COSTS:
+        raise RecipeError(f"no cost is called {name!r}{nearest(name, COSTS)}")
+    return COSTS[name]
+
+
+# Measured at the block's output, round-to-nearest, one expert or matrix at a time.
+
+
+def quantization_error(options: MixedOptions, per_matrix: bool) -> Statistic:
+    """The error on the grids that will be used."""
+    return QuantizationError(tuple(options.widths), options.group_size, options.symmetric, per_matrix)
+
+
+@cost(
+    "relative",
+    "squared error on every token relative to the hidden state that it is added to, so that layers compare",
+    quantization_error,
+    per_matrix=True,
+)
+def relative(measured: Measured, asked: Asked) -> Tensor:
+    """Σ_t ‖z_t − z'_t‖² / ‖h_t‖²."""
+    errors = measured["quantization_error"]
+    if "relative" not in errors:
+        raise UnsupportedModelError(
+            f"layer {asked.index} returns no hidden state per token that errors could be compared with: set "
+            "`cost: pmq` in quantize.mixed"
+        )
+    return errors["relative"]
+
+
+@cost("squared", "squared error at the block's output", quantization_error, per_matrix=True)
+def squared(measured: Measured, _: Asked) -> Tensor:
+    """Σ_t ‖z_t − z'_t‖²."""
+    return measured["quantization_error"]["squared"]
+
+
+@cost("pmq", "PMQ (arXiv 2410.06270), Eq. 4: φ^alpha · ω^beta · ε^gamma", quantization_error, Routing())
+def pmq(measured: Measured, asked: Asked) -> Tensor:
+    """Frequency φ and routing weight ω sum to 1 in a layer, ε is measured (Eq. 3)."""
+    options, routing = asked.options, measured["routing"]
+    frequency = routing["counts"] / routing["counts"].sum().clamp_min(1)
+    weight = routing["gate"] / routing["gate"].sum().clamp_min(1e-300)
+    factor = frequency**options.alpha * weight**options.beta
+    return factor.unsqueeze(1) * measured["quantization_error"]["error"] ** options.gamma
+
+
+# Scores: importance per expert, and the noise of a uniform quantizer, which falls fourfold with every bit. Controls.
+
+
+def noise(asked: Asked) -> Tensor:
+    """4^−b of every width b, [B]."""
+    return 4.0 ** -torch.tensor(asked.options.widths, dtype=torch.float64)
+
+
+@cost("random", "control: what any cost has to beat. Random importance · 4^−b")
+def random(_: Measured, asked: Asked) -> Tensor:
+    """Uniform noise per expert."""
+    generator = torch.Generator().manual_seed(asked.options.seed * 100_003 + asked.index)
+    score_E = torch.rand(asked.layer.num_experts, generator=generator, dtype=torch.float64)
+    return score_E.unsqueeze(1) * noise(asked)
+
+
+@cost("frequency", "control: share of a layer's choices that fall on the expert · 4^−b", Routing())
+def frequency(measured: Measured, asked: Asked) -> Tensor:
+    """How often an expert is chosen."""
+    counts_E = measured["routing"]["counts"]
+    return (counts_E / counts_E.sum().clamp_min(1)).unsqueeze(1) * noise(asked)

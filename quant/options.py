@@ -1,0 +1,111 @@
+"""Options of `quantize.mixed`, and what papers set them to."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from moe_compress.passes import PassOptions
+
+from .allocate import Rule, Unit
+from .costs import find_cost
+from .grid import Search
+
+# What a paper's allocation is in terms of the options. Group sizes are left to the user: each paper's is 128.
+PRESETS: dict[str, dict[str, Any]] = {
+    # arXiv 2410.06270, Eq. 4 and 5: each layer by itself, widths 1 to 3, somebody at 3 bits and somebody at 2.
+    "pmq": {"cost": "pmq", "scope": "layer", "unit": "expert", "widths": [1, 2, 3], "cover": 2},
+}
+
+
+class MixedOptions(PassOptions):
+    """Options of `quantize.mixed`; `preset` replaces the defaults of those that are not given."""
+
+    preset: Literal["pmq"] | None = Field(
+        default=None, description="A paper's allocation, for all of the options below that are not given"
+    )
+    bits: float | None = Field(
+        default=None,
+        gt=0,
+        le=16,
+        description="Budget: average bits per expert weight; scales, zero points and padding count",
+    )
+    size: str | None = Field(default=None, description='Instead of `bits`: size of the whole checkpoint, e.g. "12 GB"')
+    widths: list[int] = Field(default=[1, 2, 3, 4, 8], min_length=1, description="Widths that a unit may get")
+    unit: Unit | None = Field(
+        default=None,
+        description="What gets a width of its own: each matrix, each expert, each projection of a layer (gate, up, "
+        "down) or each layer; default: expert, or what the target loads",
+    )
+    tie_gate_up: bool = Field(default=False, description="Gate and up get the same width (unit: matrix or projection)")
+    scope: Literal["global", "layer"] = Field(
+        default="global",
+        description="Who shares the budget: all experts of the model, or each layer's by themselves (PMQ)",
+    )
+    allocation: Rule = Field(
+        default="program",
+        description="Who decides: the program; greedy: all start at the largest width, and who loses least by it is "
+        "lowered, one width at a time (EdgeMoE); uniform: the same mixture of two widths everywhere (control)",
+    )
+    cover: int = Field(
+        default=0,
+        ge=0,
+        description="In every layer, some unit gets each of so many of the largest widths (PMQ: 2); program only",
+    )
+    method: Literal["gptq", "rtn"] = Field(
+        default="gptq", description="GPTQ, or round-to-nearest (needs no data to apply)"
+    )
+    group_size: int = Field(default=64, ge=-1, description="Weights that share a scale, -1 for a whole row")
+    symmetric: bool = Field(default=True, description="No zero points (what servers load)")
+    search: Search = Field(default="mse", description="How scales are found")
+    cost: str = Field(default="relative", description="What a width costs; see below")
+    alpha: float = Field(default=1.0, ge=0, description="PMQ: exponent of how often an expert is chosen")
+    beta: float = Field(default=1.5, ge=0, description="PMQ: exponent of its routing weight")
+    gamma: float = Field(default=2.0, gt=0, description="PMQ: exponent of its error at the block's output")
+    damping: float = Field(default=0.01, ge=0, description="GPTQ: added to the Hessian's diagonal, times its mean")
+    shrinkage: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPTQ: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
+    )
+    protect_super_experts: bool = Field(
+        default=True, description="Experts with massive activations get the largest of `widths`"
+    )
+    seed: int = Field(default=0, description="Seed of the cost `random`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(name := values.get("preset"), str):
+            return {**PRESETS.get(name, {}), **values}
+        return values
+
+    @field_validator("cost")
+    @classmethod
+    def _known_cost(cls, value: str) -> str:
+        find_cost(value)
+        return value
+
+    @field_validator("widths")
+    @classmethod
+    def _known_widths(cls, value: list[int]) -> list[int]:
+        if not set(value) <= set(range(1, 9)):
+            raise ValueError("widths are 1 to 8 bits")
+        return sorted(set(value))
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.bits is None) == (self.size is None):
+            raise ValueError(
+                'give either `bits` (average per weight, e.g. 2.5) or `size` (of the checkpoint, e.g. "12 GB")'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.cover and self.allocation != "program":
+            raise ValueError(f"`cover` belongs to allocation: program, not {self.allocation}")
+        if self.cover > len(self.widths):
+            raise ValueError(f"`cover` asks for {self.cover} widths, `widths` has {len(self.widths)}")
+        return self
