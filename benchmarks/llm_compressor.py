@@ -1,0 +1,158 @@
+"""Beside llm-compressor: quality of GPTQ on the demo checkpoint, time for a layer of a real model's shape.
+
+    python -m venv PEER && PEER/bin/pip install llmcompressor==0.14.0.1        # an environment of its own
+    python benchmarks/llm_compressor.py demo  --peer PEER/bin/python [--bits 4 3 2]
+    python benchmarks/llm_compressor.py layer --peer PEER/bin/python [--sequences 32 --length 256]
+
+`demo`: both quantize the demo checkpoint's experts by GPTQ, symmetric, groups of 64, with the same calibration tokens;
+both results are scored here on the same held-out text. `layer`: both take a checkpoint of one layer with Qwen3-30B-A3B's
+shapes (128 experts, 2048 × 768) through calibration and solving at 4 bits; loading and saving aren't counted. Ours is
+timed twice: with its defaults, and with one plain pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantization_table import MODEL, PLAIN, ROOT, calibration
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_compress
+from moe_compress.checkpoint.reader import sidecar_files
+from moe_compress.engine import device_and_dtype
+from moe_compress.evaluate.score import score_folders
+from moe_compress.model import MoEModel
+from moe_compress.progress import Monitor
+from moe_compress.recipe import Evaluation
+
+PEER = Path(__file__).with_name("llm_compressor_peer.py")
+
+
+def peer(python: str, model: Path, ids: torch.Tensor, output: Path | str, bits: int) -> dict[str, Any]:
+    """Run llm-compressor in its own environment; what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({"ids": ids}, Path(folder) / "ids.safetensors")
+        command = [python, str(PEER), str(model), f"{folder}/ids.safetensors", str(output), str(bits)]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if ran.returncode:
+        raise SystemExit(f"llm-compressor failed:\n{ran.stderr[-2000:]}")
+    return json.loads(ran.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    data = calibration(0, tokenizer)
+    text = Evaluation(text=[str(ROOT / "demo/text/*.jsonl")], length=256, max_tokens=arguments.tokens)
+    device, dtype = device_and_dtype("auto", "auto")
+    print(f"{'bits':>5}{'':24}{'bits stored':>12}{'nats above':>12}{'kl':>9}{'seconds':>9}")
+    for bits in arguments.bits:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "peer"
+            told = peer(arguments.peer, MODEL, data.ids, output, bits)
+            for file in sidecar_files(MODEL):
+                if file.name.startswith("tokenizer"):
+                    (output / file.name).write_bytes(file.read_bytes())
+            like = MoEModel.open(MODEL, dtype=dtype, device=device)
+            scores = score_folders(output, MODEL, text, like, None, Monitor(show=False))
+            line(bits, "llm-compressor", f"{bits}.25*", *scores, told["seconds"])
+        for name, options in (("moe-compress", {}), ("moe-compress, plain GPTQ", PLAIN)):
+            start = time.perf_counter()
+            result = moe_compress.compress(
+                AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32),
+                tokenizer=tokenizer,
+                passes=[{"quantize.mixed": uniform(bits) | options}],
+                calibration=data,
+                monitor=Monitor(show=False),
+            )
+            seconds = time.perf_counter() - start
+            with tempfile.TemporaryDirectory() as folder:
+                result.save(Path(folder) / "ours")
+                scores = score_folders(Path(folder) / "ours", MODEL, text, like, None, Monitor(show=False))
+            line(bits, name, f"{result.report['after']['bits_per_weight']:.2f}", *scores, seconds)
+    print("* with scales of 16 bits; it stores them in the model's dtype as loaded")
+
+
+def uniform(bits: int) -> dict[str, Any]:
+    return {
+        "bits": bits + 0.26,
+        "widths": [bits],
+        "allocation": "uniform",
+        "protect_super_experts": False,
+        "group_size": 64,
+    }
+
+
+def line(bits: int, name: str, stored: str, before: dict[str, Any], after: dict[str, Any], seconds: float) -> None:
+    lost = [math.log(value / before["perplexity"][text]) for text, value in after["perplexity"].items()]
+    kl = statistics.mean(after["kl"].values())
+    print(f"{bits:>5} {name:23}{stored:>12}{statistics.mean(lost):>+12.4f}{kl:>9.4f}{seconds:>9.0f}", flush=True)
+
+
+def layer(arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        model = Path(folder) / "layer"
+        synthetic = Path(__file__).with_name("synthetic_checkpoint.py")
+        command = [sys.executable, str(synthetic), str(model), "--layers", "1", "--vocabulary", "4096"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        torch.manual_seed(0)
+        ids = torch.randint(0, 4096, (arguments.sequences, arguments.length))
+        tokens = ids.numel()
+        rate = matmul_rate()
+        routed = 8 * tokens
+        # Forward of the routed rows (three products), then the two second moments of what they read (symmetric: half).
+        operations = 2 * routed * 3 * 2048 * 768 * 2 + routed * (2048**2 + 768**2)
+        print(f"{tokens} tokens, top-8 of 128; matrix products run at {rate / 1e9:.0f} GFLOP/s here")
+        print(f"lower limit of calibration: {operations / rate:.1f} s of {operations / 1e12:.2f} TFLOP")
+        for name, options in (("moe-compress", {}), ("moe-compress, plain GPTQ", PLAIN)):
+            start = time.perf_counter()
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            began = time.perf_counter()
+            moe_compress.compress(
+                loaded, passes=[{"quantize.mixed": uniform(4) | options}], calibration=ids, monitor=Monitor(show=False)
+            )
+            print(f"{name:28}{time.perf_counter() - began:9.1f} s (loading {began - start:.1f} s)", flush=True)
+            del loaded
+        if arguments.peer:
+            told = peer(arguments.peer, model, ids, "-", 4)
+            print(f"{'llm-compressor':28}{told['seconds']:9.1f} s, peak {told['peak_gb']:.1f} GB", flush=True)
+
+
+def matmul_rate() -> float:
+    """Operations per second of a large float32 product, the best of a few."""
+    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["demo", "layer"])
+    parser.add_argument("--peer", help="Python of an environment with llm-compressor")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--tokens", type=int, default=20_000, help="of each held-out text")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--scratch", help="where the synthetic layer goes (1.3 GB)")
+    arguments = parser.parse_args()
+    demo(arguments) if arguments.what == "demo" else layer(arguments)
+
+
+if __name__ == "__main__":
+    main()
