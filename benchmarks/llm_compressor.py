@@ -5,7 +5,7 @@
     python benchmarks/llm_compressor.py layer --peer PEER/bin/python [--sequences 32 --length 256]
 
 `demo`: both quantize the demo checkpoint's experts by GPTQ, symmetric, groups of 64, with the same calibration tokens;
-both results are scored here on the same held-out text. `layer`: both take a checkpoint of one layer with Qwen3-30B-A3B's
+both results are scored here on the same held-out text. `layer`: both take one layer with Qwen3-30B-A3B's
 shapes (128 experts, 2048 × 768) through calibration and solving at 4 bits; loading and saving aren't counted. Ours is
 timed twice: with its defaults, and with one plain pass.
 """
