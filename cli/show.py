@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.errors import InputError
 from moe_compress.export.targets import TARGETS
 from moe_compress.model import MoEModel, families
@@ -80,6 +81,7 @@ def inspected(path: str) -> dict[str, Any]:
         "decoder_layers": len(model.layers),
         "layers_with_experts": len(layers),
         "bytes": shape.total_bytes,
+        "quantized_source": _quantized(model),
         "expert_bytes": shape.expert_bytes,
         "bits_per_weight": shape.bits_per_weight,
         "expert_weights": sum(layer.weights for layer in shape.layers.values()),
@@ -90,12 +92,23 @@ def inspected(path: str) -> dict[str, Any]:
     }
 
 
+def _quantized(model: MoEModel) -> dict[str, Any] | None:
+    """How the folder is quantized, and its bytes as stored, where it is seen dense."""
+    source = model.source
+    if not isinstance(source, DecodedCheckpoint):
+        return None
+    return {"method": source.method, "bytes": source.stored_bytes}
+
+
 def show_inspection(found: dict[str, Any]) -> None:
     """The same for people."""
     console.print(
         f"{found['architecture']} ({found['model_type']}): {found['decoder_layers']} decoder layers, "
         f"{found['layers_with_experts']} with experts"
     )
+    if quantized := found["quantized_source"]:
+        stored = f"{show_bytes(quantized['bytes'])} as stored ({quantized['method']})"
+        console.print(f"{stored}; decoded while it is read, sizes below are of the dense weights")
     share = found["expert_bytes"] / max(1, found["bytes"])
     console.print(
         f"{show_bytes(found['bytes'])}, of which experts {show_bytes(found['expert_bytes'])} ({share:.0%}), "

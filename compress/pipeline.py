@@ -15,6 +15,7 @@ from moe_compress import feasibility, probe
 from moe_compress.calib.text import load_batches
 from moe_compress.calib.tokenizer import find_tokenizer
 from moe_compress.checkpoint.atomic import write_json, write_text
+from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.checkpoint.reader import read_json
 from moe_compress.checkpoint.workspace import Workspace, clear, short_digest
 from moe_compress.checkpoint.writer import MANIFEST, check_output, settled
@@ -67,7 +68,7 @@ def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
     passes = recipe.steps()
     feasibility.check_place(Path(recipe.output), _workspace_of(recipe), Path(recipe.model))
     device, dtype = device_and_dtype(recipe.compute.device, recipe.compute.dtype)
-    model = MoEModel.open(recipe.model, dtype=dtype, device=device)
+    model = MoEModel.open(recipe.model, dtype=dtype, device=device, dequantize=True)
     before = model_shape(model)
     shapes = feasibility.forecast(before, passes, recipe.goal)
     feasibility.check_runtime(model, shapes[-1], recipe.goal, recipe.format)
@@ -137,7 +138,7 @@ def run(
         workspace.write(_PUBLISHED, {"run": run_id})
         hold = workspace.scratch("score")
         scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, hold, monitor, recipe.compute.memory)
-        report = _report(recipe, expected, outcomes, calibrated, scores, verified, monitor)
+        report = _report(model, recipe, expected, outcomes, calibrated, scores, verified, monitor)
         write_text(output / "report.md", markdown(report))
         write_json(output / "report.json", report)  # last: where it is, nothing is left to do
         if not recipe.keep_workspace:
@@ -212,6 +213,7 @@ def _run_of(output: Path) -> Any:
 
 
 def _report(
+    model: MoEModel,
     recipe: Recipe,
     expected: Forecast,
     outcomes: list[Outcome],
@@ -220,6 +222,12 @@ def _report(
     verified: Verified,
     monitor: Monitor,
 ) -> dict[str, Any]:
+    source = model.source
+    quantized = (
+        {"source": {"quantization": source.method, "bytes": source.stored_bytes}}
+        if isinstance(source, DecodedCheckpoint)
+        else {}
+    )
     return build(
         recipe=recipe.plain(),
         before=expected.before,
@@ -229,6 +237,7 @@ def _report(
         scores_after=scores[1],
         stages=monitor.records(),
         facts={
+            **quantized,
             "verification": verified.to_json(),
             "tokens_seen": calibrated.tokens,
             "forecast_bytes": expected.after.total_bytes,

@@ -37,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -186,6 +187,20 @@ class Checkpoint:
             )
         self._headers[file] = raw
         return tensors
+
+
+class Lazy:
+    """What a safetensors slice offers to a loader, for a tensor that `checkpoint.get` makes when it is read."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        return self._checkpoint.get(self._name)[key]
+
+    def get_shape(self) -> list[int]:
+        """Shape of the tensor."""
+        return list(self._checkpoint.tensors[self._name].shape)
 
 
 def _entries(path: Path, raw: bytes, data: int) -> dict[str, TensorInfo]:

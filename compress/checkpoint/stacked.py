@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_compress.errors import CheckpointError
 
-from .reader import Checkpoint, TensorInfo
+from .reader import Checkpoint, Lazy, TensorInfo
 
 
 class StackedCheckpoint(Checkpoint):
@@ -56,21 +56,7 @@ class StackedCheckpoint(Checkpoint):
 
     def slice(self, name: str) -> Any:
         """Lazy handle on a tensor or a stack."""
-        return _LazyStack(self, name) if name in self._stacks else super().slice(name)
+        return Lazy(self, name) if name in self._stacks else super().slice(name)
 
     def _info(self, name: str) -> TensorInfo:
         return self._stored[name] if name in self._stored else super()._info(name)
-
-
-class _LazyStack:
-    """What a safetensors slice offers to a loader."""
-
-    def __init__(self, checkpoint: StackedCheckpoint, name: str):
-        self._checkpoint, self._name = checkpoint, name
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return self._checkpoint.get(self._name)[key]
-
-    def get_shape(self) -> list[int]:
-        """Shape of the stack."""
-        return list(self._checkpoint.tensors[self._name].shape)

@@ -66,7 +66,9 @@ def score_folders(
     if wanted.text:
         batches = load_text(tokenizer, wanted, like.module.config.get_text_config().vocab_size)
         model = MoEModel.open(folder, dtype=dtype, device=device)
-        reference = MoEModel.open(original, dtype=dtype, device=device) if original is not None else None
+        reference = None
+        if original is not None:
+            reference = MoEModel.open(original, dtype=dtype, device=device, dequantize=True)
         if reference is not None:
             _check_alike(model, reference)
         total = len(model.layers) * (1 if reference is None else 2)

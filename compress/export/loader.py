@@ -8,8 +8,8 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.constants import QUANT_METHOD
 from moe_compress.model import MoEModel, hf
-from moe_compress.model.model import PRESENTED
 
 from .registration import register
 from .write import result_config
@@ -32,19 +32,21 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     # Truncated or missing shards: one clear line instead of a loader's.
     with Checkpoint(folder) as checkpoint:
         method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method in PRESENTED:
-        return _presented(Path(folder), options)
+    if method is not None and method != QUANT_METHOD:
+        return _of_others(Path(folder), options)
     config = AutoConfig.from_pretrained(folder)
     return hf.model_class(config).from_pretrained(folder, **options).eval()  # type: ignore[no-any-return]
 
 
-def _presented(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
-    """A folder in a format of others, loaded as the native checkpoint that it amounts to."""
+def _of_others(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+    """A folder in a format of others, loaded as the native or dense checkpoint that it amounts to."""
     view = MoEModel.open(folder)
     assert view.weights is not None
     described = result_config(view, {i: view.block(i).state()[1] for i in view.moe_layers})[0]
     config = AutoConfig.from_pretrained(folder)
-    config.quantization_config = described["quantization_config"]
+    config.__dict__.pop("quantization_config", None)
+    if "quantization_config" in described:
+        config.quantization_config = described["quantization_config"]
     unowned = set(view.weights.unowned)
     state = {name: view.source.get(name) for name in view.source.tensors if name not in unowned}
     model = hf.model_class(config).from_pretrained(None, config=config, state_dict=state, **options)

@@ -32,6 +32,8 @@ from .disk import DiskWeights, Overlay
 from .expert_names import ExpertNames, find_expert_names
 from .tensors import release_freed, to_meta
 
+# What presents a folder in another quantized format as a dense one: "module:function". By name, like PRESENTED.
+DECODER = "moe_compress.quant.sources:decode"
 # Formats of others that are read as if they were native: quant_method → "module:function", called with a model and its
 # folder, giving the folder presented anew and the description of each layer. By name, because the view of a model
 # imports no format.
@@ -93,21 +95,30 @@ class MoEModel:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         overlay: Overlay | None = None,
+        dequantize: bool = False,
     ) -> MoEModel:
         """A checkpoint folder; reads headers and small tensors only.
+
+        A folder that others quantized is seen dense: tensors are decoded when they are read (quant/sources.py).
 
         Args:
             path: folder with config.json and safetensors.
             dtype: in what layers compute when they are live (float32 on a CPU: bfloat16 is several times slower there).
             device: where live layers go.
             overlay: changed blocks that replace the folder's.
+            dequantize: also decode what could stay packed (compressed-tensors), for passes that change it.
 
         Raises:
             InputError, CheckpointError: no such folder, or it isn't what it claims to be.
-            UnsupportedModelError: a dense model, or a family that can't be handled, with the reason.
+            UnsupportedModelError: a dense model, or a family or quantization that can't be handled, with the reason.
         """
         source = Checkpoint(path)
         config = _read_config(source)
+        method = (source.config.get("quantization_config") or {}).get("quant_method")
+        if "quantization_config" in source.config and method != QUANT_METHOD:
+            if dequantize or method not in PRESENTED:
+                source = _named(DECODER)(source)
+            config.__dict__.pop("quantization_config", None)  # the skeleton is a dense one
         module = hf.skeleton(config, dtype)
         model = cls(module, source.config)
         quantized = source.config.get("quantization_config") or {}
@@ -122,14 +133,9 @@ class MoEModel:
                     )
                 block.restructure(description)
         elif quantized.get("quant_method") in PRESENTED:
-            source, descriptions = _presented(model, source, str(quantized["quant_method"]))
+            source, descriptions = _named(PRESENTED[quantized["quant_method"]])(model, source)
             for number, description in descriptions.items():
                 model.block(number).restructure(description)
-        elif quantized:
-            raise UnsupportedModelError(
-                f"{path} is already quantized ({quantized.get('quant_method', 'unknown method')}); "
-                "start from the checkpoint in full precision"
-            )
         model._remember()
         model.overlay = overlay
         model.device = torch.device(device)
@@ -296,9 +302,9 @@ def _read_config(source: Checkpoint) -> PreTrainedConfig:
     return config
 
 
-def _presented(model: MoEModel, source: Checkpoint, method: str) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
-    module, _, function = PRESENTED[method].partition(":")
-    return getattr(importlib.import_module(module), function)(model, source)  # type: ignore[no-any-return]
+def _named(where: str) -> Any:
+    module, _, function = where.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _refuse(config: PreTrainedConfig) -> None:

@@ -439,10 +439,16 @@ def test_load_keeps_experts_packed_and_transformers_unpacks_the_same(written):
             assert torch.equal(getattr(unpacked, name), values[index][name])
 
 
-def test_a_compressed_checkpoint_is_no_source(written, tmp_path):
-    folder, _ = written(4)
-    with pytest.raises(InputError, match="packed"):
-        dry(folder, tmp_path)
+def test_a_compressed_checkpoint_is_a_dense_source(written, tmp_path):
+    """What a run starts from is what the packed experts stand for."""
+    folder, values = written(4)
+    dry(folder, tmp_path)
+    source = MoEModel.open(folder, dequantize=True)
+    for index in source.moe_layers:
+        with source.layer(index) as layer:
+            assert layer.block.kind == "fused"
+            for name, matrices in layer.block.experts.weights().matrices():
+                assert torch.equal(matrices, values[index][name].float())
 
 
 @pytest.mark.parametrize(

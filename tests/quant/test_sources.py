@@ -1,0 +1,310 @@
+"""Sources that others quantized: decoded as their own loaders decode them, or refused by name.
+
+References: transformers' loaders with `dequantize=True`, the compressed-tensors library, and plain loops where those
+can't read the file (blocks that are cut off at the edge).
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import recipe, small_checkpoint
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from families import input_batch, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+import moe_compress
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.errors import CheckpointError, UnsupportedModelError
+from moe_compress.model import MoEModel
+from moe_compress.quant.sources import E2M1, blocks_to_dense, decode, mx_to_dense
+
+
+def edit(folder: Path, quantization: dict, change) -> Path:
+    """Put a `quantization_config` into config.json, and what `change` makes of the tensors into one file."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= {n: t.clone() for n, t in load_file(file).items()}
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file({n: t.contiguous() for n, t in change(tensors).items()}, folder / "model.safetensors")
+    return folder
+
+
+def dense_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor as the package sees it."""
+    source = MoEModel.open(folder, dequantize=True).source
+    return {name: source.get(name).clone() for name in source.tensors}
+
+
+def is_linear(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 2 and "embed" not in name and "lm_head" not in name and ".gate.weight" not in name
+
+
+# --- fp8 -----------------------------------------------------------------------------------------------------------
+
+
+def to_fp8(tensors, size, scales="block"):
+    """Every linear layer in 8-bit floats with one scale per block, by plain loops."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not is_linear(name, tensor):
+            found[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        height, width = (rows, columns) if scales == "tensor" else size
+        grid = torch.empty(-(-rows // height), -(-columns // width))
+        coded = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+        for i in range(grid.shape[0]):
+            for j in range(grid.shape[1]):
+                part = (slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width))
+                grid[i, j] = tensor[part].float().abs().max() / 448
+                coded[part] = (tensor[part].float() / grid[i, j]).to(torch.float8_e4m3fn)
+        found[name], found[f"{name}_scale_inv"] = coded, grid[0, 0].clone() if scales == "tensor" else grid
+    return found
+
+
+def fp8_config(size):
+    return {"quant_method": "fp8", "weight_block_size": size, "activation_scheme": "dynamic", "fmt": "e4m3"}
+
+
+def test_fp8_blocks_as_transformers_reads_them(tmp_path):
+    """Sides are multiples of the block here: transformers reads no others."""
+    folder = edit(small_checkpoint(tmp_path / "m"), fp8_config([16, 16]), lambda t: to_fp8(t, (16, 16)))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    ours = moe_compress.load(folder, dtype=torch.bfloat16)
+    state = theirs.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert getattr(ours.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize("scale", ["float32", "exponents"])
+def test_blocks_cut_off_at_the_edge(scale):
+    torch.manual_seed(0)
+    weight, size = torch.randn(2, 21, 35).to(torch.float8_e4m3fn), (8, 16)
+    exponents = torch.randint(120, 134, (2, 3, 3), dtype=torch.uint8)
+    factor = torch.rand(2, 3, 3) if scale == "float32" else exponents
+    found = blocks_to_dense(weight, factor, size=size, dtype=torch.bfloat16)
+    for e in range(2):
+        for i in range(21):
+            for j in range(35):
+                value = factor[e, i // 8, j // 16]
+                one = float(value) if scale == "float32" else 2.0 ** (int(value) - 127)
+                assert found[e, i, j] == torch.tensor(float(weight[e, i, j]) * one).to(torch.bfloat16)
+    if scale == "exponents":  # the dtype that safetensors has for them says the same
+        typed = factor.view(torch.float8_e8m0fnu)
+        assert torch.equal(blocks_to_dense(weight, typed, size=size, dtype=torch.bfloat16), found)
+
+
+def test_one_scale_for_a_tensor(tmp_path):
+    folder = edit(small_checkpoint(tmp_path / "m"), fp8_config(None), lambda t: to_fp8(t, None, "tensor"))
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in dense_of(folder).items():
+        scale = stored.get(f"{name}_scale_inv")
+        expected = stored[name] if scale is None else (stored[name].float() * scale).to(torch.bfloat16)
+        assert torch.equal(tensor, expected), name
+
+
+def test_a_run_on_fp8(tmp_path):
+    """Decoded while streaming: the same result as from the dense checkpoint with the same numbers."""
+    quantized = edit(small_checkpoint(tmp_path / "q"), fp8_config([32, 32]), lambda t: to_fp8(t, (32, 32)))
+    values = dense_of(quantized)
+    dense = small_checkpoint(tmp_path / "d")
+    edit(dense, {}, lambda _: values)
+    config = json.loads((dense / "config.json").read_text())
+    del config["quantization_config"]
+    (dense / "config.json").write_text(json.dumps(config))
+    step = {
+        "quantize.mixed": {
+            "bits": 9.0,
+            "widths": [4],
+            "method": "rtn",
+            "allocation": "uniform",
+            "group_size": 32,
+            "protect_super_experts": False,
+        }
+    }
+    results = {}
+    for name, folder in (("q", quantized), ("d", dense)):
+        results[name] = moe_compress.run(recipe(folder, tmp_path / f"out-{name}", [step]))
+    q, d = (load_file(results[name].output / "model.safetensors") for name in "qd")
+    assert q.keys() == d.keys()
+    assert all(torch.equal(q[name], d[name]) for name in q)
+    written = json.loads((results["q"].output / "config.json").read_text())
+    assert written == json.loads((results["d"].output / "config.json").read_text())
+    told = results["q"].report["source"]
+    assert told["quantization"] == "fp8"
+    assert told["bytes"] == sum(t.nbytes for t in load_file(quantized / "model.safetensors").values())
+    assert "source" not in results["d"].report
+
+
+def test_floats_without_a_scale_are_refused(tmp_path):
+    def broken(tensors):
+        found = to_fp8(tensors, (16, 16))
+        del found["model.layers.1.self_attn.q_proj.weight_scale_inv"]
+        return found
+
+    folder = edit(small_checkpoint(tmp_path / "m"), fp8_config([16, 16]), broken)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight' in 8-bit floats, and no scale"):
+        MoEModel.open(folder)
+
+
+def test_scales_that_do_not_fit_are_refused(tmp_path):
+    def broken(tensors):
+        found = to_fp8(tensors, (16, 16))
+        found["model.layers.1.self_attn.q_proj.weight_scale_inv"] = torch.ones(3, 1)
+        return found
+
+    folder = edit(small_checkpoint(tmp_path / "m"), fp8_config([16, 16]), broken)
+    with pytest.raises(CheckpointError, match="neither one per block"):
+        MoEModel.open(folder)
+
+
+# --- mxfp4 ---------------------------------------------------------------------------------------------------------
+
+
+def test_mxfp4_by_the_formats_definition():
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (2, 3, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 140, (2, 3, 2), dtype=torch.uint8)
+    found = mx_to_dense(blocks, scales, dtype=torch.bfloat16)
+    assert found.shape == (2, 64, 3)
+    for e in range(2):
+        for row in range(3):
+            for k in range(64):
+                byte = int(blocks[e, row, k // 32, k % 32 // 2])
+                code = byte >> 4 if k % 2 else byte & 15
+                value = (-1.0 if code & 8 else 1.0) * E2M1[code & 7] * 2.0 ** (int(scales[e, row, k // 32]) - 127)
+                assert float(found[e, k, row]) == value
+
+
+def test_mxfp4_as_transformers_reads_it(tmp_path):
+    """gpt-oss's own layout, random bytes."""
+    folder = tmp_path / "m"
+    model = tiny_model("gpt_oss").to(torch.bfloat16)
+    model.save_pretrained(folder)
+
+    def packed(tensors):
+        found = {}
+        torch.manual_seed(1)
+        for name, tensor in tensors.items():
+            if not name.endswith(("gate_up_proj", "down_proj")):
+                found[name] = tensor
+                continue
+            experts, columns, rows = tensor.shape
+            columns = max(32, columns // 32 * 32)
+            found[f"{name}_blocks"] = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+            found[f"{name}_scales"] = torch.randint(120, 127, (experts, rows, columns // 32), dtype=torch.uint8)
+        return found
+
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] = 32  # whole groups
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    fitting = type(model)(type(model.config)(**{**model.config.to_dict(), "intermediate_size": 32})).to(torch.bfloat16)
+    fitting.save_pretrained(folder)
+    edit(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}, packed)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    ours = moe_compress.load(folder, dtype=torch.bfloat16)
+    state = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    streamed = MoEModel.open(folder, dtype=torch.float32)
+    with streamed.layer(1) as layer:
+        assert torch.equal(
+            layer.block.experts_module.gate_up_proj.bfloat16(), state["model.layers.1.mlp.experts.gate_up_proj"]
+        )
+    with torch.no_grad():
+        assert ours(**input_batch(fitting)).logits.isfinite().all()
+
+
+# --- compressed-tensors --------------------------------------------------------------------------------------------
+
+SCHEMES = {
+    "int4 in groups": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 16}),
+    "int4 with zero points": (
+        "pack-quantized",
+        {"num_bits": 4, "strategy": "group", "group_size": 16, "symmetric": False},
+    ),
+    "int3 per row": ("pack-quantized", {"num_bits": 3, "strategy": "channel"}),
+    "int8 per row": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "int8 per tensor": ("int-quantized", {"num_bits": 8, "strategy": "tensor"}),
+    "fp8 per row": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "fp8 in blocks": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 16]},
+    ),
+}
+
+
+def scales_of(weight, arguments):
+    """Scale and zero point as the library computes them, of extremes found here."""
+    rows, columns = weight.shape
+    width = arguments.group_size if arguments.strategy == "group" else columns
+    height = rows if arguments.strategy == "tensor" else 1
+    if arguments.strategy == "block":
+        height, width = arguments.block_structure
+    tiles = weight.reshape(rows // height, height, columns // width, width)
+    scale, zero = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), arguments)
+    return (scale.reshape(1), zero.reshape(1)) if arguments.strategy == "tensor" else (scale, zero)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_compressed_tensors_as_its_library_reads_it(name, tmp_path):
+    form, values = SCHEMES[name]
+    arguments = QuantizationArgs(**values)
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format=form)
+    compressor = BaseCompressor.get_value_from_registry(form)
+    expected = {}
+
+    def compressed(tensors):
+        found = {}
+        for full, tensor in tensors.items():
+            if not is_linear(full, tensor):
+                found[full] = tensor
+                continue
+            module = full.removesuffix(".weight")
+            scale, zero = scales_of(tensor, arguments)
+            parts = {"weight": tensor, "weight_scale": scale, "weight_zero_point": zero}
+            written = compressor.compress({k: v.clone() for k, v in parts.items()}, scheme)
+            if arguments.symmetric:
+                written.pop("weight_zero_point", None)
+            found |= {f"{module}.{leaf}": value for leaf, value in written.items()}
+            expected[full] = compressor.decompress({k: v.clone() for k, v in written.items()}, scheme)["weight"]
+        return found
+
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "ignore": ["lm_head", r"re:.*mlp\.gate$"],
+        "config_groups": {"group_0": {"targets": ["re:.*proj"], "weights": arguments.model_dump(mode="json")}},
+    }
+    folder = edit(small_checkpoint(tmp_path / "m"), config, compressed)
+    assert len(expected) > 20
+    found = dense_of(folder)
+    for full, tensor in expected.items():
+        assert torch.equal(found[full], tensor.to(found[full].dtype)), full
+
+
+# --- what isn't known ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "quark"])
+def test_unknown_methods_are_refused_by_name(method, tmp_path):
+    folder = edit(small_checkpoint(tmp_path / "m"), {"quant_method": method, "bits": 4}, dict)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"already quantized \({method}\); known are compressed-tensors, fp8"
+    ):
+        decode(Checkpoint(folder))
