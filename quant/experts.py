@@ -27,7 +27,7 @@ from .rtn import round_to_nearest
 CHUNK_BYTES = 512 << 20
 
 # Projection → the width of every expert's matrix.
-Widths = dict[str, list[int]]
+Widths = dict[str, list[float]]
 
 
 class Solving(Protocol):
@@ -45,7 +45,7 @@ class Solving(Protocol):
     def shrinkage(self) -> float | None:
         """GPTQ: tokens that the layer's mean Hessian counts for."""
 
-    def grid(self, bits: int) -> Grid:
+    def grid(self, bits: float) -> Grid:
         """The grid of a width."""
 
 
@@ -143,9 +143,9 @@ def _layer_means(experts: FusedExperts, inputs: BlockInputs) -> tuple[Tensor, Te
     return read, activated
 
 
-def _alike(widths: Sequence[Sequence[int]], experts: range) -> dict[tuple[int, ...], list[int]]:
+def _alike(widths: Sequence[Sequence[float]], experts: range) -> dict[tuple[float, ...], list[int]]:
     """The widths of some projections → those of `experts` that have just these."""
-    found: dict[tuple[int, ...], list[int]] = {}
+    found: dict[tuple[float, ...], list[int]] = {}
     for expert in experts:
         found.setdefault(tuple(own[expert] for own in widths), []).append(expert)
     return dict(sorted(found.items()))

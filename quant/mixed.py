@@ -111,7 +111,7 @@ class QuantizeMixed(Pass):
         for index, own in choices.items():
             column_U = found.column_U[index]
             used += int(own.size_UB[np.arange(len(column_U)), column_U].sum())
-            width_EM = np.array(widths)[column_U][own.unit_EM]
+            width_EM = np.array(widths, dtype=object)[column_U][own.unit_EM]
             names = self._projections(shape.layers[index])
             bits = {name: width_EM[:, m].tolist() for m, name in enumerate(names)}
             layers[index] = {"bits": bits, "protected": protected.get(index, [])}
@@ -150,9 +150,9 @@ class QuantizeMixed(Pass):
         """Tokens that the layer's mean Hessian counts for."""
         return self.options.shrinkage
 
-    def grid(self, bits: int) -> Grid:
+    def grid(self, bits: float) -> Grid:
         """The grid of a width."""
-        return Grid(bits, self.options.group_size, self.options.symmetric or bits == 1)
+        return Grid(bits, self.options.group_size, self.options.symmetric or bits < 2)
 
     # --- plan --------------------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class QuantizeMixed(Pass):
         return self._unit in ("matrix", "projection")
 
     @property
-    def _extremes(self) -> tuple[int, int]:
+    def _extremes(self) -> tuple[float, float]:
         return min(self.options.widths), max(self.options.widths)
 
     @staticmethod
@@ -189,16 +189,14 @@ class QuantizeMixed(Pass):
 
     def _matrix_bytes(self, layer: LayerShape) -> Ints:
         """Bytes of each matrix of an expert at each width, [M, B]; the expert's biases count as part of the last."""
-        encodings = [
-            Encoding(b, self.options.group_size, self.options.symmetric or b == 1) for b in self.options.widths
-        ]
+        encodings = [Encoding(b, self.options.group_size, self.options.symmetric or b < 2) for b in self.options.widths]
         wide = [e.matrix_bytes(layer.intermediate, layer.hidden) for e in encodings]
         narrow = [e.matrix_bytes(layer.hidden, layer.intermediate) for e in encodings]
         size_MB = np.array([*[wide] * (layer.matrices - 1), narrow], dtype=np.int64) + self.target.matrix_bytes
         size_MB[-1] += layer.biases * layer.weight_bytes
         return size_MB
 
-    def _layer_bytes(self, layer: LayerShape, width: int) -> int:
+    def _layer_bytes(self, layer: LayerShape, width: float) -> int:
         sizes = self._matrix_bytes(layer)[:, self.options.widths.index(width)]
         return layer.num_experts * int(sizes.sum())
 

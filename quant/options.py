@@ -10,7 +10,8 @@ from moe_compress.passes import PassOptions
 
 from .allocate import Rule, Unit
 from .costs import find_cost
-from .grid import Search
+from .grid import WIDTHS, Search
+from .trits import TERNARY
 
 # What a paper's allocation is in terms of the options. Group sizes are left to the user: each paper's is 128.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -32,7 +33,9 @@ class MixedOptions(PassOptions):
         description="Budget: average bits per expert weight; scales, zero points and padding count",
     )
     size: str | None = Field(default=None, description='Instead of `bits`: size of the whole checkpoint, e.g. "12 GB"')
-    widths: list[int] = Field(default=[1, 2, 3, 4, 8], min_length=1, description="Widths that a unit may get")
+    widths: list[float] = Field(
+        default=[1, 2, 3, 4, 8], min_length=1, description="Widths that a unit may get: 1 to 8, and 1.58 for ternary"
+    )
     unit: Unit | None = Field(
         default=None,
         description="What gets a width of its own: each matrix, each expert, each projection of a layer (gate, up, "
@@ -89,10 +92,10 @@ class MixedOptions(PassOptions):
 
     @field_validator("widths")
     @classmethod
-    def _known_widths(cls, value: list[int]) -> list[int]:
-        if not set(value) <= set(range(1, 9)):
-            raise ValueError("widths are 1 to 8 bits")
-        return sorted(set(value))
+    def _known_widths(cls, value: list[float]) -> list[float]:
+        if not set(value) <= set(WIDTHS):
+            raise ValueError(f"widths are 1 to 8 bits, or {TERNARY} for ternary")
+        return [width for width in WIDTHS if width in value]  # integers as such
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
