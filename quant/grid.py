@@ -135,10 +135,10 @@ def find_scales(
         raise InputError(f"unknown search {search!r}; known: {', '.join(SEARCHES)}")
     if scale_dtype not in SCALE_DTYPES:
         raise InputError(f"scale_dtype must be bfloat16, float16 or float32, not {scale_dtype}")
-    weight_BOGg, importance_B1Gg = _grouped(weight, grid), _grouped_importance(weight, importance, grid)
+    weight_BOGg, importance_B1Gg = grouped(weight, grid), _grouped_importance(weight, importance, grid)
     scale_BOG1 = torch.empty((*weight_BOGg.shape[:-1], 1), dtype=scale_dtype, device=weight.device)
     zero_BOG1 = None if grid.symmetric else torch.empty_like(scale_BOG1, dtype=torch.uint8)
-    for batch, rows in _chunks(weight_BOGg):
+    for batch, rows in row_chunks(weight_BOGg):
         part_importance = None if importance_B1Gg is None else importance_B1Gg[batch]
         part = weight_BOGg[batch, rows].float().contiguous()  # a strided chunk would make every step below slow
         scale, zero = _fit(part, part_importance, grid, search, scale_dtype)
@@ -159,10 +159,10 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Te
     A group whose scale is 0 gets the code of its zero point (1 bit: of its signs), which dequantizes to 0.
     Raises InputError for shapes that don't fit.
     """
-    weight_BOGg = _grouped(weight, grid)
+    weight_BOGg = grouped(weight, grid)
     scale_BOG1, zero_BOG1 = _per_group(scale, zero, weight, weight_BOGg)
     codes_BOGg = torch.empty(weight_BOGg.shape, dtype=torch.uint8, device=weight.device)
-    for batch, rows in _chunks(weight_BOGg):
+    for batch, rows in row_chunks(weight_BOGg):
         low, high = level_range(grid, None if zero_BOG1 is None else zero_BOG1[batch, rows].float())
         level = nearest_level(weight_BOGg[batch, rows].float(), scale_BOG1[batch, rows].float(), low, high)
         codes_BOGg[batch, rows] = level.sub_(low)
@@ -171,10 +171,10 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Te
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """`scale · (code − zero)` [..., O, K] in `dtype`: the exact product (of a 16-bit scale), rounded once."""
-    codes_BOGg = _grouped(quantized.codes, quantized.grid)
+    codes_BOGg = grouped(quantized.codes, quantized.grid)
     scale_BOG1, zero_BOG1 = _per_group(quantized.scale, quantized.zero, quantized.codes, codes_BOGg)
     weight_BOGg = torch.empty(codes_BOGg.shape, dtype=dtype, device=codes_BOGg.device)
-    for batch, rows in _chunks(codes_BOGg):
+    for batch, rows in row_chunks(codes_BOGg):
         zero = quantized.grid.center if zero_BOG1 is None else zero_BOG1[batch, rows].float()
         level = codes_BOGg[batch, rows].float().sub_(zero)
         weight_BOGg[batch, rows] = level.mul_(scale_BOG1[batch, rows].float())  # rounds to `dtype`
@@ -332,7 +332,7 @@ def _error(weight: Tensor, scale: Tensor, level: Tensor, importance: Tensor, pow
     return difference.mul_(importance).sum(-1, keepdim=True)
 
 
-def _grouped(weight: Tensor, grid: Grid) -> Tensor:
+def grouped(weight: Tensor, grid: Grid) -> Tensor:
     """[..., O, K] as [B, O, G, g]."""
     if weight.dim() < 2 or not weight.shape[-1]:
         raise InputError(f"a weight to quantize is [..., out, in], not {list(weight.shape)}")
@@ -364,7 +364,7 @@ def _per_group(scale: Tensor, zero: Tensor | None, weight: Tensor, weight_BOGg: 
     return scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
 
-def _chunks(weight_BOGg: Tensor) -> Iterator[tuple[slice, slice]]:
+def row_chunks(weight_BOGg: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of B and O of about CHUNK_WEIGHTS weights each."""
     batches, rows, groups, size = weight_BOGg.shape
     limit = CHUNK_WEIGHTS.get(weight_BOGg.device.type, CHUNK_WEIGHTS["cuda"])

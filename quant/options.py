@@ -6,11 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from moe_compress.passes import PassOptions
-
 from .allocate import Rule, Unit
 from .costs import find_cost
-from .grid import WIDTHS, Search
+from .grid import WIDTHS
+from .solver import SolverOptions
 from .trits import TERNARY
 
 # What a paper's allocation is in terms of the options. Group sizes are left to the user: each paper's is 128.
@@ -20,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class MixedOptions(PassOptions):
+class MixedOptions(SolverOptions):
     """Options of `quantize.mixed`; `preset` replaces the defaults of those that are not given."""
 
     preset: Literal["pmq"] | None = Field(
@@ -56,22 +55,10 @@ class MixedOptions(PassOptions):
         ge=0,
         description="In every layer, some unit gets each of so many of the largest widths (PMQ: 2); program only",
     )
-    method: Literal["gptq", "rtn"] = Field(
-        default="gptq", description="GPTQ, or round-to-nearest (needs no data to apply)"
-    )
-    group_size: int = Field(default=64, ge=-1, description="Weights that share a scale, -1 for a whole row")
-    symmetric: bool = Field(default=True, description="No zero points (what servers load)")
-    search: Search = Field(default="mse", description="How scales are found")
     cost: str = Field(default="relative", description="What a width costs; see below")
     alpha: float = Field(default=1.0, ge=0, description="PMQ: exponent of how often an expert is chosen")
     beta: float = Field(default=1.5, ge=0, description="PMQ: exponent of its routing weight")
     gamma: float = Field(default=2.0, gt=0, description="PMQ: exponent of its error at the block's output")
-    damping: float = Field(default=0.01, ge=0, description="GPTQ: added to the Hessian's diagonal, times its mean")
-    shrinkage: float | None = Field(
-        default=None,
-        ge=0,
-        description="GPTQ: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
-    )
     protect_super_experts: bool = Field(
         default=True, description="Experts with massive activations get the largest of `widths`"
     )
