@@ -37,7 +37,7 @@ class QuantizationError(Statistic):
     """
 
     name: ClassVar[str] = "quantization_error"
-    bits: tuple[int, ...] = (1, 2, 3, 4, 8)
+    bits: tuple[float, ...] = (1, 2, 3, 4, 8)
     group_size: int = 64
     symmetric: bool = True
     per_matrix: bool = False
@@ -48,9 +48,9 @@ class QuantizationError(Statistic):
             raise UnsupportedModelError(f"layer {block.layer} is quantized already")
         return _Errors(self, FusedExperts(block.experts_module))
 
-    def grid(self, bits: int) -> Grid:
+    def grid(self, bits: float) -> Grid:
         """The grid of a width."""
-        return Grid(bits, self.group_size, self.symmetric or bits == 1)
+        return Grid(bits, self.group_size, self.symmetric or bits < 2)
 
 
 class _Errors(Accumulator):
@@ -116,6 +116,6 @@ class _Errors(Accumulator):
         ordered = {name: value.permute(2, 0, 1) for name, value in sums.items()}
         return {n: (v if self.settings.per_matrix else v[:, 0]).contiguous() for n, v in ordered.items()}
 
-    def _rounded(self, weights: ExpertWeights, bits: int) -> dict[str, Tensor]:
+    def _rounded(self, weights: ExpertWeights, bits: float) -> dict[str, Tensor]:
         grid = self.settings.grid(bits)
         return {n: dequantize(round_to_nearest(matrix, grid), matrix.dtype) for n, matrix in weights.matrices()}

@@ -10,49 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, Moments, chunks
+from moe_compress.errors import InputError
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 
 from .gptq import gptq, shrink_hessians
-from .grid import Grid, Quantized, Search
+from .grid import Grid, Quantized
+from .hqq import half_quadratic
 from .packed import Stack, pack_experts
 from .rtn import round_to_nearest
+from .solver import SolverOptions
 
 # Dense weights (float32) and solver workspace made at a time.
 CHUNK_BYTES = 512 << 20
 
 # Projection → the width of every expert's matrix.
-Widths = dict[str, list[int]]
-
-
-class Solving(Protocol):
-    """How matrices are quantized: the part of a pass's options that is the same for all."""
-
-    @property
-    def search(self) -> Search:
-        """How scales are found."""
-
-    @property
-    def damping(self) -> float:
-        """GPTQ: added to the Hessian's diagonal, times its mean."""
-
-    @property
-    def shrinkage(self) -> float | None:
-        """GPTQ: tokens that the layer's mean Hessian counts for."""
-
-    def grid(self, bits: int) -> Grid:
-        """The grid of a width."""
+Widths = dict[str, list[float]]
 
 
 def quantize_experts(
-    block: MoEBlock, widths: Widths, solving: Solving, inputs: BlockInputs | None
+    block: MoEBlock, widths: Widths, options: SolverOptions, inputs: BlockInputs | None
 ) -> list[dict[str, Any]]:
-    """Quantize and pack a block's experts: by GPTQ on `inputs`, by round-to-nearest without.
+    """Quantize and pack a block's experts by the method of `options`; GPTQ needs the block's `inputs`.
 
     Returns for every expert its `bits` by projection, and what the solver says (tokens, errors, damping).
     """
@@ -60,7 +44,7 @@ def quantize_experts(
     matrices: dict[str, list[tuple[list[int], Stack]]] = {}
     names = [name for name, _ in experts.weights().matrices()]
     report: list[dict[str, Any]] = [{"bits": {n: widths[n][e] for n in names}} for e in range(experts.num_experts)]
-    for solved in _by_rtn(experts, widths, solving) if inputs is None else _by_gptq(experts, widths, solving, inputs):
+    for solved in _solved(experts, widths, options, inputs):
         matrices.setdefault(solved.projection, []).append((solved.experts, Stack.holding(solved.quantized)))
         for expert, values in solved.report.items():
             report[expert].update(values)
@@ -78,17 +62,27 @@ class _Solved:
     report: dict[int, dict[str, Any]]
 
 
-def _by_rtn(experts: FusedExperts, widths: Widths, solving: Solving) -> Iterator[_Solved]:
-    weights = experts.weights()
+def _solved(
+    experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs | None
+) -> Iterator[_Solved]:
+    if options.method != "gptq":
+        return _without_data(experts, widths, options)
+    if inputs is None:
+        raise InputError("GPTQ needs what the experts read")
+    return _by_gptq(experts, widths, options, inputs)
+
+
+def _without_data(experts: FusedExperts, widths: Widths, options: SolverOptions) -> Iterator[_Solved]:
+    weights, quantize = experts.weights(), round_to_nearest if options.method == "rtn" else half_quadratic
     sizes = [16 * weights.parameters // experts.num_experts] * experts.num_experts
     for name, stacked in weights.matrices():
         for chunk in chunks(sizes, CHUNK_BYTES):
             for (width,), members in _alike([widths[name]], chunk).items():
-                grid = solving.grid(width)
-                yield _Solved(name, members, round_to_nearest(stacked[members], grid, search=solving.search), {})
+                grid = options.grid(width)
+                yield _Solved(name, members, quantize(stacked[members], grid, search=options.search), {})
 
 
-def _by_gptq(experts: FusedExperts, widths: Widths, solving: Solving, inputs: BlockInputs) -> Iterator[_Solved]:
+def _by_gptq(experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs) -> Iterator[_Solved]:
     weights = experts.weights()
     means = _layer_means(experts, inputs)
     inward = [name for name, _ in weights.matrices() if name != "down"]
@@ -96,12 +90,12 @@ def _by_gptq(experts: FusedExperts, widths: Widths, solving: Solving, inputs: Bl
         for names, moment, mean in ((inward, part.input_CHH, means[0]), (["down"], part.activation_CII, means[1])):
             for alike, members in _alike([widths[n] for n in names], part.experts).items():
                 local = [e - part.experts.start for e in members]
-                hessian = shrink_hessians(moment[local], part.rows_C[local], solving.shrinkage, mean_KK=mean)
+                hessian = shrink_hessians(moment[local], part.rows_C[local], options.shrinkage, mean_KK=mean)
                 # Matrices that read the same and get the same width are one matrix with more rows.
                 together = [names] if len(set(alike)) == 1 else [[name] for name in names]
                 for own in together:
-                    grid = solving.grid(widths[own[0]][members[0]])
-                    yield from _solve(weights, own, members, grid, hessian, part, solving)
+                    grid = options.grid(widths[own[0]][members[0]])
+                    yield from _solve(weights, own, members, grid, hessian, part, options)
 
 
 def _solve(
@@ -111,10 +105,10 @@ def _solve(
     grid: Grid,
     hessian_EKK: Tensor,
     part: Moments,
-    solving: Solving,
+    options: SolverOptions,
 ) -> Iterator[_Solved]:
     stacked = torch.cat([getattr(weights, name)[members] for name in names], dim=1)
-    solved = gptq(stacked, hessian_EKK, grid, damping=solving.damping, search=solving.search)
+    solved = gptq(stacked, hessian_EKK, grid, damping=options.damping, search=options.search)
     what = "_".join(names)
     report = {
         expert: {
@@ -143,9 +137,9 @@ def _layer_means(experts: FusedExperts, inputs: BlockInputs) -> tuple[Tensor, Te
     return read, activated
 
 
-def _alike(widths: Sequence[Sequence[int]], experts: range) -> dict[tuple[int, ...], list[int]]:
+def _alike(widths: Sequence[Sequence[float]], experts: range) -> dict[tuple[float, ...], list[int]]:
     """The widths of some projections → those of `experts` that have just these."""
-    found: dict[tuple[int, ...], list[int]] = {}
+    found: dict[tuple[float, ...], list[int]] = {}
     for expert in experts:
         found.setdefault(tuple(own[expert] for own in widths), []).append(expert)
     return dict(sorted(found.items()))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.errors import InputError, RecipeError, RunError
+from moe_compress.quant.trits import TERNARY
 
 Search = Literal["none", "mse", "pnorm"]
 SEARCHES: tuple[Search, ...] = ("none", "mse", "pnorm")
@@ -36,6 +37,7 @@ GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.056
 COARSE = 6
 FINE = (-0.4, -0.2, 0.2, 0.4)
 REFINEMENTS = 2
+WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)
 CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 TINY = torch.finfo(torch.float32).tiny
 
@@ -44,9 +46,10 @@ TINY = torch.finfo(torch.float32).tiny
 class Grid:
     """The values that a group of weights can have: `scale · (code − zero)`.
 
-    `bits`: 1 to 8. `group_size`: weights along K that share a scale; −1 makes the whole row one group.
-    `symmetric`: the zero point is fixed at 2^(bits−1) and nothing is stored for it. 1 bit is always symmetric, with the
-    zero at 0.5, so its two values are ±scale/2.
+    `bits`: 1 to 8, or 1.58 for the ternary grid, whose values are 0 and ±scale (codes 0 to 2).
+    `group_size`: weights along K that share a scale; −1 makes the whole row one group.
+    `symmetric`: the zero point is fixed at 2^(bits−1) and nothing is stored for it. Below 2 bits a grid is always
+    symmetric: the zero is 0.5 at 1 bit, so its two values are ±scale/2, and 1 at 1.58.
     `signed_scale`: a symmetric group may have a negative scale, which moves the level that has no mirror image,
     −2^(bits−1), to the positive side. None means where it pays: at 2 to 4 bits it takes 10 to 17 % off the squared
     error of groups of 64. A runtime that multiplies by the scale needs to know nothing of it; False is for one that
@@ -55,33 +58,34 @@ class Grid:
     Raises RecipeError for values out of range.
     """
 
-    bits: int
+    bits: float
     group_size: int
     symmetric: bool = True
     signed_scale: bool | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise RecipeError(f"bits must be 1 to 8, not {self.bits}")
+        if self.bits not in WIDTHS:
+            raise RecipeError(f"bits must be 1 to 8 or {TERNARY} (ternary), not {self.bits}")
         if self.group_size != -1 and self.group_size < 1:
             raise RecipeError(f"group_size must be positive, or -1 for one group per row, not {self.group_size}")
-        if self.bits == 1 and not self.symmetric:
-            raise RecipeError("1 bit has only a symmetric grid (±scale/2): set symmetric to true, or take 2 bits")
+        if self.bits < 2 and not self.symmetric:
+            values = "1 bit has only a symmetric grid (±scale/2)" if self.bits == 1 else "a ternary grid is symmetric"
+            raise RecipeError(f"{values}: set symmetric to true, or take 2 bits")
 
     @property
     def max_code(self) -> int:
         """The largest code."""
-        return (1 << self.bits) - 1
+        return 2 if self.bits == TERNARY else (1 << int(self.bits)) - 1
 
     @property
     def center(self) -> float:
-        """The zero point of a symmetric grid: 2^(bits−1), or 0.5 at 1 bit."""
-        return 0.5 if self.bits == 1 else float(1 << (self.bits - 1))
+        """The zero point of a symmetric grid: 2^(bits−1); 0.5 at 1 bit, 1 at 1.58."""
+        return self.max_code / 2 if self.bits < 2 else float(1 << (int(self.bits) - 1))
 
     @property
     def has_signed_scale(self) -> bool:
         """Whether scales may be negative: `signed_scale`, with None and inapplicable values resolved."""
-        if not self.symmetric or self.bits == 1:
+        if not self.symmetric or self.bits < 2:
             return False
         return self.bits <= 4 if self.signed_scale is None else self.signed_scale
 
@@ -114,8 +118,8 @@ def find_scales(
 ) -> tuple[Tensor, Tensor | None]:
     """The scale and the zero point of every group of `weight` [..., O, K].
 
-    `search`: "none" takes them from the group's extreme values (1 bit: from its mean magnitude). "mse" and "pnorm"
-    minimise Σ importance · |w − ŵ|^p over the group, p = 2 or 2.4, and are never worse than "none" by that measure.
+    `search`: "none" takes them from the group's extreme values (below 2 bits: from its mean magnitude). "mse" and
+    "pnorm" minimise Σ importance · |w − ŵ|^p over the group, p = 2 or 2.4, and are never worse than "none" by that.
     `importance`: [..., K] or [K], not negative, such as the diagonal of a Hessian; only its ratios matter, and only to
     a search.
     Returns the scale [..., O, G] in `scale_dtype` and the zero point uint8 [..., O, G], None if symmetric. The scale of
@@ -123,17 +127,18 @@ def find_scales(
     Raises InputError for shapes and arguments that don't fit, RunError for weights that are not finite or whose scale
     is out of the range of `scale_dtype`.
 
-    Sources: the 1-bit scale from XNOR-Net (Rastegari et al. 2016, arXiv 1603.05279, eq. 6); p = 2.4 from GPTQ's code;
+    Sources: the 1-bit scale from XNOR-Net (Rastegari et al. 2016, arXiv 1603.05279, eq. 6); the ternary one without a
+    search from Ternary Weight Networks (Li et al. 2016, arXiv 1605.04711, eq. 5 and 6); p = 2.4 from GPTQ's code;
     scale and codes in turn, each the best for the other, is Lloyd's algorithm restricted to uniform grids.
     """
     if search not in SEARCHES:
         raise InputError(f"unknown search {search!r}; known: {', '.join(SEARCHES)}")
     if scale_dtype not in SCALE_DTYPES:
         raise InputError(f"scale_dtype must be bfloat16, float16 or float32, not {scale_dtype}")
-    weight_BOGg, importance_B1Gg = _grouped(weight, grid), _grouped_importance(weight, importance, grid)
+    weight_BOGg, importance_B1Gg = grouped(weight, grid), _grouped_importance(weight, importance, grid)
     scale_BOG1 = torch.empty((*weight_BOGg.shape[:-1], 1), dtype=scale_dtype, device=weight.device)
     zero_BOG1 = None if grid.symmetric else torch.empty_like(scale_BOG1, dtype=torch.uint8)
-    for batch, rows in _chunks(weight_BOGg):
+    for batch, rows in row_chunks(weight_BOGg):
         part_importance = None if importance_B1Gg is None else importance_B1Gg[batch]
         part = weight_BOGg[batch, rows].float().contiguous()  # a strided chunk would make every step below slow
         scale, zero = _fit(part, part_importance, grid, search, scale_dtype)
@@ -154,10 +159,10 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Te
     A group whose scale is 0 gets the code of its zero point (1 bit: of its signs), which dequantizes to 0.
     Raises InputError for shapes that don't fit.
     """
-    weight_BOGg = _grouped(weight, grid)
+    weight_BOGg = grouped(weight, grid)
     scale_BOG1, zero_BOG1 = _per_group(scale, zero, weight, weight_BOGg)
     codes_BOGg = torch.empty(weight_BOGg.shape, dtype=torch.uint8, device=weight.device)
-    for batch, rows in _chunks(weight_BOGg):
+    for batch, rows in row_chunks(weight_BOGg):
         low, high = level_range(grid, None if zero_BOG1 is None else zero_BOG1[batch, rows].float())
         level = nearest_level(weight_BOGg[batch, rows].float(), scale_BOG1[batch, rows].float(), low, high)
         codes_BOGg[batch, rows] = level.sub_(low)
@@ -166,10 +171,10 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Te
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """`scale · (code − zero)` [..., O, K] in `dtype`: the exact product (of a 16-bit scale), rounded once."""
-    codes_BOGg = _grouped(quantized.codes, quantized.grid)
+    codes_BOGg = grouped(quantized.codes, quantized.grid)
     scale_BOG1, zero_BOG1 = _per_group(quantized.scale, quantized.zero, quantized.codes, codes_BOGg)
     weight_BOGg = torch.empty(codes_BOGg.shape, dtype=dtype, device=codes_BOGg.device)
-    for batch, rows in _chunks(codes_BOGg):
+    for batch, rows in row_chunks(codes_BOGg):
         zero = quantized.grid.center if zero_BOG1 is None else zero_BOG1[batch, rows].float()
         level = codes_BOGg[batch, rows].float().sub_(zero)
         weight_BOGg[batch, rows] = level.mul_(scale_BOG1[batch, rows].float())  # rounds to `dtype`
@@ -215,7 +220,9 @@ def _fit(
         scale, zero = torch.where(better, new_scale, scale), torch.where(better, new_zero, zero)
         level, error = torch.where(better, new_level, level), torch.where(better, new_error, error)
 
-    if grid.bits > 1:
+    if grid.bits == TERNARY:
+        keep_better(_ternary_scale(weight, importance), zero)
+    elif grid.bits > 1:
         keep_better(*_sweep(weight, importance, grid, power))
     for _ in range(REFINEMENTS):
         keep_better(_least_squares_scale(weight, scale, level, importance, power), zero)
@@ -226,6 +233,10 @@ def _plain_scale(weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> tuple[
     """The scale and the zero point without a search."""
     if grid.bits == 1:
         scale = 2 * weight.abs().mean(-1, keepdim=True)
+    elif grid.bits == TERNARY:
+        magnitude = weight.abs()
+        large = magnitude > 0.7 * magnitude.mean(-1, keepdim=True)
+        scale = (magnitude * large).sum(-1, keepdim=True) / large.sum(-1, keepdim=True).clamp_min(1)
     else:
         smallest, largest, step = _extremes(weight, grid)
         if not grid.symmetric:
@@ -259,7 +270,9 @@ def _sweep(weight: Tensor, importance: Tensor, grid: Grid, power: float) -> tupl
     # Candidates are 1 / scale, 0 for an all-zero group. They start beyond the extremes: at 4 bits that takes 1 to 2 %
     # off the error of groups of 16 (nothing off that of large ones).
     top = 1.3 * step
-    bottom = torch.minimum(0.7 * GAUSSIAN_STEP[grid.bits] * weight.square().mean(-1, keepdim=True).sqrt_(), 0.9 * step)
+    bottom = torch.minimum(
+        0.7 * GAUSSIAN_STEP[int(grid.bits)] * weight.square().mean(-1, keepdim=True).sqrt_(), 0.9 * step
+    )
     growth = (top / torch.where(bottom == 0, math.inf, bottom)) ** (1 / (COARSE - 1))
     weighted = weight * importance
     level, spare = torch.empty_like(weight), torch.empty_like(weight)  # a new buffer per step would cost page faults
@@ -290,6 +303,20 @@ def _sweep(weight: Tensor, importance: Tensor, grid: Grid, power: float) -> tupl
     return best_scale, best_zero
 
 
+def _ternary_scale(weight: Tensor, importance: Tensor) -> Tensor:
+    """The ternary scale with the least Σ importance · (w − ŵ)²: exact.
+
+    Whatever the scale, the weights that become ±scale are those above some magnitude, at the scale that is their
+    weighted mean magnitude. So it is the best of the g runs of the largest, all judged by two running sums.
+    """
+    magnitude, order = weight.abs().sort(dim=-1, descending=True)
+    importance = importance.expand(weight.shape).gather(-1, order)
+    norm = importance.cumsum(-1).clamp_min_(TINY)
+    product = magnitude.mul_(importance).cumsum(-1)
+    best = (product.square() / norm).argmax(-1, keepdim=True)  # what the error is less than Σ importance · w²
+    return product.gather(-1, best) / norm.gather(-1, best)
+
+
 def _least_squares_scale(weight: Tensor, scale: Tensor, level: Tensor, importance: Tensor, power: float) -> Tensor:
     """The best scale for fixed codes: for power 2 exactly, else by one step of reweighted least squares."""
     if power != 2.0:
@@ -305,7 +332,7 @@ def _error(weight: Tensor, scale: Tensor, level: Tensor, importance: Tensor, pow
     return difference.mul_(importance).sum(-1, keepdim=True)
 
 
-def _grouped(weight: Tensor, grid: Grid) -> Tensor:
+def grouped(weight: Tensor, grid: Grid) -> Tensor:
     """[..., O, K] as [B, O, G, g]."""
     if weight.dim() < 2 or not weight.shape[-1]:
         raise InputError(f"a weight to quantize is [..., out, in], not {list(weight.shape)}")
@@ -337,7 +364,7 @@ def _per_group(scale: Tensor, zero: Tensor | None, weight: Tensor, weight_BOGg: 
     return scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
 
-def _chunks(weight_BOGg: Tensor) -> Iterator[tuple[slice, slice]]:
+def row_chunks(weight_BOGg: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of B and O of about CHUNK_WEIGHTS weights each."""
     batches, rows, groups, size = weight_BOGg.shape
     limit = CHUNK_WEIGHTS.get(weight_BOGg.device.type, CHUNK_WEIGHTS["cuda"])

@@ -1,8 +1,8 @@
 """The pass `quantize.mixed`: every matrix at the width that a multiple-choice program gives it, in packed integers.
 
 Plan: what each width would cost is computed (costs.py), and one program over all layers spends a budget of real bytes
-(allocate.py; scales, zero points and padding counted). Apply (experts.py): round-to-nearest, or GPTQ on what the
-experts really read.
+(allocate.py; scales, zero points and padding counted). Apply (experts.py): GPTQ on what the experts really read, or a
+method that needs no data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from moe_compress.units import parse_bytes, show_bytes
 from .allocate import LOADED, Allocation, Choices, Unit, by_layer, greedy, program, uniform, unit_of
 from .costs import COSTS, Asked, find_cost
 from .experts import quantize_experts
-from .grid import Grid, Search
 from .options import MixedOptions
 from .packed import PROJECTIONS, Encoding
 
@@ -37,8 +36,8 @@ class QuantizeMixed(Pass):
     """Quantize experts, each matrix to its own width, under one budget."""
 
     name = "quantize.mixed"
-    summary = "quantize experts, bits from a program under one budget of real bytes; GPTQ or round-to-nearest"
-    paper = "PMQ, arXiv 2410.06270 (allocation); GPTQ, arXiv 2210.17323"
+    summary = "quantize experts, bits from a program under one budget of real bytes; GPTQ, HQQ or round-to-nearest"
+    paper = "PMQ, arXiv 2410.06270 (allocation); GPTQ, arXiv 2210.17323; HQQ (Badri and Shaji 2023)"
     Options = MixedOptions
     options: MixedOptions
 
@@ -111,7 +110,7 @@ class QuantizeMixed(Pass):
         for index, own in choices.items():
             column_U = found.column_U[index]
             used += int(own.size_UB[np.arange(len(column_U)), column_U].sum())
-            width_EM = np.array(widths)[column_U][own.unit_EM]
+            width_EM = np.array(widths, dtype=object)[column_U][own.unit_EM]
             names = self._projections(shape.layers[index])
             bits = {name: width_EM[:, m].tolist() for m, name in enumerate(names)}
             layers[index] = {"bits": bits, "protected": protected.get(index, [])}
@@ -128,31 +127,10 @@ class QuantizeMixed(Pass):
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Quantize and pack a block's experts."""
-        report = quantize_experts(block, decision["bits"], self, inputs)
+        report = quantize_experts(block, decision["bits"], self.options, inputs)
         for expert, values in enumerate(report):
             values["protected"] = expert in decision["protected"]
         return {"experts": report}
-
-    # --- how matrices are quantized (see Solving) ---------------------------------------------------------------
-
-    @property
-    def search(self) -> Search:
-        """How scales are found."""
-        return self.options.search
-
-    @property
-    def damping(self) -> float:
-        """Added to the Hessian's diagonal, times its mean."""
-        return self.options.damping
-
-    @property
-    def shrinkage(self) -> float | None:
-        """Tokens that the layer's mean Hessian counts for."""
-        return self.options.shrinkage
-
-    def grid(self, bits: int) -> Grid:
-        """The grid of a width."""
-        return Grid(bits, self.options.group_size, self.options.symmetric or bits == 1)
 
     # --- plan --------------------------------------------------------------------------------------------------
 
@@ -168,7 +146,7 @@ class QuantizeMixed(Pass):
         return self._unit in ("matrix", "projection")
 
     @property
-    def _extremes(self) -> tuple[int, int]:
+    def _extremes(self) -> tuple[float, float]:
         return min(self.options.widths), max(self.options.widths)
 
     @staticmethod
@@ -189,16 +167,14 @@ class QuantizeMixed(Pass):
 
     def _matrix_bytes(self, layer: LayerShape) -> Ints:
         """Bytes of each matrix of an expert at each width, [M, B]; the expert's biases count as part of the last."""
-        encodings = [
-            Encoding(b, self.options.group_size, self.options.symmetric or b == 1) for b in self.options.widths
-        ]
+        encodings = [Encoding(b, self.options.group_size, self.options.symmetric or b < 2) for b in self.options.widths]
         wide = [e.matrix_bytes(layer.intermediate, layer.hidden) for e in encodings]
         narrow = [e.matrix_bytes(layer.hidden, layer.intermediate) for e in encodings]
         size_MB = np.array([*[wide] * (layer.matrices - 1), narrow], dtype=np.int64) + self.target.matrix_bytes
         size_MB[-1] += layer.biases * layer.weight_bytes
         return size_MB
 
-    def _layer_bytes(self, layer: LayerShape, width: int) -> int:
+    def _layer_bytes(self, layer: LayerShape, width: float) -> int:
         sizes = self._matrix_bytes(layer)[:, self.options.widths.index(width)]
         return layer.num_experts * int(sizes.sum())
 

@@ -6,11 +6,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from moe_compress.passes import PassOptions
-
 from .allocate import Rule, Unit
 from .costs import find_cost
-from .grid import Search
+from .grid import WIDTHS
+from .solver import SolverOptions
+from .trits import TERNARY
 
 # What a paper's allocation is in terms of the options. Group sizes are left to the user: each paper's is 128.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class MixedOptions(PassOptions):
+class MixedOptions(SolverOptions):
     """Options of `quantize.mixed`; `preset` replaces the defaults of those that are not given."""
 
     preset: Literal["pmq"] | None = Field(
@@ -32,7 +32,9 @@ class MixedOptions(PassOptions):
         description="Budget: average bits per expert weight; scales, zero points and padding count",
     )
     size: str | None = Field(default=None, description='Instead of `bits`: size of the whole checkpoint, e.g. "12 GB"')
-    widths: list[int] = Field(default=[1, 2, 3, 4, 8], min_length=1, description="Widths that a unit may get")
+    widths: list[float] = Field(
+        default=[1, 2, 3, 4, 8], min_length=1, description="Widths that a unit may get: 1 to 8, and 1.58 for ternary"
+    )
     unit: Unit | None = Field(
         default=None,
         description="What gets a width of its own: each matrix, each expert, each projection of a layer (gate, up, "
@@ -53,22 +55,10 @@ class MixedOptions(PassOptions):
         ge=0,
         description="In every layer, some unit gets each of so many of the largest widths (PMQ: 2); program only",
     )
-    method: Literal["gptq", "rtn"] = Field(
-        default="gptq", description="GPTQ, or round-to-nearest (needs no data to apply)"
-    )
-    group_size: int = Field(default=64, ge=-1, description="Weights that share a scale, -1 for a whole row")
-    symmetric: bool = Field(default=True, description="No zero points (what servers load)")
-    search: Search = Field(default="mse", description="How scales are found")
     cost: str = Field(default="relative", description="What a width costs; see below")
     alpha: float = Field(default=1.0, ge=0, description="PMQ: exponent of how often an expert is chosen")
     beta: float = Field(default=1.5, ge=0, description="PMQ: exponent of its routing weight")
     gamma: float = Field(default=2.0, gt=0, description="PMQ: exponent of its error at the block's output")
-    damping: float = Field(default=0.01, ge=0, description="GPTQ: added to the Hessian's diagonal, times its mean")
-    shrinkage: float | None = Field(
-        default=None,
-        ge=0,
-        description="GPTQ: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
-    )
     protect_super_experts: bool = Field(
         default=True, description="Experts with massive activations get the largest of `widths`"
     )
@@ -89,10 +79,10 @@ class MixedOptions(PassOptions):
 
     @field_validator("widths")
     @classmethod
-    def _known_widths(cls, value: list[int]) -> list[int]:
-        if not set(value) <= set(range(1, 9)):
-            raise ValueError("widths are 1 to 8 bits")
-        return sorted(set(value))
+    def _known_widths(cls, value: list[float]) -> list[float]:
+        if not set(value) <= set(WIDTHS):
+            raise ValueError(f"widths are 1 to 8 bits, or {TERNARY} for ternary")
+        return [width for width in WIDTHS if width in value]  # integers as such
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -24,6 +24,7 @@ from moe_compress.model.dispatch import Dispatch, grouped_linear
 from moe_compress.model.experts import run_experts
 from moe_compress.quant.grid import Grid, Quantized, dequantize
 from moe_compress.quant.packing import pack, packed_words, unpack
+from moe_compress.quant.trits import TERNARY
 
 # Dense weights made at a time while running, bytes: enough for large matrix products, far below a layer.
 UNPACKED_BYTES = 64 << 20
@@ -36,24 +37,25 @@ class Encoding:
     """How the matrices of a stack are stored.
 
     Attributes:
-        bits: width of a code; 0 for dense weights.
+        bits: width of a code, 1.58 for ternary ones; 0 for dense weights.
         group_size: weights that share a scale (along the input), -1 for a whole row.
         symmetric: no zero points are stored.
         dtype: of the scales, or of dense weights.
     """
 
-    bits: int
+    bits: float
     group_size: int = -1
     symmetric: bool = True
     dtype: str = "bfloat16"
 
     @property
     def name(self) -> str:
-        """Name of the stack's tensors: "b3g64", with "z" where zero points are stored; "dense"."""
+        """Name of the stack's tensors: "b3g64", "t158g64" (ternary), "dense"; with "z" where zero points are stored."""
         if self.bits == 0:
             return "dense"
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
-        return f"b{self.bits}{group}{'' if self.symmetric else 'z'}"
+        width = "t158" if self.bits == TERNARY else f"b{self.bits}"
+        return f"{width}{group}{'' if self.symmetric else 'z'}"
 
     @property
     def grid(self) -> Grid:

@@ -9,6 +9,8 @@ How it works: on a little-endian machine the words are one stream of bits, and e
 4 or 8 codes is read as one integer and spread to one byte per code by moving its upper half up, then the upper half of
 each half, and so on: two passes of vector instructions per step and no gather. Packing is the same backwards. Both work
 in chunks that stay in cache, so they need little memory beyond their result.
+
+Ternary codes, 1.58 bits, have no whole number of bits: trits.py holds five of them in a byte.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.errors import InputError
+from moe_compress.quant.trits import TERNARY, pack_trits, trit_words, unpack_trits
 
 # bits -> (codes per field, the integer that holds one byte per code of a field). A field's packed size is whole bytes.
 FIELDS = {
@@ -33,19 +36,22 @@ FIELDS = {
 CHUNK_CODES = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
-def packed_words(in_features: int, bits: int) -> int:
-    """How many int32 words a row of `in_features` codes takes: ceil(K · bits / 32)."""
-    return -(-in_features * bits // 32)
+def packed_words(in_features: int, bits: float) -> int:
+    """How many int32 words a row of `in_features` codes takes: ceil(K · bits / 32); ternary: ceil(K / 20)."""
+    return trit_words(in_features) if bits == TERNARY else -(-in_features * int(bits) // 32)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: float) -> Tensor:
     """`codes` uint8 [..., K] as int32 words [..., ceil(K · bits / 32)].
 
-    Raises InputError when `bits` is not 1 to 8, the codes are not uint8, or one of them needs more than `bits` bits.
+    Raises InputError when `bits` is not 1 to 8 or 1.58, the codes are not uint8, or one of them doesn't fit.
     """
     _check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() == 0:
         raise InputError(f"codes to pack must be a uint8 tensor [..., K], not {codes.dtype} {list(codes.shape)}")
+    if bits == TERNARY:
+        return pack_trits(codes)
+    bits = int(bits)
     if codes.numel() and int(codes.max()) >> bits:
         raise InputError(f"a code of {int(codes.max())} doesn't fit {bits} bits")
     in_features = codes.shape[-1]
@@ -60,10 +66,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed.view(*rows, whole_words)[..., :words].contiguous()
 
 
-def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
+def unpack(words: Tensor, bits: float, in_features: int) -> Tensor:
     """The uint8 codes [..., K] of int32 `words` [..., ceil(K · bits / 32)], with K = `in_features`.
 
-    Raises InputError when `bits` is not 1 to 8, the words are not int32, or a row has another number of words.
+    Raises InputError when `bits` is not 1 to 8 or 1.58, the words are not int32, or a row has another number of words.
     """
     _check_bits(bits)
     if words.dtype != torch.int32 or words.dim() == 0 or words.shape[-1] != packed_words(in_features, bits):
@@ -71,6 +77,9 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
             f"{in_features} codes of {bits} bits are int32 [..., {packed_words(in_features, bits)}], "
             f"not {words.dtype} {list(words.shape)}"
         )
+    if bits == TERNARY:
+        return unpack_trits(words, in_features)
+    bits = int(bits)
     rows = words.shape[:-1]
     padding = -words.shape[-1] % bits
     if padding:
@@ -142,8 +151,8 @@ def _chunk_fields(codes: Tensor, count: int) -> int:
     return CHUNK_CODES.get(codes.device.type, CHUNK_CODES["cuda"]) // count
 
 
-def _check_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise InputError(f"packing takes 1 to 8 bits, not {bits}")
+def _check_bits(bits: float) -> None:
+    if bits != TERNARY and bits not in range(1, 9):
+        raise InputError(f"packing takes 1 to 8 bits or {TERNARY}, not {bits}")
     if sys.byteorder != "little":
         raise InputError("packing needs a little-endian machine")

@@ -38,8 +38,16 @@ def as_float(dtype: str, shape: list[int], raw: bytes) -> np.ndarray:
     return np.frombuffer(raw, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32).reshape(shape)
 
 
-def codes_of(shape: list[int], raw: bytes, bits: int, columns: int) -> np.ndarray:
-    """Rows of packed integers → rows of codes, bit by bit."""
+def codes_of(shape: list[int], raw: bytes, bits: float, columns: int) -> np.ndarray:
+    """Rows of packed integers → rows of codes, bit by bit, or five digits to a byte."""
+    if bits == 1.58:
+        assert shape[-1] == -(-columns // 20)
+        digits = np.frombuffer(raw, np.uint8).reshape(*shape[:-1], 4 * shape[-1], 1) // 3 ** np.arange(6) % 3
+        stream = digits.reshape(*shape[:-1], -1, 6)
+        assert not stream[..., 5].any()
+        codes = stream[..., :5].reshape(*shape[:-1], -1)
+        assert not codes[..., columns:].any()
+        return codes[..., :columns]
     assert shape[-1] == -(-columns * bits // 32)
     rows = np.frombuffer(raw, np.uint8).reshape(-1, 4 * shape[-1])  # little-endian words: a stream of bytes
     stream = np.unpackbits(rows, axis=1, bitorder="little")
@@ -99,7 +107,8 @@ class Native:
             return as_float(*stored)
         size = encoding["group_size"]
         zeros = "" if encoding["symmetric"] else "z"
-        assert name == (f"b{bits}row{zeros}" if size == -1 else f"b{bits}g{size}{zeros}")
+        width = "t158" if bits == 1.58 else f"b{bits}"
+        assert name == (f"{width}row{zeros}" if size == -1 else f"{width}g{size}{zeros}")
         groups = 1 if size == -1 else columns // size
         scales = self._take(prefix + "scale")
         assert scales[0] == STORED[encoding["dtype"]]
@@ -107,7 +116,7 @@ class Native:
         dtype, stored, raw = self._take(prefix + "codes")
         assert dtype == "I32"
         codes = codes_of(stored, raw, bits, columns).astype(np.float32)
-        zero = np.float32(0.5 if bits == 1 else 2 ** (bits - 1))
+        zero = np.float32({1: 0.5, 1.58: 1}.get(bits, 2 ** (bits - 1)))
         if not encoding["symmetric"]:
             dtype, stored, raw = self._take(prefix + "zero")
             assert dtype == "I32"

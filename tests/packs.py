@@ -35,7 +35,7 @@ def pack_block(block, choose, dense_dtype=torch.bfloat16, scale_dtype=torch.bflo
                 continue
             quantized = round_to_nearest(own, Grid(bits, group, symmetric), scale_dtype=scale_dtype)
             matrices[name].append((experts, Stack.holding(quantized)))
-            zero = 0.5 if bits == 1 else float(1 << (bits - 1))
+            zero = {1: 0.5, 1.58: 1.0}.get(bits) or float(1 << (bits - 1))
             if quantized.zero is not None:
                 zero = spread(quantized.zero.float(), own.shape[-1])
             values[name][experts] = (quantized.codes.float() - zero) * spread(quantized.scale.float(), own.shape[-1])
@@ -54,11 +54,11 @@ def put(block, values: dict[str, Tensor]) -> None:
         stacked.copy_(values[name])
 
 
-def mixture(projection: str, expert: int) -> tuple[int, int, bool]:
-    """Every width from 1 to 8, dense weights, three group sizes, with and without zero points."""
+def mixture(projection: str, expert: int) -> tuple[float, int, bool]:
+    """Every width from 1 to 8, ternary, dense weights, three group sizes, with and without zero points."""
     position = expert + 3 * ("gate", "up", "down").index(projection)
-    bits = position % 9
-    return bits, (4, -1, 2)[position % 3], bits <= 1 or position % 2 == 0
+    bits = 1.58 if position % 10 == 9 else position % 10
+    return bits, (4, -1, 2)[position % 3], bits < 2 or position % 2 == 0
 
 
 class Packed:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from moe_compress.constants import COMPRESSED_TENSORS
 from moe_compress.errors import RecipeError, nearest
+from moe_compress.quant.trits import TERNARY
 
 from .compressed_tensors import SHAPE_BYTES
 
@@ -39,7 +40,7 @@ class Target:
     quantized_format: str | None
     uniform_experts: bool
     bits_per: str
-    bits: tuple[int, ...]
+    bits: tuple[float, ...]
     group_sizes: tuple[int, ...] | None = None
     asymmetric: bool = True
     biases: bool = True
@@ -47,7 +48,7 @@ class Target:
     per_expert: bool = False
     matrix_bytes: int = 0
 
-    def check_grid(self, step: str, widths: Sequence[int], group_size: int, symmetric: bool) -> None:
+    def check_grid(self, step: str, widths: Sequence[float], group_size: int, symmetric: bool) -> None:
         """Raise RecipeError when it doesn't load such quantized weights.
 
         Args:
@@ -68,7 +69,7 @@ class Target:
             raise RecipeError(f"{who} loads no zero points for experts: set `symmetric: true`")
 
 
-def _list(numbers: Sequence[int]) -> str:
+def _list(numbers: Sequence[float]) -> str:
     return ", ".join(map(str, numbers))
 
 
@@ -95,7 +96,7 @@ TARGETS: dict[str, Target] = {
             quantized_format="native",
             uniform_experts=False,
             bits_per="matrix",
-            bits=(1, 2, 3, 4, 5, 6, 8),
+            bits=(1, TERNARY, 2, 3, 4, 5, 6, 8),
         ),
         Target(
             "transformers",

@@ -11,7 +11,7 @@ from moe_compress.quant.grid import Grid, Quantized, dequantize, encode, find_sc
 from moe_compress.quant.rtn import output_error, round_to_nearest
 
 GRIDS = [Grid(bits, 16, symmetric, signed) for bits in (2, 3, 4, 8) for symmetric, signed in
-         ((True, False), (True, True), (False, None))] + [Grid(1, 16)]  # fmt: skip
+         ((True, False), (True, True), (False, None))] + [Grid(1, 16), Grid(1.58, 16)]  # fmt: skip
 ids = [f"{g.bits}{'s' if g.symmetric else 'a'}{'±' if g.has_signed_scale else ''}" for g in GRIDS]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=ids)
 
@@ -40,11 +40,15 @@ def relative_error(weight, quantized):
 def test_grid_arguments():
     assert Grid(3, 64).groups(256) == 4
     assert Grid(3, -1).groups(250) == 1
-    for bad in ((0, 64), (9, 64), (4, 0), (4, -2)):
+    for bad in ((0, 64), (9, 64), (1.6, 64), (4, 0), (4, -2)):
         with pytest.raises(RecipeError):
             Grid(*bad)
     with pytest.raises(RecipeError, match="1 bit has only a symmetric grid"):
         Grid(1, 64, symmetric=False)
+    with pytest.raises(RecipeError, match="a ternary grid is symmetric"):
+        Grid(1.58, 64, symmetric=False)
+    assert not Grid(1.58, 64).has_signed_scale
+    assert (Grid(1.58, 64).center, Grid(1.58, 64).max_code) == (1.0, 2)
     with pytest.raises(RecipeError, match="group_size 48 doesn't divide the row length 64"):
         round_to_nearest(random_weight(2, 64), Grid(4, 48))
     assert [Grid(bits, 64).has_signed_scale for bits in range(1, 9)] == [False, True, True, True] + [False] * 4
@@ -265,3 +269,17 @@ def test_output_error_is_the_trace(monkeypatch):
         torch.testing.assert_close(output_error(difference, hessian), expected, rtol=1e-5, atol=0)
     with pytest.raises(InputError, match="hessian"):
         output_error(difference, hessian[:2])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ternary_scales_are_optimal(weighted):
+    """No assignment of {−, 0, +} to the eight weights of a group has less error at its own best scale."""
+    weight = random_weight(40, 8, tails=True)
+    importance = random_weight(8, seed=4).abs() if weighted else torch.ones(8)
+    level_A8 = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 8).double()
+    weight_64, importance_64 = weight.double(), importance.double()
+    product_OA = (weight_64 * importance_64) @ level_A8.T
+    norm_A = (level_A8.square() @ importance_64).clamp_min(1e-300)
+    best_O = (weight_64.square() @ importance_64) - (product_OA.square() / norm_A).amax(1)
+    found = round_to_nearest(weight, Grid(1.58, -1), importance=importance, scale_dtype=torch.float32)
+    torch.testing.assert_close(group_error(weight, found, importance).squeeze(-1), best_O, rtol=1e-5, atol=1e-12)

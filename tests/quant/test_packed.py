@@ -69,17 +69,17 @@ def check(block, choose, kind, tokens, **dtypes):
 @pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_mixed_widths_equal_dense_experts(name, kind):
-    """All nine encodings in a layer, other ones in every projection, few tokens and many."""
+    """All ten widths in a layer, other ones in every projection, few tokens and many."""
     for tokens in (1, 2, 60):
         check(first_block(name), mixture, kind, tokens)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [*range(1, 9), 1.58])
 def test_each_width(bits):
     """Alone in a layer, with every group size that divides the sides 32 and 20, with and without zero points."""
     for group, symmetric in itertools.product((-1, 1, 2, 4), (True, False)):
-        if bits > 1 or symmetric:
+        if bits >= 2 or symmetric:
             block = first_block("qwen3_moe", moe_intermediate_size=20)
             check(block, lambda *_: (bits, group, symmetric), "spread", 5)  # noqa: B023
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compress.errors import InputError
-from moe_compress.quant import packing
+from moe_compress.quant import packing, trits
 from moe_compress.quant.packing import pack, packed_words, unpack
 
 WIDTHS = range(1, 9)
@@ -86,6 +86,33 @@ def test_no_rows(bits):
     words = pack(torch.zeros(0, 3, 40, dtype=torch.uint8), bits)
     assert words.shape == (0, 3, packed_words(40, bits))
     assert unpack(words, bits, 40).shape == (0, 3, 40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lead=st.lists(st.integers(0, 3), max_size=2), columns=st.integers(1, 90), seed=st.integers(0, 1000))
+def test_ternary_round_trip_and_layout(lead, columns, seed):
+    codes = torch.randint(0, 3, (*lead, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    words = pack(codes, 1.58)
+    assert words.dtype == torch.int32
+    assert words.shape == (*lead, packed_words(columns, 1.58)) == (*lead, -(-columns // 20))
+    assert torch.equal(unpack(words, 1.58, columns), codes)
+    if codes.numel():  # the definition: byte j is the number with the digits 5j to 5j + 4, and nothing follows
+        row_codes, row_words = codes.reshape(-1, columns)[-1].tolist(), words.reshape(-1, words.shape[-1])[-1]
+        digits = row_codes + [0] * (20 * len(row_words) - columns)
+        stream = as_integer(row_words).to_bytes(4 * len(row_words), "little")
+        assert [sum(d * 3**i for i, d in enumerate(digits[5 * j : 5 * j + 5])) for j in range(len(stream))] == [*stream]
+
+
+def test_every_ternary_byte_and_chunks(monkeypatch):
+    codes = torch.cartesian_prod(*[torch.arange(3)] * 5).to(torch.uint8)
+    assert torch.equal(unpack(pack(codes, 1.58), 1.58, 5), codes)
+    words = pack(codes.view(5, -1), 1.58)
+    monkeypatch.setitem(trits.CHUNK_BYTES, "cpu", 7)
+    assert torch.equal(unpack(words, 1.58, 243), codes.view(5, -1))
+    with pytest.raises(InputError, match="a code of 3 isn't ternary"):
+        pack(codes + 1, 1.58)
+    with pytest.raises(InputError, match=r"20 codes of 1.58 bits are int32 \[..., 1\]"):
+        unpack(words, 1.58, 20)
 
 
 def test_errors():

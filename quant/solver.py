@@ -1,0 +1,33 @@
+"""How matrices are quantized: the options that every pass which quantizes experts has."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moe_compress.passes import PassOptions
+
+from .grid import Grid, Search
+
+
+class SolverOptions(PassOptions):
+    """Options of the solvers (see experts.py)."""
+
+    method: Literal["gptq", "rtn", "hqq"] = Field(
+        default="gptq",
+        description="GPTQ; or without data: round-to-nearest, or half-quadratic scales and zero points (HQQ)",
+    )
+    group_size: int = Field(default=64, ge=-1, description="Weights that share a scale, -1 for a whole row")
+    symmetric: bool = Field(default=True, description="No zero points (what servers load)")
+    search: Search = Field(default="mse", description="How scales are found")
+    damping: float = Field(default=0.01, ge=0, description="GPTQ: added to the Hessian's diagonal, times its mean")
+    shrinkage: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPTQ: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
+    )
+
+    def grid(self, bits: float) -> Grid:
+        """The grid of a width."""
+        return Grid(bits, self.group_size, self.symmetric or bits < 2)
