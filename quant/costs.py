@@ -21,6 +21,8 @@ from moe_compress.errors import RecipeError, UnsupportedModelError, nearest
 from moe_compress.model.shape import LayerShape
 
 from .cost import QuantizationError
+from .gram import GramError
+from .scores import BlockTurn, WeightOutliers, WeightSpectrum
 
 if TYPE_CHECKING:
     from .options import MixedOptions
@@ -121,17 +123,43 @@ def squared(measured: Measured, _: Asked) -> Tensor:
     return measured["quantization_error"]["squared"]
 
 
-@cost("pmq", "PMQ (arXiv 2410.06270), Eq. 4: φ^alpha · ω^beta · ε^gamma", quantization_error, Routing())
+@cost(
+    "pmq",
+    "PMQ (arXiv 2410.06270), Eq. 4: φ^alpha · ω^beta · ε^gamma; pmq_variant: code: ε^alpha, as in the authors' code",
+    quantization_error,
+    Routing(),
+)
 def pmq(measured: Measured, asked: Asked) -> Tensor:
     """Frequency φ and routing weight ω sum to 1 in a layer, ε is measured (Eq. 3)."""
     options, routing = asked.options, measured["routing"]
     frequency = routing["counts"] / routing["counts"].sum().clamp_min(1)
     weight = routing["gate"] / routing["gate"].sum().clamp_min(1e-300)
     factor = frequency**options.alpha * weight**options.beta
-    return factor.unsqueeze(1) * measured["quantization_error"]["error"] ** options.gamma
+    exponent = options.gamma if options.pmq_variant == "paper" else options.alpha
+    return factor.unsqueeze(1) * measured["quantization_error"]["error"] ** exponent
 
 
-# Scores: importance per expert, and the noise of a uniform quantizer, which falls fourfold with every bit. Controls.
+def gram_error(options: MixedOptions, _: bool) -> Statistic:
+    """Traces on the grids that will be used."""
+    return GramError(tuple(options.widths), options.group_size, options.symmetric)
+
+
+@cost(
+    "gram",
+    "tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ) of each matrix, times the size of what the expert adds relative to the hidden state: an "
+    "estimate of `relative` without running candidates",
+    gram_error,
+    per_matrix=True,
+)
+def gram(measured: Measured, _: Asked) -> Tensor:
+    """Relative errors of an expert's matrices add up in its output, to first order: act(gate) · up is a product."""
+    traces = measured["gram_error"]
+    relative_EMB = traces["error"] / traces["energy"].clamp_min(1e-300).unsqueeze(-1)
+    return traces["output"].view(-1, 1, 1) * relative_EMB
+
+
+# Scores. None of these says by itself what a width costs: the score is multiplied with the noise of a uniform
+# quantizer, which falls fourfold with every bit.
 
 
 def noise(asked: Asked) -> Tensor:
@@ -152,3 +180,41 @@ def frequency(measured: Measured, asked: Asked) -> Tensor:
     """How often an expert is chosen."""
     counts_E = measured["routing"]["counts"]
     return (counts_E / counts_E.sum().clamp_min(1)).unsqueeze(1) * noise(asked)
+
+
+@cost(
+    "alphaq",
+    "AlphaQ (arXiv 2606.04980): (1 / alpha)^alphaq_gamma · Var(W) · 4^−b of each matrix, alpha the exponent of its "
+    "heavy tail; reads weights only",
+    WeightSpectrum(),
+    per_matrix=True,
+)
+def alphaq(measured: Measured, asked: Asked) -> Tensor:
+    """The paper's median of alpha in the place of 1 is a factor of the whole program, and changes no plan."""
+    spectra = measured["weight_spectrum"]
+    sensitivity_EM = spectra["alpha"] ** -asked.options.alphaq_gamma * spectra["variance"]
+    return sensitivity_EM.unsqueeze(-1) * noise(asked)
+
+
+@cost(
+    "outlier",
+    "QuantMoE-Bench (arXiv 2406.08155), linear weight outlier scorer: max_j (max_i |W_ij| / mean_i |W_ij|) · 4^−b of "
+    "each matrix; there the matrices with the highest scores get the larger of two widths; reads weights only",
+    WeightOutliers(),
+    per_matrix=True,
+)
+def outlier(measured: Measured, asked: Asked) -> Tensor:
+    """How far single weights stand out of their input channel."""
+    return measured["weight_outliers"]["score"].unsqueeze(-1) * noise(asked)
+
+
+@cost(
+    "block_importance",
+    "QuantMoE-Bench (arXiv 2406.08155), block importance: 1 − mean cosine of the hidden state before and behind the "
+    "experts, · 4^−b, the same for all experts of a layer; the cosine is measured, not predicted by a network",
+    BlockTurn(),
+)
+def block_importance(measured: Measured, asked: Asked) -> Tensor:
+    """How far the layer's experts turn the hidden state, an equal share to each."""
+    share = measured["block_turn"]["importance"] / asked.layer.num_experts
+    return (share * noise(asked)).expand(asked.layer.num_experts, -1)

@@ -59,6 +59,12 @@ class MixedOptions(SolverOptions):
     alpha: float = Field(default=1.0, ge=0, description="PMQ: exponent of how often an expert is chosen")
     beta: float = Field(default=1.5, ge=0, description="PMQ: exponent of its routing weight")
     gamma: float = Field(default=2.0, gt=0, description="PMQ: exponent of its error at the block's output")
+    pmq_variant: Literal["paper", "code"] = Field(
+        default="paper", description="PMQ: exponent of the error; the authors' code takes alpha for it, not gamma"
+    )
+    alphaq_gamma: float = Field(
+        default=1.0, ge=0, description="AlphaQ: exponent of the heavy tail (the paper's best: 10 to 200, by model)"
+    )
     protect_super_experts: bool = Field(
         default=True, description="Experts with massive activations get the largest of `widths`"
     )

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -28,14 +29,27 @@ def batches_of(name):
     return [input_batch(model_of(name), *shape) for shape in ((2, 9, 1), (1, 6, 2))]
 
 
-def rounded(experts: nn.Module, expert: int, bits: int) -> None:
-    """Round an expert's matrices in place, in whatever layout they have: a row is what reads one input."""
+def matrices(experts: nn.Module, expert: int) -> list[tuple[str, torch.Tensor]]:
+    """(name, matrix) of one expert in whatever layout, a row being what reads one input. Writing changes the module."""
+    found = []
     for name in ("gate_up_proj", "up_proj", "down_proj"):
         stack = getattr(experts, name, None)
         if stack is not None:
-            matrix = stack[expert].T if experts.is_transposed else stack[expert]
-            new = dequantize(round_to_nearest(matrix[None].float(), Grid(bits, GROUP, True)), stack.dtype)[0]
-            stack[expert] = new.T if experts.is_transposed else new
+            matrix = stack.data[expert].T if experts.is_transposed else stack.data[expert]
+            if name == "gate_up_proj":
+                half = len(matrix) // 2
+                both = (matrix[:half], matrix[half:]) if experts.is_concatenated else (matrix[::2], matrix[1::2])
+                found += list(zip(("gate", "up"), both, strict=True))
+            else:
+                found.append((name.removesuffix("_proj"), matrix))
+    return found
+
+
+def rounded(experts: nn.Module, expert: int, bits: int, only: int | None = None) -> None:
+    """Round an expert's matrices in place, or one of them."""
+    for number, (_, matrix) in enumerate(matrices(experts, expert)):
+        if only in (None, number):
+            matrix.copy_(dequantize(round_to_nearest(matrix[None].float(), Grid(bits, GROUP, True)), matrix.dtype)[0])
 
 
 @torch.no_grad()
@@ -64,21 +78,25 @@ def traced(model, layer: int, batches):
     return pairs
 
 
+@pytest.mark.parametrize("per_matrix", [False, True])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_expert_and_width(name):
+def test_every_expert_and_width(name, per_matrix):
+    """Of an expert as a whole, and of each of its matrices."""
     batches = batches_of(name)
-    statistic = QuantizationError(BITS, GROUP, True)
+    statistic = QuantizationError(BITS, GROUP, True, per_matrix)
     view = MoEModel.wrap(model_of(name))
     profile = measure(view, batches, [statistic])
     layer = view.moe_layers[0]
     found = profile.of(layer, statistic)
     exact = traced(model_of(name), layer, batches)
     used = 0
-    for expert in range(min(5, view.block(layer).num_experts)):
+    module = view.block(layer).experts_module
+    parts = range(len(matrices(module, 0))) if per_matrix else [None]
+    for expert, only in itertools.product(range(min(3, view.block(layer).num_experts)), parts):
         for column, bits in enumerate(BITS):
             changed = copy.deepcopy(model_of(name))
             with torch.no_grad():
-                rounded(MoEModel.wrap(changed).block(layer).experts_module, expert, bits)
+                rounded(MoEModel.wrap(changed).block(layer).experts_module, expert, bits, only)
             error = squared = relative = 0.0
             for (before, hidden), (after, _) in zip(exact, traced(changed, layer, batches), strict=True):
                 change_T = (before - after).square().sum(-1)
@@ -87,7 +105,8 @@ def test_every_expert_and_width(name):
                 relative += float((change_T / hidden.square().sum(-1)).sum())
             used += squared > 0
             for key, expected in (("error", error), ("squared", squared), ("relative", relative)):
-                assert float(found[key][expert, column]) == pytest.approx(expected, rel=2e-3, abs=1e-7), (key, expert)
+                own = found[key][expert, column] if only is None else found[key][expert, only, column]
+                assert float(own) == pytest.approx(expected, rel=2e-3, abs=1e-7), (key, expert, only)
     assert used >= len(BITS)
 
 
