@@ -21,6 +21,7 @@ from moe_compress.errors import RecipeError, UnsupportedModelError, nearest
 from moe_compress.model.shape import LayerShape
 
 from .cost import QuantizationError
+from .gradient_cost import GradientError
 
 if TYPE_CHECKING:
     from .options import MixedOptions
@@ -129,6 +130,26 @@ def pmq(measured: Measured, asked: Asked) -> Tensor:
     weight = routing["gate"] / routing["gate"].sum().clamp_min(1e-300)
     factor = frequency**options.alpha * weight**options.beta
     return factor.unsqueeze(1) * measured["quantization_error"]["error"] ** options.gamma
+
+
+# The same error, weighted by the gradient of the loss there: takes a backward sweep.
+
+
+def gradient_error(options: MixedOptions, per_matrix: bool) -> Statistic:
+    """The gradient-weighted error on the grids that will be used."""
+    return GradientError(tuple(options.widths), options.group_size, options.symmetric, per_matrix)
+
+
+@cost("gradient", "GEMQ: error times the loss's gradient, squared channel by channel", gradient_error, per_matrix=True)
+def gradient(measured: Measured, _: Asked) -> Tensor:
+    """Σ_t Σ_i g_ti² δ_ti² / T."""
+    return measured["gradient_error"]["gradient"]
+
+
+@cost("fisher", "empirical Fisher along the error that is made: (gradient · error)²", gradient_error, per_matrix=True)
+def fisher(measured: Measured, _: Asked) -> Tensor:
+    """Σ_t (g_t · δ_t)² / T."""
+    return measured["gradient_error"]["fisher"]
 
 
 # Scores: importance per expert, and the noise of a uniform quantizer, which falls fourfold with every bit. Controls.

@@ -35,7 +35,8 @@ class GradientError(Statistic):
     `gradient` [E, B] Σ_t Σ_i g_ti² δ_ti² / T (GEMQ, coefficient c of its program): a diagonal empirical Fisher, which
     takes the channels' errors for independent. `fisher` [E, B] Σ_t (g_t · δ_t)² / T: the empirical Fisher along the
     very error that is made, with all its correlations between channels; half of it estimates the nats per token that
-    are lost. With `per_matrix` also `gradient_matrix`, `fisher_matrix` [E, M, B]: one matrix alone is quantized.
+    are lost. `per_matrix`: one matrix of an expert alone is quantized instead of all its matrices, and results are
+    [E, M, B], M in the order gate (where there is one), up, down.
 
     GEMQ takes the gradient at the decoder layer's output. Where the layer adds the block's output to the hidden state
     it's the same; where it first scales, norms or projects it, or mixes it into several streams, the gradient at the
@@ -80,8 +81,7 @@ class _Errors(Accumulator):
         tokens = self.inputs.tokens
         # The sweep's loss is a mean: times T it is a sum over the text, of the size of one token's.
         gradient_TH = torch.cat(self.gradients).float() * tokens
-        changes = [names, *([name] for name in names)] if self.settings.per_matrix else [names]
-        # [E, 1 + M, B]: all matrices together, then each alone.
+        changes = [[name] for name in names] if self.settings.per_matrix else [names]
         shape = (count, len(changes), len(self.settings.bits))
         diagonal, directional = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, count)
@@ -107,10 +107,8 @@ class _Errors(Accumulator):
                     ):
                         target = sums[chunk.start : chunk.stop, place, column]
                         target.index_add_(0, part.expert_R.cpu(), values_R.cpu() / tokens)
-        result = {"gradient": diagonal[:, 0], "fisher": directional[:, 0]}
-        if self.settings.per_matrix:
-            result |= {"gradient_matrix": diagonal[:, 1:], "fisher_matrix": directional[:, 1:]}
-        return {name: value.contiguous() for name, value in result.items()}
+        sums = {"gradient": diagonal, "fisher": directional}
+        return {n: (v if self.settings.per_matrix else v[:, 0]).contiguous() for n, v in sums.items()}
 
 
 def _rounded(weights: ExpertWeights, grid: Grid) -> ExpertWeights:

@@ -26,7 +26,7 @@ from . import offload
 from .losses import Loss
 from .model import Layer
 from .sweep import Step, Sweep, map_tensors
-from .tap import GradientTap, Tap, hidden_behind, observe, residual_norms
+from .tap import GradientTap, Tap, observe
 
 # How far a recomputed layer may be from what it first returned, relative to its norm. A token near a tie may be routed
 # elsewhere where kernels with and without autograd differ; a layer that was given something else is far beyond.
@@ -288,9 +288,6 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _finished(tap: Tap, at: dict[str, Tensor], leaves: Any, behind: Any, parameters: dict[str, Tensor]) -> GradientTap:
     """The tap without its graph, with the gradients."""
-    tokens = len(tap.hidden_TH)
-    states, gradients = hidden_behind(leaves, tokens), hidden_behind(behind, tokens)
-    vector = states is not None and states.dim() == 2
     parts = tap._parts
     if parts is not None:
         dispatch = replace(parts[0], weight_R=parts[0].weight_R.detach())
@@ -304,12 +301,11 @@ def _finished(tap: Tap, at: dict[str, Tensor], leaves: Any, behind: Any, paramet
         tap.output_TH.detach(),
         None if tap.logits_TE is None else tap.logits_TE.detach(),
         tap.sequence_T,
-        residual_norms(leaves, tokens),
-        states.detach() if vector and states is not None else None,
+        map_tensors(leaves, Tensor.detach),
         map_tensors(tap.router_arguments, Tensor.detach),
         parts,
         gradient_TH=at.get("output_TH", torch.zeros_like(tap.output_TH)),
         weight_gradient_TK=at.get("weight_TK", torch.zeros_like(tap.weight_TK)),
-        behind_gradient_TH=gradients if vector else None,
+        layer_gradient=behind,
         parameters=parameters,
     )

@@ -108,14 +108,20 @@ class GradientTap(Tap):
             output (scale it, norm it, project it, mix it into residual streams) is part of the gradient. In a layer
             that just adds it to the hidden state this is the gradient at the layer's output as well.
         weight_gradient_TK: at the routing weights; 0 in slots that no expert serves.
-        behind_gradient_TH: at `behind_TH`, the hidden state behind the decoder layer; None where that is None.
+        layer_gradient: at `layer_output`, in its structure.
         parameters: at the parameters that were asked for, by their names relative to the layer, in their dtype.
     """
 
     gradient_TH: Tensor = field(default_factory=lambda: torch.empty(0))
     weight_gradient_TK: Tensor = field(default_factory=lambda: torch.empty(0))
-    behind_gradient_TH: Tensor | None = None
+    layer_gradient: Any = None
     parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def behind_gradient_TH(self) -> Tensor | None:
+        """At `behind_TH`; None where that is None."""
+        hidden = hidden_behind(self.layer_gradient, len(self.hidden_TH))
+        return hidden if hidden is not None and hidden.dim() == 2 else None
 
     @property
     def expert_gradient_RH(self) -> Tensor:

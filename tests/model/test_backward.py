@@ -165,7 +165,7 @@ def test_gradient_behind_the_layer_is_the_blocks_where_it_is_added():
     taps = [tap for taps, _ in by_sweep(MoEModel.wrap(model), batches)[0].values() for tap in taps]
     for tap in taps:
         torch.testing.assert_close(tap.behind_gradient_TH, tap.gradient_TH, rtol=0, atol=0)
-        assert tap.residual_T is not None
+        assert tap.inverse_residual_T is not None
         rows = torch.stack([tap.gradient_TH[t] * tap.weight_TK[t, s] for t, s in zip(*_places(tap), strict=True)])
         torch.testing.assert_close(tap.expert_gradient_RH, rows)
 
