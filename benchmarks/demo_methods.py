@@ -80,6 +80,8 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
             (f"GPTQ, program per layer {bits}", {"scope": "layer"}),
             (f"GPTQ, program on PMQ's cost {bits}", {"cost": "pmq"}),
             (f"GPTQ, program per layer on PMQ's cost {bits}", {"cost": "pmq", "scope": "layer"}),
+            (f"GPTQ, program on GEMQ's cost {bits}", {"cost": "gradient"}),
+            (f"GPTQ, program on the Fisher along the error {bits}", {"cost": "fisher"}),
         )
     },
 }

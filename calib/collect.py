@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +11,8 @@ import torch
 from moe_compress.checkpoint.writer import all_finite
 from moe_compress.errors import RunError
 from moe_compress.model import MoEBlock, MoEModel, Tap
+from moe_compress.model.backward import BackwardStep, GradientSweep
+from moe_compress.model.losses import Loss
 from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Step, Sweep
 from moe_compress.progress import Progress
@@ -65,27 +67,48 @@ class Profile:
         return result
 
 
-def collect(sweep: Sweep, statistics: Sequence[Statistic], store: StatisticStore, progress: Progress) -> None:
+def collect(
+    sweep: Sweep, statistics: Sequence[Statistic], store: StatisticStore, progress: Progress, loss: Loss | None = None
+) -> None:
     """Measure what `store` lacks, layer by layer, in one sweep.
 
     Args:
-        sweep: entered, at the first layer.
+        sweep: entered, at the first layer; a GradientSweep where statistics with gradients are among them.
         statistics: what to measure; those with equal keys are measured once.
         store: results are put there as soon as a layer is done.
-        progress: told about every layer.
+        progress: told about every layer, on the way there and on the way back.
+        loss: what gradients are of.
     """
-    wanted = {statistic.key: statistic for statistic in statistics}
-    open_layers = {i for i in sweep.model.moe_layers if any(store.get(i, k) is None for k in wanted)}
-    for step in sweep:
+    forward = {s.key: s for s in statistics if not s.gradients}
+    backward = {s.key: s for s in statistics if s.gradients}
+    if not backward:
+        _collect(sweep.model, sweep, forward, store, progress)
+        return
+    assert isinstance(sweep, GradientSweep)
+    assert loss is not None
+    _collect(sweep.model, sweep, forward, store, progress, to_the_end=True)
+    _collect(sweep.model, sweep.backward(loss), backward, store, progress)
+
+
+def _collect(
+    model: MoEModel,
+    steps: Iterable[Step],
+    wanted: dict[str, Statistic],
+    store: StatisticStore,
+    progress: Progress,
+    to_the_end: bool = False,
+) -> None:
+    open_layers = {i for i in model.moe_layers if any(store.get(i, k) is None for k in wanted)}
+    for step in steps:
         block = step.layer.block
         lacking = {k: s for k, s in wanted.items() if store.get(step.index, k) is None} if block is not None else {}
         if block is None or not lacking:
             step.advance()
         else:
-            _measure(sweep.model, step, block, lacking, store)
+            _measure(model, step, block, lacking, store)
         open_layers.discard(step.index)
         progress.layer(step.index)
-        if not open_layers:
+        if not open_layers and not to_the_end:
             break  # what lies behind is measured already
 
 
@@ -98,7 +121,10 @@ def _measure(
         for accumulator in accumulators.values():
             accumulator.update(tap)
 
-    step.advance(observe)
+    if isinstance(step, BackwardStep):
+        step.advance(observe, list(dict.fromkeys(n for s in lacking.values() for n in s.parameters(block))))
+    else:
+        step.advance(observe)
     with step.readable():
         for key, accumulator in accumulators.items():
             result = accumulator.result()

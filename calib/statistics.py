@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -32,6 +33,8 @@ class Statistic(ABC):
     """
 
     name: ClassVar[str]
+    # Whether it is measured on the way back of a GradientSweep: its accumulators then get GradientTaps.
+    gradients: ClassVar[bool] = False
 
     @property
     def key(self) -> str:
@@ -42,6 +45,10 @@ class Statistic(ABC):
     @abstractmethod
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """A fresh accumulator for a block that is about to see `tokens` tokens."""
+
+    def parameters(self, block: MoEBlock) -> Sequence[str]:
+        """With `gradients`: parameters, named relative to the layer, whose gradients taps are to hold."""
+        return ()
 
 
 class Accumulator(ABC):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from moe_compress import feasibility, probe
 from moe_compress.calib.text import Calibration, TokenBatches, load_batches
 from moe_compress.checkpoint.writer import check_output
-from moe_compress.engine import Calibrated, MemoryStorage, Outcome, run_passes
+from moe_compress.engine import Calibrated, MemoryStorage, Outcome, holding_all, run_passes
 from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
 from moe_compress.evaluate.text import TextScores, WindowBatch, load_text, score_batches
 from moe_compress.export.registration import attach
@@ -25,7 +25,7 @@ from moe_compress.export.write import result_config, write_memory
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import ModelShape, model_shape
 from moe_compress.model.sweep import Sweep
-from moe_compress.passes import Pass
+from moe_compress.passes import Pass, needs_gradients
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation, make_part, make_passes
 from moe_compress.report.build import build, versions
@@ -116,6 +116,8 @@ def compress(
         before = model_shape(view)
         feasibility.check_runtime(view, feasibility.forecast(before, steps, goal)[-1], goal)
         calibrated = _calibrated(view, tokenizer, calibration, steps)
+        if needs_gradients(steps):
+            holding_all(view, calibrated.tokens, None)
         wanted = make_part(Evaluation, evaluate if evaluate is not None else {}, "evaluate")
         if wanted.tasks:
             raise InputError("tasks need a saved model: save it, then `moe-compress evaluate FOLDER --tasks …`")

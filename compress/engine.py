@@ -6,6 +6,7 @@ and commit each. A pass that reads inputs sees, in every layer, what the layers 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +21,15 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.routing import RoutingChange
 from moe_compress.calib.text import TokenBatches
 from moe_compress.checkpoint.workspace import short_digest
-from moe_compress.errors import RecipeError, RunError
+from moe_compress.errors import InputError, RecipeError, RunError
 from moe_compress.model import Layer, MoEBlock, MoEModel
+from moe_compress.model.backward import GradientSweep
+from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Batch, Sweep
 from moe_compress.passes import Pass, Plan
 from moe_compress.progress import Monitor
-from moe_compress.units import parse_bytes
+from moe_compress.units import parse_bytes, show_bytes
 
 # Share of the free memory that hidden states may take before they go to disk.
 _HIDDEN_SHARE = 0.25
@@ -76,11 +79,13 @@ class Calibrated:
         text: token batches and their account; None where no pass needs any.
         batch_size: sequences of one forward.
         hold: folder for hidden states, or None for memory.
+        hold_all: the same for sweeps that go back, which hold those of every layer.
     """
 
     text: TokenBatches | None
     batch_size: int = 8
     hold: Path | None = None
+    hold_all: Path | None = None
 
     @property
     def digest(self) -> str:
@@ -183,11 +188,15 @@ def _plan(
     store = storage.statistics(state, calibrated.digest)
     lacking = missing(model, step.statistics(), store)
     if lacking:
+        back = any(statistic.gradients for statistic in lacking)
+        batches = calibrated.batches()
         with (
-            monitor.stage(f"{step.name}: measure", len(model.layers)) as progress,
-            Sweep(model, calibrated.batches(), calibrated.hold) as sweep,
+            monitor.stage(f"{step.name}: measure", len(model.layers) * (1 + back)) as progress,
+            GradientSweep(model, batches, calibrated.hold_all)
+            if back
+            else Sweep(model, batches, calibrated.hold) as sweep,
         ):
-            collect(sweep, lacking, store, progress)
+            collect(sweep, lacking, store, progress, NextToken(batches))
     with monitor.stage(f"{step.name}: plan"):
         plan = step.plan(Profile(shape, store, len(model.layers)))
     commits.save_plan(plan.to_json())
@@ -337,9 +346,32 @@ class MemoryCommits:
 def holding(model: MoEModel, tokens: int, folder: Path, choice: str = "auto") -> Path | None:
     """Where hidden states of a sweep wait: None for memory, or the folder ("auto": when they would take much of it)."""
     # A suspended call holds the embedded text, the layer's input, and the output that is being made.
-    size = 3 * tokens * model.module.config.get_text_config().hidden_size * model.module.dtype.itemsize
-    small = size < _HIDDEN_SHARE * psutil.virtual_memory().available
+    small = 3 * _hidden_bytes(model, tokens) < _HIDDEN_SHARE * psutil.virtual_memory().available
     return None if choice == "memory" or (choice == "auto" and small) else folder
+
+
+def holding_all(model: MoEModel, tokens: int, folder: Path | None, choice: str = "auto") -> Path | None:
+    """The same for a sweep that goes back; without a folder there is memory only.
+
+    Raises InputError, with the sizes, where what it holds won't fit: what every layer reads, and the gradients.
+    """
+    size = (len(model.layers) + 5) * _hidden_bytes(model, tokens)
+    free = psutil.virtual_memory().available
+    if folder is None or choice == "memory" or (choice == "auto" and size < _HIDDEN_SHARE * free):
+        where, chosen = "memory", None
+    else:
+        where, chosen, free = str(folder), folder, shutil.disk_usage(folder).free
+    if size > free:
+        raise InputError(
+            f"gradients need the hidden states of {tokens} tokens in {len(model.layers)} layers, {show_bytes(size)}, "
+            f"and {where} has {show_bytes(free)} free: calibrate with fewer `sequences`"
+        )
+    return chosen
+
+
+def _hidden_bytes(model: MoEModel, tokens: int) -> int:
+    hidden = int(model.module.config.get_text_config().hidden_size)
+    return int(tokens * hidden * model.module.dtype.itemsize)
 
 
 def memory_limit(setting: str) -> int:

@@ -113,6 +113,11 @@ class Pass(ABC):
         """Change one block. Returns what was done and why, per layer and expert, as JSON values."""
 
 
+def needs_gradients(passes: Sequence[Pass]) -> bool:
+    """Whether any of them has something measured that takes a backward sweep."""
+    return any(statistic.gradients for step in passes for statistic in step.statistics())
+
+
 _REGISTRY: dict[str, type[Pass]] = {}
 _discovered = False
 

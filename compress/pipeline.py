@@ -19,14 +19,14 @@ from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.checkpoint.reader import read_json
 from moe_compress.checkpoint.workspace import Workspace, clear, short_digest
 from moe_compress.checkpoint.writer import MANIFEST, check_output, settled
-from moe_compress.engine import Calibrated, CommittedBlocks, Outcome, device_and_dtype, holding, run_passes
+from moe_compress.engine import Calibrated, CommittedBlocks, Outcome, device_and_dtype, holding, holding_all, run_passes
 from moe_compress.errors import CheckpointError, InputError
 from moe_compress.evaluate.score import check_scoring, score_folders
 from moe_compress.export.verify import Verified, verify
 from moe_compress.export.write import write_folder
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import ModelShape, model_shape
-from moe_compress.passes import Pass
+from moe_compress.passes import Pass, needs_gradients
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Recipe, make_recipe, read_recipe
 from moe_compress.report.build import build, versions
@@ -126,6 +126,9 @@ def run(
         # What is there may be what `overwrite` was said of, unless this run has put it there.
         published = own and (not overwrite or workspace.read(_PUBLISHED) is not None)
         calibrated.hold = holding(model, calibrated.tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
+        if needs_gradients(expected.passes):
+            whole = workspace.scratch("all-hidden")
+            calibrated.hold_all = holding_all(model, calibrated.tokens, whole, recipe.compute.hidden_states)
         stores = [workspace.pass_store(number, step.name) for number, step in enumerate(expected.passes)]
         model.overlay = CommittedBlocks(stores)
         outcomes = run_passes(model, expected.passes, expected.before, calibrated, workspace, fingerprint, monitor)

@@ -21,6 +21,7 @@ from moe_compress.errors import RecipeError, UnsupportedModelError, nearest
 from moe_compress.model.shape import LayerShape
 
 from .cost import QuantizationError
+from .gradient_cost import GradientError
 from .gram import GramError
 from .scores import BlockTurn, WeightOutliers, WeightSpectrum
 
@@ -156,6 +157,26 @@ def gram(measured: Measured, _: Asked) -> Tensor:
     traces = measured["gram_error"]
     relative_EMB = traces["error"] / traces["energy"].clamp_min(1e-300).unsqueeze(-1)
     return traces["output"].view(-1, 1, 1) * relative_EMB
+
+
+# The same error, weighted by the gradient of the loss there: takes a backward sweep.
+
+
+def gradient_error(options: MixedOptions, per_matrix: bool) -> Statistic:
+    """The gradient-weighted error on the grids that will be used."""
+    return GradientError(tuple(options.widths), options.group_size, options.symmetric, per_matrix)
+
+
+@cost("gradient", "GEMQ: error times the loss's gradient, squared channel by channel", gradient_error, per_matrix=True)
+def gradient(measured: Measured, _: Asked) -> Tensor:
+    """Σ_t Σ_i g_ti² δ_ti² / T."""
+    return measured["gradient_error"]["gradient"]
+
+
+@cost("fisher", "empirical Fisher along the error that is made: (gradient · error)²", gradient_error, per_matrix=True)
+def fisher(measured: Measured, _: Asked) -> Tensor:
+    """Σ_t (g_t · δ_t)² / T."""
+    return measured["gradient_error"]["fisher"]
 
 
 # Scores. None of these says by itself what a width costs: the score is multiplied with the noise of a uniform

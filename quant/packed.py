@@ -182,7 +182,14 @@ class PackedProjection(nn.Module):
 
     def linear(self, input_RK: Tensor, dispatch: Dispatch) -> Tensor:
         """Each expert's rows times its own matrix → [R, O]; only experts with rows are unpacked, some at a time."""
-        output = input_RK.new_empty(input_RK.shape[0], self.out_features)
+        if torch.is_grad_enabled() and input_RK.requires_grad:
+            output: Tensor = _Linear.apply(input_RK, self, dispatch)
+            return output
+        return self.products(input_RK, dispatch)
+
+    def products(self, input_RK: Tensor, dispatch: Dispatch, backward: bool = False) -> Tensor:
+        """`linear` without autograd; `backward`: the rows [R, O] times the matrices transposed → [R, K]."""
+        output = input_RK.new_empty(input_RK.shape[0], self.in_features if backward else self.out_features)
         counts = dispatch.counts_E.tolist()
         visited = [e for e, count in enumerate(counts) if count]
         size = max(1, UNPACKED_BYTES // (self.out_features * self.in_features * input_RK.element_size()))
@@ -192,9 +199,24 @@ class PackedProjection(nn.Module):
             ends = torch.tensor([counts[e] for e in experts]).cumsum(0)
             rows = slice(start, start + int(ends[-1]))
             offsets = ends.to(torch.int32).to(input_RK.device)
-            output[rows] = grouped_linear(input_RK[rows], self.matrices(experts, input_RK.dtype), offsets)
+            matrices = self.matrices(experts, input_RK.dtype)
+            turned = matrices.transpose(-2, -1) if backward else matrices
+            output[rows] = grouped_linear(input_RK[rows], turned, offsets)
             start = rows.stop
         return output
+
+
+class _Linear(torch.autograd.Function):
+    """A packed projection whose backward unpacks again: no graph holds on to unpacked matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, input_RK: Tensor, projection: PackedProjection, dispatch: Dispatch) -> Tensor:
+        ctx.projection, ctx.dispatch = projection, dispatch
+        return projection.products(input_RK, dispatch)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_RO: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.projection.products(gradient_RO.contiguous(), ctx.dispatch, backward=True), None, None
 
 
 class PackedExperts(nn.Module):

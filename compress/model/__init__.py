@@ -3,13 +3,14 @@
 from .block import EXPERTS_KINDS, MoEBlock, Routing
 from .experts import Experts, ExpertWeights, FusedExperts
 from .model import Layer, MoEModel, read_config
-from .tap import Tap, observe
+from .tap import GradientTap, Tap, observe
 
 __all__ = [
     "EXPERTS_KINDS",
     "ExpertWeights",
     "Experts",
     "FusedExperts",
+    "GradientTap",
     "Layer",
     "MoEBlock",
     "MoEModel",

@@ -97,6 +97,9 @@ def grouped_linear(input_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> T
         and _aligned(input_RI)
     ):
         return F.grouped_mm(input_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
+    if torch.is_grad_enabled() and (input_RI.requires_grad or weight_EOI.requires_grad):
+        rows = input_RI.split(torch.diff(offsets_E.long(), prepend=offsets_E.new_zeros(1).long()).tolist())
+        return torch.cat([r @ weight_EOI[e].T.to(r.dtype) for e, r in enumerate(rows)])
     output = input_RI.new_empty(input_RI.shape[0], weight_EOI.shape[1])
     start = 0
     for expert, end in enumerate(offsets_E.tolist()):

@@ -46,9 +46,12 @@ class Sweep:
     Use as a context manager: leaving it restores the model and ends all calls.
     """
 
+    # Whether calls record what they compute between the layers (backward.py).
+    _recording = False
+
     def __init__(self, model: MoEModel, batches: Sequence[Batch], hold: Path | None = None):
         self.model = model
-        self._calls = [_Call(model.module, batch, model.device) for batch in batches]
+        self._calls = [_Call(model.module, batch, model.device, self._recording) for batch in batches]
         self._hold = hold
         self._numbers = itertools.count()
         self._stack = ExitStack()
@@ -113,6 +116,11 @@ class Sweep:
     def _hold_embedded(self, _module: nn.Module, _arguments: Any, output: Any) -> Any:
         return self.held(output, f"embedded-{next(self._numbers)}")
 
+    def pass_on(self, number: int, index: int, output: Any) -> Any:
+        """What call `number` goes on with, of what layer `index` returned for it."""
+        # Two files in turn: the call's frame still holds the layer's input while its output is written.
+        return self.held(output, f"hidden-{number}-{index % 2}")
+
     def held(self, output: Any, name: str) -> Any:
         """Large tensors of a layer's output where they wait: mapped from files if the sweep holds on disk."""
         folder = self._hold
@@ -128,7 +136,8 @@ class Sweep:
             mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
             return mapped.copy_(tensor)
 
-        return _map(output, write)
+        with torch.no_grad():
+            return map_tensors(output, write)
 
     def _resume(self, call: _Call) -> None:
         """Let a call go on; only meanwhile do stubs stand in the tree, so that layers load into their own places."""
@@ -164,10 +173,29 @@ class Step:
         """Tokens of all batches."""
         return sum(len(sequence) for sequence in self._sweep._sequences)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return self._sweep.model.device
+
+    @property
+    def on_hooks(self) -> bool:
+        """Whether the layer belongs to a model in memory, whose weights hooks may bring in."""
+        return self._sweep.model.weights is None
+
+    def arguments(self, number: int) -> Any:
+        """(positional arguments, keywords) with which batch `number` waits before the layer."""
+        return self._sweep._calls[number].arguments
+
+    def sequences(self, number: int) -> Tensor:
+        """Number of the sequence that each token of a batch belongs to."""
+        sequence_T: Tensor = self._sweep._sequences[number]
+        return sequence_T
+
     @contextmanager
     def readable(self) -> Iterator[None]:
         """Within the context the layer's weights can be read outside its forward (offloaded ones are brought in)."""
-        if self._sweep.model.weights is not None:
+        if not self.on_hooks:
             yield
             return
         with offload.real(self.layer.module.modules()):
@@ -186,14 +214,13 @@ class Step:
         last = self.index == len(self._sweep._layers) - 1
         for number, call in enumerate(self._sweep._calls):
             output = self._forward(number, observer)
-            # Two files in turn: the call's frame still holds the layer's input while its output is written.
-            call.value = self._sweep.held(output, f"hidden-{number}-{self.index % 2}")
+            call.value = self._sweep.pass_on(number, self.index, output)
             if not last:  # behind the last layer come norm and head: only when somebody asks for outputs
                 self._sweep._resume(call)
 
     def _forward(self, number: int, observer: Observer | None) -> Any:
         call = self._sweep._calls[number]
-        arguments, keywords = _to(call.arguments, self._sweep.model.device)
+        arguments, keywords = to_device(call.arguments, self._sweep.model.device)
         taps: list[Tap] = []
         with torch.no_grad():
             with ExitStack() as stack:
@@ -220,7 +247,7 @@ _CURRENT = threading.local()
 class _Call:
     """One forward of the model, in a thread of its own, suspended at decoder layers."""
 
-    def __init__(self, module: nn.Module, batch: Batch, device: torch.device):
+    def __init__(self, module: nn.Module, batch: Batch, device: torch.device, recording: bool):
         self.layer: int | None = None  # where it waits
         self.arguments: Any = None
         self.value: Any = None  # what the layer returns to it
@@ -231,6 +258,7 @@ class _Call:
         self._stopped = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         self._work = (module, batch, device)
+        self._recording = recording
 
     def resume(self) -> None:
         """Run until the call waits at the next layer or is finished."""
@@ -266,8 +294,8 @@ class _Call:
         _CURRENT.call = self
         module, batch, device = self._work
         try:
-            with torch.no_grad():
-                keywords = _to(dict(batch), device)
+            with torch.set_grad_enabled(self._recording):
+                keywords = to_device(dict(batch), device)
                 # Nothing is generated, and a layer that runs twice would read its own keys and values. Many classes
                 # hand the switch on without naming it.
                 accepted = inspect.signature(module.forward).parameters
@@ -314,18 +342,19 @@ def _reserve(file: Path, size: int) -> None:
                 ) from error
 
 
-def _map(value: Any, function: Any) -> Any:
+def map_tensors(value: Any, function: Any) -> Any:
     """`function` applied to every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(v, function) for v in value))
+        return type(value)(*(map_tensors(v, function) for v in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(v, function) for v in value)
+        return type(value)(map_tensors(v, function) for v in value)
     if isinstance(value, dict):
-        return {k: _map(v, function) for k, v in value.items()}
+        return {k: map_tensors(v, function) for k, v in value.items()}
     return value
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    return _map(value, lambda tensor: tensor.to(device))
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it on `device`."""
+    return map_tensors(value, lambda tensor: tensor.to(device))

@@ -96,6 +96,40 @@ class Tap:
         return self.hidden_TH[self.dispatch.token_R]
 
 
+@dataclass
+class GradientTap(Tap):
+    """One batch through one block in a backward sweep: what a Tap has, and the gradient of the loss.
+
+    The loss is a mean over the predicted tokens of the whole sweep; gradients are this batch's part. Nothing here holds
+    on to the graph.
+
+    Attributes:
+        gradient_TH: at `output_TH`, what the experts module returned. Whatever the block and the layer do with that
+            output (scale it, norm it, project it, mix it into residual streams) is part of the gradient. In a layer
+            that just adds it to the hidden state this is the gradient at the layer's output as well.
+        weight_gradient_TK: at the routing weights; 0 in slots that no expert serves.
+        layer_gradient: at `layer_output`, in its structure.
+        parameters: at the parameters that were asked for, by their names relative to the layer, in their dtype.
+    """
+
+    gradient_TH: Tensor = field(default_factory=lambda: torch.empty(0))
+    weight_gradient_TK: Tensor = field(default_factory=lambda: torch.empty(0))
+    layer_gradient: Any = None
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def behind_gradient_TH(self) -> Tensor | None:
+        """At `behind_TH`; None where that is None."""
+        hidden = hidden_behind(self.layer_gradient, len(self.hidden_TH))
+        return hidden if hidden is not None and hidden.dim() == 2 else None
+
+    @property
+    def expert_gradient_RH(self) -> Tensor:
+        """Gradient at each row's expert output (before the routing weight, behind the expert's norm if it has one)."""
+        dispatch = self.dispatch
+        return self.gradient_TH[dispatch.token_R] * dispatch.weight_R.unsqueeze(-1).to(self.gradient_TH.dtype)
+
+
 Observer = Callable[[Tap], None]
 
 
