@@ -180,9 +180,9 @@ def balanced(made: Iterator[Made], count: int) -> Iterator[Made]:
         yield waiting[domain].popleft()
 
 
-def quotas(streams: Sequence[Stream], count: int) -> list[int]:
-    """`count` split by the sources' weights, largest remainders rounded up."""
-    weights = [stream.rows.source.weight or 1.0 for stream in streams]
+def quotas(given: Sequence[float | None], count: int) -> list[int]:
+    """`count` split by the sources' weights (None counts 1), largest remainders rounded up."""
+    weights = [weight or 1.0 for weight in given]
     exact = [weight * count / sum(weights) for weight in weights]
     shares = [int(part) for part in exact]
     rest = count - sum(shares)
@@ -191,8 +191,8 @@ def quotas(streams: Sequence[Stream], count: int) -> list[int]:
     return shares
 
 
-def check_enough(calibration: Calibration, streams: Sequence[Stream], weighted: bool) -> None:
-    """Every source must be usable, every wanted domain be met, and the sequences be as many as asked for."""
+def check_enough(calibration: Calibration, streams: Sequence[Stream], weighted: bool, asked: int) -> None:
+    """Every source must be usable, every wanted domain be met, and the sequences be the `asked` ones."""
     seen = {tag for stream in streams for tag in stream.rows.seen}
     for tag in sorted({*(calibration.domains or ())} - seen):
         read = sum(stream.rows.read for stream in streams)
@@ -204,15 +204,16 @@ def check_enough(calibration: Calibration, streams: Sequence[Stream], weighted: 
             skipped = ", ".join(f"{count} {why}" for why, count in rows.skipped.items() if count) or "none"
             text = f"{rows.read} read; skipped: {skipped}"
             raise DataError(f"calibration is empty: 0 usable documents in {rows.source.name} ({text})")
-    had, asked, length = [len(stream.taken) for stream in streams], calibration.sequences, calibration.length
+    had, length = [len(stream.taken) for stream in streams], calibration.length
+    weights = [stream.rows.source.weight for stream in streams]
     most, which = sum(had), "the sources have"
     if most == asked or (calibration.allow_fewer and most):
         return
     if weighted:
-        shares = quotas(streams, asked)
+        shares = quotas(weights, asked)
         short = next(i for i, quota in enumerate(shares) if had[i] < quota)
         which = f"{streams[short].rows.source.name} has {had[short]} of its {shares[short]}: by weight there are"
-        fits = (n for n in range(asked, 0, -1) if all(q <= h for q, h in zip(quotas(streams, n), had, strict=True)))
+        fits = (n for n in range(asked, 0, -1) if all(q <= h for q, h in zip(quotas(weights, n), had, strict=True)))
         most = next(fits, 0)
     text = f"documents: {sum(s.rows.usable for s in streams)}, tokens: {sum(s.tokens for s in streams)}"
     if not calibration.packing:

@@ -22,30 +22,40 @@ Letters: N sequences, S tokens of each.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moe_compress.errors import DataError
 
+from .balance import ExpertBalance
+from .batches import TokenBatches, digest
 from .reading import Rows, TextSource
-from .sequences import Encoder, Stream, check_enough, quotas
+from .sequences import Encoder, Made, Stream, check_enough, quotas
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Calibration", "TextSource", "TokenBatches", "TokenWindows", "load_batches", "load_windows"]
+__all__ = [
+    "Calibration",
+    "Draft",
+    "TextSource",
+    "TokenBatches",
+    "TokenWindows",
+    "load_batches",
+    "load_windows",
+    "read_draft",
+]
 
+POOL = 4  # times `sequences`: candidates of `expert_balance`, unless it says how many
 FEW = 2  # more sequences per document than this is worth a warning
 
 
@@ -79,6 +89,11 @@ class Calibration(BaseModel):
         description="Take equally many sequences of every domain of a source, as far as there are; otherwise domains "
         "come as the text has them.",
     )
+    expert_balance: ExpertBalance | None = Field(
+        default=None,
+        description="Add sequences until every expert of every layer sees enough tokens: a ratio, or {ratio, most, "
+        "pool}. Costs one sweep over the candidates.",
+    )
     batch_size: int = Field(default=8, ge=1, description="Sequences per forward call.")
     allow_fewer: bool = Field(
         default=False,
@@ -92,25 +107,16 @@ class Calibration(BaseModel):
         items = value if isinstance(value, list | tuple) else [value]
         return [{"path": str(item)} if isinstance(item, str | Path) else item for item in items]
 
+    @field_validator("expert_balance", mode="before")
+    @classmethod
+    def _ratio(cls, value: Any) -> Any:
+        return {"ratio": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
-@dataclass(frozen=True, eq=False)
-class TokenBatches:
-    """Sequences of equal length.
-
-    `ids`: int64 [N, S]. `domain`: the tag of each sequence, or None. `digest`: sha256 over both. `report`: plain data:
-    documents read and used, tokens, sequences per domain and per source, rows skipped and why, warnings.
-    """
-
-    ids: torch.Tensor
-    domain: list[str | None]
-    digest: str
-    report: dict[str, Any]
-
-    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
-        """Consecutive `(ids [b, S], sequence indices)` with b <= `batch_size`."""
-        for start in range(0, len(self.ids), batch_size):
-            part = self.ids[start : start + batch_size]
-            yield part, list(range(start, start + len(part)))
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.expert_balance is not None and (self.expert_balance.most or self.sequences) < self.sequences:
+            raise ValueError(f"expert_balance.most is less than the {self.sequences} `sequences` that are asked for")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +141,35 @@ class TokenWindows:
                 yield torch.stack([self.windows[i] for i in part]), part
 
 
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """What of a calibration can be read without running the model; `draft.finish` makes the rest.
+
+    Attributes:
+        settings: the calibration.
+        text: the sequences of files and data sets.
+        pool: further ones, from which `expert_balance` chooses; None without it.
+        sampled: number of a source → how many sequences the model is to write for it.
+        encoder: tokenizer, beginning and separator.
+    """
+
+    settings: Calibration
+    text: TokenBatches
+    pool: TokenBatches | None
+    sampled: dict[int, int]
+    encoder: Encoder
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the model has a say in which sequences there are."""
+        return self.pool is not None or bool(self.sampled)
+
+    @property
+    def digest(self) -> str:
+        """Identifies what was read; with the settings and the model, the sequences that will be there."""
+        return self.text.digest if self.pool is None else f"{self.text.digest}+{self.pool.digest}"
+
+
 def load_batches(
     calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase,
@@ -142,6 +177,23 @@ def load_batches(
     *,
     vocab_size: int | None = None,
 ) -> TokenBatches:
+    """`read_draft` for settings that don't ask the model (no `expert_balance`, no `self_sampling`).
+
+    Raises `DataError` as it does, and for settings that do: `compress` and recipes take those.
+    """
+    draft = read_draft(calibration, tokenizer, base_dir, vocab_size=vocab_size)
+    if draft.needs_model:
+        raise DataError("`expert_balance` and `self_sampling` run the model: give them to `compress` or a run")
+    return draft.text
+
+
+def read_draft(
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    base_dir: str | Path,
+    *,
+    vocab_size: int | None = None,
+) -> Draft:
     """Read, tokenise and pack what `calibration` asks for; relative paths are relative to `base_dir`, which for
     recipes is the working directory.
 
@@ -149,30 +201,20 @@ def load_batches(
     sequences than asked for (says how many there are), no EOS to separate documents with, or a token id that
     `vocab_size`, the model's, doesn't include.
     """
-    asked, root = calibration.sequences, Path(base_dir)
+    sources, root = calibration.sources, Path(base_dir)
     encoder = Encoder(tokenizer, calibration.length)
     if calibration.packing and encoder.eos is None:
         raise DataError("the tokenizer has no EOS token to separate documents with: set `packing: false`")
-    streams = [Stream(source, root, encoder, calibration, i) for i, source in enumerate(calibration.sources)]
-    weighted = any(source.weight for source in calibration.sources)
-    shares = quotas(streams, asked)
-    for stream, quota in zip(streams, shares, strict=True):
-        stream.take(quota)
-    while not weighted and (missing := asked - sum(len(s.taken) for s in streams)):
-        if not (open_streams := [s for s in streams if not s.exhausted]):
-            break
-        for stream in open_streams[:missing]:
-            stream.take(1)
-    check_enough(calibration, streams, weighted)
+    sampled: dict[int, int] = {}
+    asked = calibration.sequences - sum(sampled.values())
+    streams = [Stream(s, root, encoder, calibration, i) for i, s in enumerate(sources) if i not in sampled]
+    weighted = any(source.weight for source in sources)
+    shares = _take(streams, asked, weighted)
+    check_enough(calibration, streams, weighted, asked)
 
     taken = [sequence for stream in streams for sequence in stream.taken]
     if calibration.shuffle:
         random.Random(f"{calibration.seed}").shuffle(taken)
-    ids = torch.from_numpy(np.array([sequence.ids for sequence in taken], dtype=np.int64))
-    encoder.check(int(ids.max()), vocab_size)
-    tags = [sequence.domain for sequence in taken]
-    per_domain = Counter("(untagged)" if tag is None else tag for tag in tags)
-    per_source = [stream.report() for stream in streams]
     warnings = [
         f"{s.rows.source.name} gave {len(s.taken)} sequences, its share is {quota}"
         for s, quota in zip(streams, shares, strict=True)
@@ -180,20 +222,57 @@ def load_batches(
     ]
     if (used := sum(s.used for s in streams)) * FEW < len(taken):
         warnings.append(f"little variety: {len(taken)} sequences are of only {used} documents")
+    text = _sequences(taken, calibration.length, encoder, vocab_size)
+    per_source = [stream.report() for stream in streams]
     report = {
         "sequences": len(taken),
         "length": calibration.length,
         **{key: sum(r[key] for r in per_source) for key in ("documents_read", "documents_used", "tokens_available")},
-        "tokens_used": ids.numel(),
+        "tokens_used": text.tokens,
         "everything_read": all(s.exhausted for s in streams),
-        "sequences_per_domain": {tag: per_domain[tag] for tag in sorted({*per_domain, *(calibration.domains or ())})},
+        "sequences_per_domain": per_domain(text.domain, calibration.domains or ()),
         "skipped": dict(sum((s.rows.skipped for s in streams), Counter[str]())),
         "sources": per_source,
         "prefix": encoder.prefix,
         "separator": encoder.eos if calibration.packing else None,
         "warnings": encoder.warnings + warnings,
     }
-    return TokenBatches(ids, tags, _digest([ids], tags), report)
+    pool = None
+    if (wanted := calibration.expert_balance) is not None:
+        before = [len(stream.taken) for stream in streams]
+        _take(streams, wanted.pool or POOL * calibration.sequences, weighted)
+        more = [made for stream, start in zip(streams, before, strict=True) for made in stream.taken[start:]]
+        pool = _sequences(more, calibration.length, encoder, vocab_size)
+    return Draft(calibration, replace(text, report=report), pool, sampled, encoder)
+
+
+def _take(streams: list[Stream], count: int, weighted: bool) -> list[int]:
+    """Have every stream make its share of `count` more sequences; without weights others make up for a short one."""
+    before = sum(len(s.taken) for s in streams)
+    shares = quotas([stream.rows.source.weight for stream in streams], count)
+    for stream, quota in zip(streams, shares, strict=True):
+        stream.take(quota)
+    while not weighted and (missing := before + count - sum(len(s.taken) for s in streams)):
+        if not (open_streams := [s for s in streams if not s.exhausted]):
+            break
+        for stream in open_streams[:missing]:
+            stream.take(1)
+    return shares
+
+
+def _sequences(taken: list[Made], length: int, encoder: Encoder, vocab_size: int | None) -> TokenBatches:
+    """What was made as tensors. Raises DataError for tokens beyond the model's vocabulary."""
+    ids = torch.from_numpy(np.array([made.ids for made in taken], dtype=np.int64).reshape(-1, length))
+    if taken:
+        encoder.check(int(ids.max()), vocab_size)
+    tags = [made.domain for made in taken]
+    return TokenBatches(ids, tags, digest([ids], tags), {})
+
+
+def per_domain(tags: list[str | None], wanted: Sequence[str] = ()) -> dict[str, int]:
+    """Sequences of each tag."""
+    counts = Counter("(untagged)" if tag is None else tag for tag in tags)
+    return {tag: counts[tag] for tag in sorted({*counts, *wanted})}
 
 
 def load_windows(
@@ -261,12 +340,4 @@ def load_windows(
         "separator": encoder.eos,
         "warnings": encoder.warnings,
     }
-    return TokenWindows(windows, first, predicted, _digest(windows, first), report)
-
-
-def _digest(tensors: Iterable[torch.Tensor], tags: Sequence[object]) -> str:
-    digest = hashlib.sha256()
-    for ids in tensors:
-        digest.update(f"{list(ids.shape)}".encode() + ids.numpy().astype("<i8").tobytes())
-    digest.update(json.dumps(list(tags)).encode())
-    return digest.hexdigest()
+    return TokenWindows(windows, first, predicted, digest(windows, first), report)

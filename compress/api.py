@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_compress import feasibility, probe
-from moe_compress.calib.text import Calibration, TokenBatches, load_batches
+from moe_compress.calib.draft import finish
+from moe_compress.calib.text import Calibration, TokenBatches, read_draft
 from moe_compress.checkpoint.writer import check_output
 from moe_compress.engine import Calibrated, MemoryStorage, Outcome, holding_all, run_passes
 from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
@@ -30,6 +31,9 @@ from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation, make_part, make_passes
 from moe_compress.report.build import build, versions
 from moe_compress.report.text import headline
+
+# What statistics in memory are kept under: of the model as it came.
+_STATE = "in memory"
 
 
 class CompressedModel:
@@ -115,7 +119,8 @@ def compress(
         view = MoEModel.wrap(model)
         before = model_shape(view)
         feasibility.check_runtime(view, feasibility.forecast(before, steps, goal)[-1], goal)
-        calibrated = _calibrated(view, tokenizer, calibration, steps)
+        storage = MemoryStorage()
+        calibrated = _calibrated(view, tokenizer, calibration, steps, storage, monitor)
         if needs_gradients(steps):
             holding_all(view, calibrated.tokens, None)
         wanted = make_part(Evaluation, evaluate if evaluate is not None else {}, "evaluate")
@@ -129,8 +134,8 @@ def compress(
             original = stack.enter_context(Sweep(view, [{"input_ids": w.ids} for w in windows]))
             with monitor.stage("score: original", len(view.layers)) as progress:
                 _to_the_end(original, progress)
-        with _saying_what_is_left(storage := MemoryStorage()):
-            outcomes = run_passes(view, steps, before, calibrated, storage, "in memory", monitor)
+        with _saying_what_is_left(storage):
+            outcomes = run_passes(view, steps, before, calibrated, storage, _STATE, monitor)
         _settle(view)
         scores = TextScores()
         if original is not None:
@@ -176,7 +181,9 @@ def _settle(view: MoEModel) -> None:
     attach(view.module, values["quantization_config"] if form == "native" else None)
 
 
-def _calibrated(view: MoEModel, tokenizer: Any, calibration: Any, steps: Sequence[Pass]) -> Calibrated:
+def _calibrated(
+    view: MoEModel, tokenizer: Any, calibration: Any, steps: Sequence[Pass], storage: MemoryStorage, monitor: Monitor
+) -> Calibrated:
     vocabulary = view.module.config.get_text_config().vocab_size
     batch_size = 8
     if isinstance(calibration, Tensor) or (isinstance(calibration, Sequence) and _are_tokens(calibration)):
@@ -191,7 +198,9 @@ def _calibrated(view: MoEModel, tokenizer: Any, calibration: Any, steps: Sequenc
         return Calibrated(None)
     if tokenizer is None:
         raise InputError("calibration text needs the model's tokenizer: pass `tokenizer=`")
-    return Calibrated(load_batches(settings, tokenizer, Path.cwd(), vocab_size=vocabulary), settings.batch_size)
+    draft = read_draft(settings, tokenizer, Path.cwd(), vocab_size=vocabulary)
+    text = finish(draft, view, lambda data: storage.statistics(_STATE, data), lambda tokens: None, monitor)
+    return Calibrated(text, settings.batch_size)
 
 
 def _are_tokens(values: Sequence[Any]) -> bool:

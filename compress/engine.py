@@ -95,13 +95,13 @@ class Calibrated:
     @property
     def tokens(self) -> int:
         """Tokens of a sweep."""
-        return self.text.ids.numel() if self.text is not None else 0
+        return self.text.tokens if self.text is not None else 0
 
     def batches(self) -> list[Batch]:
         """Arguments of each forward."""
         if self.text is None:
             raise RunError("a pass needs calibration text, and the recipe names none")
-        return [{"input_ids": ids} for ids, _ in self.text.batches(self.batch_size)]
+        return self.text.forwards(self.batch_size)
 
 
 @dataclass

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress import feasibility, probe
-from moe_compress.calib.text import load_batches
+from moe_compress.calib.draft import finish
+from moe_compress.calib.text import Draft, read_draft
 from moe_compress.calib.tokenizer import find_tokenizer
 from moe_compress.checkpoint.atomic import write_json, write_text
 from moe_compress.checkpoint.decoded import DecodedCheckpoint
@@ -109,8 +110,8 @@ def run(
     with monitor.stage("check"):
         model, expected = plan_run(recipe)
         fingerprint = model.source.fingerprint()
-        calibrated, tokenizer = _calibration(model, recipe, expected.passes)
-        identity = _identity(recipe, expected.passes, fingerprint, calibrated)
+        draft, tokenizer = _calibration(model, recipe, expected.passes)
+        identity = _identity(recipe, expected.passes, fingerprint, draft)
         run_id = short_digest(identity)
         own = _run_of(output) == run_id and not fresh
         if own and place.is_dir() and not Workspace.holds_work(place) and (output / "report.json").is_file():
@@ -125,7 +126,14 @@ def run(
             monitor.note(f"continuing the run in {workspace.folder}")
         # What is there may be what `overwrite` was said of, unless this run has put it there.
         published = own and (not overwrite or workspace.read(_PUBLISHED) is not None)
-        calibrated.hold = holding(model, calibrated.tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
+
+        def hold(tokens: int) -> Path | None:
+            return holding(model, tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
+
+        calibrated = Calibrated(None)
+        if draft is not None:
+            text = finish(draft, model, lambda data: workspace.statistics(fingerprint, data), hold, monitor)
+            calibrated = Calibrated(text, draft.settings.batch_size, hold(text.tokens))
         if needs_gradients(expected.passes):
             whole = workspace.scratch("all-hidden")
             calibrated.hold_all = holding_all(model, calibrated.tokens, whole, recipe.compute.hidden_states)
@@ -139,8 +147,8 @@ def run(
             workspace.discard(_PUBLISHED)
             verified = verify(output, progress, str(model.device), recipe.compute.memory)
         workspace.write(_PUBLISHED, {"run": run_id})
-        hold = workspace.scratch("score")
-        scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, hold, monitor, recipe.compute.memory)
+        held = workspace.scratch("score")
+        scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, held, monitor, recipe.compute.memory)
         report = _report(model, recipe, expected, outcomes, calibrated, scores, verified, monitor)
         write_text(output / "report.md", markdown(report))
         write_json(output / "report.json", report)  # last: where it is, nothing is left to do
@@ -175,19 +183,18 @@ def _export(
         write_folder(model, output, manifest, progress, overwrite=overwrite, quantized=quantized)
 
 
-def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[Calibrated, Any]:
+def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[Draft | None, Any]:
     tokenizer = find_tokenizer(recipe.model)
     needed = any(step.statistics() or step.needs_inputs() for step in passes)
     if recipe.calibration is None or not needed:
-        return Calibrated(None), tokenizer
+        return None, tokenizer
     if tokenizer is None:
         raise InputError(f"{recipe.model} has no tokenizer that transformers can load, and calibration needs one")
     vocabulary = model.module.config.get_text_config().vocab_size
-    text = load_batches(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary)
-    return Calibrated(text, recipe.calibration.batch_size), tokenizer
+    return read_draft(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary), tokenizer
 
 
-def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, calibrated: Calibrated) -> dict[str, Any]:
+def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, draft: Draft | None) -> dict[str, Any]:
     """What decides about the bytes of the result: finished work of another identity is not this run's."""
     plain = recipe.plain()
     return {
@@ -195,7 +202,7 @@ def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, calibrated: 
         "passes": plain["passes"],
         "target": plain["target"],
         "calibration": plain["calibration"],
-        "data": calibrated.digest,
+        "data": draft.digest if draft is not None else "",
         "seed": plain["seed"],
         "compute": {k: v for k, v in plain["compute"].items() if k not in ("hidden_states", "memory")},
         "versions": versions(),

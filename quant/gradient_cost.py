@@ -46,7 +46,7 @@ class GradientError(Statistic):
 
     name: ClassVar[str] = "gradient_error"
     gradients: ClassVar[bool] = True
-    bits: tuple[int, ...] = (1, 2, 3, 4, 8)
+    bits: tuple[float, ...] = (1, 2, 3, 4, 8)
     group_size: int = 64
     symmetric: bool = True
     per_matrix: bool = False
@@ -57,9 +57,9 @@ class GradientError(Statistic):
             raise UnsupportedModelError(f"layer {block.layer} is quantized already")
         return _Errors(self, FusedExperts(block.experts_module))
 
-    def grid(self, bits: int) -> Grid:
+    def grid(self, bits: float) -> Grid:
         """The grid of a width."""
-        return Grid(bits, self.group_size, self.symmetric or bits == 1)
+        return Grid(bits, self.group_size, self.symmetric or bits < 2)
 
 
 class _Errors(Accumulator):
@@ -107,8 +107,8 @@ class _Errors(Accumulator):
                     ):
                         target = sums[chunk.start : chunk.stop, place, column]
                         target.index_add_(0, part.expert_R.cpu(), values_R.cpu() / tokens)
-        sums = {"gradient": diagonal, "fisher": directional}
-        return {n: (v if self.settings.per_matrix else v[:, 0]).contiguous() for n, v in sums.items()}
+        found = {"gradient": diagonal, "fisher": directional}
+        return {n: (v if self.settings.per_matrix else v[:, 0]).contiguous() for n, v in found.items()}
 
 
 def _rounded(weights: ExpertWeights, grid: Grid) -> ExpertWeights:

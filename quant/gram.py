@@ -38,7 +38,7 @@ class GramError(Statistic):
     """
 
     name: ClassVar[str] = "gram_error"
-    bits: tuple[int, ...] = (1, 2, 3, 4, 8)
+    bits: tuple[float, ...] = (1, 2, 3, 4, 8)
     group_size: int = 64
     symmetric: bool = True
 
@@ -48,9 +48,9 @@ class GramError(Statistic):
             raise UnsupportedModelError(f"layer {block.layer} is quantized already")
         return _Traces(self, FusedExperts(block.experts_module))
 
-    def grid(self, bits: int) -> Grid:
+    def grid(self, bits: float) -> Grid:
         """The grid of a width."""
-        return Grid(bits, self.group_size, self.symmetric or bits == 1)
+        return Grid(bits, self.group_size, self.symmetric or bits < 2)
 
 
 class _Traces(Accumulator):

@@ -303,6 +303,8 @@ def _finished(tap: Tap, at: dict[str, Tensor], leaves: Any, behind: Any, paramet
         tap.sequence_T,
         map_tensors(leaves, Tensor.detach),
         map_tensors(tap.router_arguments, Tensor.detach),
+        tap.modality_T,
+        tap.token_weight_T,
         parts,
         gradient_TH=at.get("output_TH", torch.zeros_like(tap.output_TH)),
         weight_gradient_TK=at.get("weight_TK", torch.zeros_like(tap.weight_TK)),

@@ -32,7 +32,9 @@ from .model import Layer, MoEModel
 from .tap import Observer, Tap, observe
 from .tensors import release_freed
 
+# Arguments of one forward. Beside them, for whoever observes and not for the model: what every token is of and counts.
 Batch = Mapping[str, Any]
+MODALITY, TOKEN_WEIGHT = "token_modality", "token_weight"
 
 
 class Sweep:
@@ -40,7 +42,8 @@ class Sweep:
 
     Args:
         model: on disk or in memory.
-        batches: keyword arguments of the model's forward for each call (`input_ids`, …).
+        batches: keyword arguments of the model's forward for each call, `input_ids` first; `MODALITY` [b, s] (whole
+            numbers) and `TOKEN_WEIGHT` [b, s] among them go to the taps instead.
         hold: folder for hidden states (memory-mapped files), or None to hold them in memory.
 
     Use as a context manager: leaving it restores the model and ends all calls.
@@ -51,11 +54,14 @@ class Sweep:
 
     def __init__(self, model: MoEModel, batches: Sequence[Batch], hold: Path | None = None):
         self.model = model
-        self._calls = [_Call(model.module, batch, model.device, self._recording) for batch in batches]
+        beside = (MODALITY, TOKEN_WEIGHT)
+        arguments = [{k: v for k, v in batch.items() if k not in beside} for batch in batches]
+        self._calls = [_Call(model.module, batch, model.device, self._recording) for batch in arguments]
+        self._labels = [[b[k].reshape(-1).to(model.device) if k in b else None for k in beside] for b in batches]
         self._hold = hold
         self._numbers = itertools.count()
         self._stack = ExitStack()
-        rows = [next(iter(b.values())).shape for b in batches]
+        rows = [next(iter(b.values())).shape for b in arguments]
         starts = torch.tensor([0, *(r[0] for r in rows)]).cumsum(0).tolist()
         self._sequences = [
             (start + torch.arange(r[0])).repeat_interleave(r[1]) for start, r in zip(starts[:-1], rows, strict=True)
@@ -225,7 +231,8 @@ class Step:
         with torch.no_grad():
             with ExitStack() as stack:
                 if observer is not None and self.layer.block is not None:
-                    stack.enter_context(observe(self.layer.block, taps.append, self._sweep._sequences[number]))
+                    labels = (self._sweep._sequences[number], *self._sweep._labels[number])
+                    stack.enter_context(observe(self.layer.block, taps.append, *labels))
                 output = self.layer.module(*arguments, **keywords)
             # Handed on only now: what a change of the block weighs depends on the hidden state behind the layer. Some
             # observers run the experts again, and offloaded weights have left by now.

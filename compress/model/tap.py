@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_compress.errors import UnsupportedModelError
+
 from . import hf
 from .block import MoEBlock, read_routing
 from .dispatch import Dispatch
@@ -38,6 +40,8 @@ class Tap:
         sequence_T: number of the calibration sequence that each token belongs to.
         layer_output: what the decoder layer returned; taps are handed on when it has run.
         router_arguments: what the router was called with, by the names of its parameters.
+        modality_T: what each token is of: 0 text, 1 image, 2 video, 3 audio; None where all are text.
+        token_weight_T: what each token counts in sums over tokens, not negative; None where all count 1.
     """
 
     layer: int
@@ -50,6 +54,8 @@ class Tap:
     sequence_T: Tensor | None = None
     layer_output: Any = None
     router_arguments: dict[str, Any] = field(default_factory=dict)
+    modality_T: Tensor | None = None
+    token_weight_T: Tensor | None = None
     _parts: tuple[Dispatch, Tensor, Tensor] | None = None
 
     @functools.cached_property
@@ -94,6 +100,12 @@ class Tap:
     def input_RH(self) -> Tensor:
         """Expert inputs, one row per (token, expert)."""
         return self.hidden_TH[self.dispatch.token_R]
+
+    @property
+    def counted_T(self) -> Tensor:
+        """What each token counts in sums over tokens, float64: `token_weight_T`, or ones."""
+        weight = self.token_weight_T
+        return torch.ones_like(self.hidden_TH[:, 0], dtype=torch.float64) if weight is None else weight.double()
 
 
 @dataclass
@@ -165,10 +177,17 @@ hf.register_implementation(_forward)
 
 
 @contextmanager
-def observe(block: MoEBlock, observer: Observer, sequence_T: Tensor | None = None) -> Iterator[None]:
+def observe(
+    block: MoEBlock,
+    observer: Observer,
+    sequence_T: Tensor | None = None,
+    modality_T: Tensor | None = None,
+    token_weight_T: Tensor | None = None,
+) -> Iterator[None]:
     """Within the context, every forward of the block's experts hands a `Tap` to `observer`.
 
-    The model must run under `hf.implementation`. `sequence_T` is passed on into the taps.
+    The model must run under `hf.implementation`. `sequence_T`, `modality_T` and `token_weight_T` are passed on into the
+    taps. Raises UnsupportedModelError, in the forward, where experts see other tokens than those that have weights.
     """
     module = block.experts_module
     returned: list[Any] = [None, {}]  # by the router, and what it was called with
@@ -180,9 +199,18 @@ def observe(block: MoEBlock, observer: Observer, sequence_T: Tensor | None = Non
         routing = read_routing(returned[0], len(hidden))
         scores = routing.logits_TE if routing is not None else returned[0]
         logits = scores.reshape(len(hidden), -1) if isinstance(scores, Tensor) else None
-        sequence = sequence_T if sequence_T is not None and len(sequence_T) == len(hidden) else None
+        sequence, modality, counted = (
+            label if label is not None and len(label) == len(hidden) else None
+            for label in (sequence_T, modality_T, token_weight_T)
+        )
+        if counted is None and token_weight_T is not None:
+            raise UnsupportedModelError(
+                f"layer {block.layer}: its experts see {len(hidden)} tokens of {len(token_weight_T)} that were read: "
+                "this family can't weigh tokens by modality"
+            )
         with torch.no_grad():
             tap = Tap(block.layer, experts, hidden, index, weight, output, logits, sequence, _parts=parts)
+            tap.modality_T, tap.token_weight_T = modality, counted
             tap.router_arguments = dict(returned[1])
             observer(tap)
 

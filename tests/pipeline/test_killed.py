@@ -24,7 +24,7 @@ def kill_at(module, name, at=1):
     setattr(owner, name, call)
 """
 STAGES = {
-    "calibration text": ("pipeline", "load_batches", 1),
+    "calibration text": ("pipeline", "read_draft", 1),
     "workspace": ("checkpoint.workspace", "write_json", 1),
     "sweep, first layer": ("checkpoint.workspace", "DiskStatistics.put", 1),
     "sweep, second layer": ("checkpoint.workspace", "DiskStatistics.put", 4),
