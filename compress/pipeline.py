@@ -233,11 +233,6 @@ def _report(
     monitor: Monitor,
 ) -> dict[str, Any]:
     source = model.source
-    quantized = (
-        {"source": {"quantization": source.method, "bytes": source.stored_bytes}}
-        if isinstance(source, DecodedCheckpoint)
-        else {}
-    )
     return build(
         recipe=recipe.plain(),
         before=expected.before,
@@ -247,7 +242,10 @@ def _report(
         scores_after=scores[1],
         stages=monitor.records(),
         facts={
-            **quantized,
+            "source": {
+                "quantization": source.method if isinstance(source, DecodedCheckpoint) else None,
+                "bytes": source.stored_bytes if isinstance(source, DecodedCheckpoint) else source.nbytes,
+            },
             "verification": verified.to_json(),
             "tokens_seen": calibrated.tokens,
             "forecast_bytes": expected.after.total_bytes,

@@ -145,7 +145,7 @@ def test_a_run_on_fp8(tmp_path):
     told = results["q"].report["source"]
     assert told["quantization"] == "fp8"
     assert told["bytes"] == sum(t.nbytes for t in load_file(quantized / "model.safetensors").values())
-    assert "source" not in results["d"].report
+    assert results["d"].report["source"] == {"quantization": None, "bytes": results["d"].report["before"]["bytes"]}
 
 
 def test_floats_without_a_scale_are_refused(tmp_path):
