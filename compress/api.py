@@ -60,8 +60,11 @@ class CompressedModel:
         monitor = Monitor()
         manifest = {"run": None, "versions": versions(), "recipe": self.report["recipe"], "probe": expected}
         with monitor.stage("save", len(self._view.layers)) as progress:
-            quantized = find_target(self.report["recipe"]["target"]).quantized_format or "native"
-            write_memory(self._view, folder, manifest, progress, overwrite=overwrite, quantized=quantized)
+            goal = find_target(self.report["recipe"]["target"])
+            quantized = goal.quantized_format or "native"
+            write_memory(
+                self._view, folder, manifest, progress, overwrite=overwrite, quantized=quantized, target=goal
+            )
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
         if self.model.can_generate():

@@ -5,3 +5,4 @@ FORMAT_VERSION = 1
 
 # What servers read, and what its own field `quant_method` calls it.
 COMPRESSED_TENSORS = "compressed-tensors"
+GPTQ = "gptq"

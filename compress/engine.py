@@ -266,8 +266,8 @@ class _Applying:
         report["num_experts"] = block.num_experts
         report["kind"] = description["kind"]
         stored_bytes = sum(tensors[n].numel() * tensors[n].element_size() for n in block.weight_names())
-        matrices = len(description["layout"]["projections"]) * block.num_experts if "layout" in description else 0
-        report["expert_bytes"] = stored_bytes + matrices * self.step.target.matrix_bytes
+        beside = self.step.target.beside_layer(description["layout"]) if "layout" in description else 0
+        report["expert_bytes"] = stored_bytes + beside
         self.commits.commit(layer.index, {n: t.cpu() for n, t in tensors.items()}, description, report)
         for before in self.earlier:
             before.drop(layer.index)

@@ -43,7 +43,7 @@ def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: st
         target: runtime that the result is for.
         wanted: format that the recipe asks for, "auto" for the target's own.
     """
-    packed = {index: layer for index, layer in shape.layers.items() if layer.kind == "packed"}
+    packed = {index: layer for index, layer in shape.layers.items() if layer.kind != "fused"}
     uniform = len({layer.num_experts for layer in shape.layers.values()}) == 1
     form = target.dense_format if uniform and not packed else target.quantized_format
     if wanted not in ("auto", form) and not (wanted == "native" and form == "hf" and target.quantized_format == wanted):
@@ -60,6 +60,11 @@ def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: st
             )
         if layer.matrices < 3 and not target.gateless:
             raise RecipeError(f"target {target.name!r} loads no quantized experts without a gate, as {family} has")
+        if layer.kind == "packed" and layer.hidden % target.hidden_multiple:
+            raise RecipeError(
+                f"target {target.name!r} loads packed experts whose hidden size is a multiple of "
+                f"{target.hidden_multiple}, and {family} has {layer.hidden} (layer {index}): take the target 'vllm'"
+            )
         if target.per_expert and model.expert_names(index, layer.num_experts) is None:
             raise RecipeError(
                 f"target {target.name!r} loads quantized experts that are stored one by one, and {family} stores those "

@@ -179,8 +179,9 @@ def _export(
         "probe": expected,
     }
     with monitor.stage("export", len(model.layers)) as progress:
-        quantized = recipe.goal.quantized_format or "native"
-        write_folder(model, output, manifest, progress, overwrite=overwrite, quantized=quantized)
+        goal = recipe.goal
+        quantized = goal.quantized_format or "native"
+        write_folder(model, output, manifest, progress, overwrite=overwrite, quantized=quantized, target=goal)
 
 
 def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[Draft | None, Any]:

@@ -44,7 +44,7 @@ def quantize_experts(
     matrices: dict[str, list[tuple[list[int], Stack]]] = {}
     names = [name for name, _ in experts.weights().matrices()]
     report: list[dict[str, Any]] = [{"bits": {n: widths[n][e] for n in names}} for e in range(experts.num_experts)]
-    for solved in _solved(experts, widths, options, inputs):
+    for solved in solve_experts(experts, widths, options, inputs):
         matrices.setdefault(solved.projection, []).append((solved.experts, Stack.holding(solved.quantized)))
         for expert, values in solved.report.items():
             report[expert].update(values)
@@ -53,7 +53,7 @@ def quantize_experts(
 
 
 @dataclass(frozen=True)
-class _Solved:
+class Solved:
     """One projection of some experts, quantized; what to say of each expert."""
 
     projection: str
@@ -62,9 +62,10 @@ class _Solved:
     report: dict[int, dict[str, Any]]
 
 
-def _solved(
+def solve_experts(
     experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs | None
-) -> Iterator[_Solved]:
+) -> Iterator[Solved]:
+    """Every projection of every expert by the method of `options`, some experts at a time; nothing is changed."""
     if options.method != "gptq":
         return _without_data(experts, widths, options)
     if inputs is None:
@@ -72,17 +73,17 @@ def _solved(
     return _by_gptq(experts, widths, options, inputs)
 
 
-def _without_data(experts: FusedExperts, widths: Widths, options: SolverOptions) -> Iterator[_Solved]:
+def _without_data(experts: FusedExperts, widths: Widths, options: SolverOptions) -> Iterator[Solved]:
     weights, quantize = experts.weights(), round_to_nearest if options.method == "rtn" else half_quadratic
     sizes = [16 * weights.parameters // experts.num_experts] * experts.num_experts
     for name, stacked in weights.matrices():
         for chunk in chunks(sizes, CHUNK_BYTES):
             for (width,), members in _alike([widths[name]], chunk).items():
                 grid = options.grid(width)
-                yield _Solved(name, members, quantize(stacked[members], grid, search=options.search), {})
+                yield Solved(name, members, quantize(stacked[members], grid, search=options.search), {})
 
 
-def _by_gptq(experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs) -> Iterator[_Solved]:
+def _by_gptq(experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs) -> Iterator[Solved]:
     weights = experts.weights()
     means = _layer_means(experts, inputs)
     inward = [name for name, _ in weights.matrices() if name != "down"]
@@ -106,7 +107,7 @@ def _solve(
     hessian_EKK: Tensor,
     part: Moments,
     options: SolverOptions,
-) -> Iterator[_Solved]:
+) -> Iterator[Solved]:
     stacked = torch.cat([getattr(weights, name)[members] for name in names], dim=1)
     solved = gptq(stacked, hessian_EKK, grid, damping=options.damping, search=options.search)
     what = "_".join(names)
@@ -122,7 +123,7 @@ def _solve(
     height = stacked.shape[1] // len(names)
     for position, name in enumerate(names):
         own = slice(position * height, (position + 1) * height)
-        yield _Solved(name, members, _rows(solved.quantized, own), report if position == 0 else {})
+        yield Solved(name, members, _rows(solved.quantized, own), report if position == 0 else {})
 
 
 def _layer_means(experts: FusedExperts, inputs: BlockInputs) -> tuple[Tensor, Tensor]:

@@ -168,9 +168,11 @@ class QuantizeMixed(Pass):
     def _matrix_bytes(self, layer: LayerShape) -> Ints:
         """Bytes of each matrix of an expert at each width, [M, B]; the expert's biases count as part of the last."""
         encodings = [Encoding(b, self.options.group_size, self.options.symmetric or b < 2) for b in self.options.widths]
-        wide = [e.matrix_bytes(layer.intermediate, layer.hidden) for e in encodings]
-        narrow = [e.matrix_bytes(layer.hidden, layer.intermediate) for e in encodings]
-        size_MB = np.array([*[wide] * (layer.matrices - 1), narrow], dtype=np.int64) + self.target.matrix_bytes
+        wide, narrow = (
+            [e.matrix_bytes(*sides) + self.target.beside(e.bits, e.group_size, *sides) for e in encodings]
+            for sides in ((layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate))
+        )
+        size_MB = np.array([*[wide] * (layer.matrices - 1), narrow], dtype=np.int64)
         size_MB[-1] += layer.biases * layer.weight_bytes
         return size_MB
 

@@ -137,7 +137,7 @@ class Stack(nn.Module):
         return dequantize(Quantized(codes, scale, zero, grid), dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(_keeping_dtype(fn), recurse)
+        super()._apply(keeping_dtype(fn), recurse)
         return self
 
 
@@ -284,7 +284,7 @@ class PackedExperts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for child in self.children():
             child._apply(fn)
-        super()._apply(_keeping_dtype(fn), recurse=False)
+        super()._apply(keeping_dtype(fn), recurse=False)
         return self
 
     def describe(self) -> dict[str, Any]:
@@ -333,7 +333,7 @@ def build_packed(block: MoEBlock, layout: dict[str, Any]) -> PackedExperts:
         if f"{name}_bias" in layout["biases"]:
             dtype = getattr(torch, layout["biases"][f"{name}_bias"])
             biases[f"{name}_bias"] = torch.empty(len(assignment), out_features, dtype=dtype, device="meta")
-    return PackedExperts(_fused(block), projections, biases)
+    return PackedExperts(fused_module(block), projections, biases)
 
 
 def pack_experts(block: MoEBlock, matrices: dict[str, list[tuple[list[int], Stack]]]) -> PackedExperts:
@@ -347,7 +347,7 @@ def pack_experts(block: MoEBlock, matrices: dict[str, list[tuple[list[int], Stac
     Returns:
         The module now in place.
     """
-    original = _fused(block)
+    original = fused_module(block)
     weights = FusedExperts(original).weights()
     biases = {n: v.clone() for n, v in weights.items() if n.endswith("_bias")}
     projections = {}
@@ -379,12 +379,13 @@ def _joined(parts: list[tuple[int, Stack, int]]) -> Stack:
     return joined
 
 
-def _fused(block: MoEBlock) -> nn.Module:
+def fused_module(block: MoEBlock) -> nn.Module:
+    """The fused experts that a block had or has: what other experts replace, and take the arithmetic from."""
     module = block.experts_module
     return module._original.module if isinstance(module, PackedExperts) else module  # type: ignore[no-any-return]
 
 
-def _keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What `module.to` does to a tensor, without the cast: scales and biases stay what was stored, in any dtype."""
 
     def moved(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Files that hold the experts one by one are read into models that hold them stack
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,22 @@ class StackedCheckpoint(Checkpoint):
         folder: the checkpoint.
         stacks: new name → names of the tensors of equal shape and dtype that make it, in order.
         hidden: names that are not presented at all.
+        turned: stacks of matrices that are presented transposed.
 
     Raises CheckpointError when the tensors of a stack aren't alike.
     """
 
-    def __init__(self, folder: str | Path, stacks: Mapping[str, Sequence[str]], hidden: Sequence[str] = ()):
+    def __init__(
+        self,
+        folder: str | Path,
+        stacks: Mapping[str, Sequence[str]],
+        hidden: Sequence[str] = (),
+        turned: Collection[str] = (),
+    ):
         super().__init__(folder)
         self._stored = self.tensors
         self._stacks = dict(stacks)
+        self._turned = frozenset(turned)
         infos = {}
         for name, parts in self._stacks.items():
             members = [self._info(part) for part in parts]
@@ -43,7 +51,8 @@ class StackedCheckpoint(Checkpoint):
                         f"{self.folder}: {part!r} is {info.dtype} {list(info.shape)}, {parts[0]!r} is {first.dtype} "
                         f"{list(first.shape)}; the experts of a layer must be alike"
                     )
-            infos[name] = replace(first, shape=(len(parts), *first.shape), nbytes=sum(info.nbytes for info in members))
+            shape = first.shape[::-1] if name in self._turned else first.shape
+            infos[name] = replace(first, shape=(len(parts), *shape), nbytes=sum(info.nbytes for info in members))
         gone = {*hidden, *(part for parts in self._stacks.values() for part in parts)}
         self.tensors = {**{n: info for n, info in self._stored.items() if n not in gone}, **infos}
 
@@ -52,7 +61,8 @@ class StackedCheckpoint(Checkpoint):
         parts = self._stacks.get(name)
         if parts is None:
             return super().get(name)
-        return torch.stack([Checkpoint.get(self, part) for part in parts])
+        tensors = [Checkpoint.get(self, part) for part in parts]
+        return torch.stack([t.T for t in tensors] if name in self._turned else tensors)
 
     def slice(self, name: str) -> Any:
         """Lazy handle on a tensor or a stack."""

@@ -1,13 +1,14 @@
-"""Reading `compressed-tensors` checkpoints whose experts are packed, by the format's own description.
+"""Reading `compressed-tensors` checkpoints whose experts are quantized, by the format's own description.
 
-The integers in the file are the ones that packed experts hold in memory, so nothing is computed: the experts' tensors
-are presented stacked, and the model's blocks are described as packed. What the file holds is what runs, bit for bit.
-transformers' own loader instead unpacks everything, and takes one scheme for all layers (docs/targets.md).
+The numbers in the file are the ones that quantized experts hold in memory, so nothing is computed: the experts' tensors
+are presented stacked, and the model's blocks are described as packed or scaled. What the file holds is what runs, bit
+for bit. transformers' own loader instead unpacks everything, and takes one scheme for all layers (docs/targets.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,9 +19,29 @@ from moe_compress.errors import CheckpointError, UnsupportedModelError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.expert_names import ExpertNames, find_expert_names
 
-from .compressed_tensors import PACKING, ServerView
+from .matching import ServerView
+from .schemes import FLOATS, INTEGERS, MIXED, PACKED, Scheme
 
-_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_PACKED_PARTS = ("weight_packed", "weight_scale", "weight_shape")
+_SCALED_PARTS = ("weight", "weight_scale")
+_UNREAD = ("weight_zero_point", "weight_g_idx", "weight_global_scale", "input_scale", "input_global_scale")
+_ALREADY = "start from the checkpoint in full precision"
+
+
+@dataclass
+class Presented:
+    """A layer of a foreign format as the native one would hold it.
+
+    Attributes:
+        kind, layout: of its experts.
+        stacks: name of a stack, relative to the experts → names of its parts in the file.
+        turned: stacks that are transposed in the file.
+    """
+
+    kind: str
+    layout: dict[str, Any]
+    stacks: dict[str, list[str]]
+    turned: list[str] = field(default_factory=list)
 
 
 def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
@@ -31,46 +52,70 @@ def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, 
         source: the folder.
 
     Returns:
-        The folder with its packed experts stacked, and decoder layer → description for `MoEBlock.restructure`.
+        The folder with its quantized experts stacked, and decoder layer → description for `MoEBlock.restructure`.
 
     Raises:
         UnsupportedModelError: something else than experts is quantized, or in another way.
         CheckpointError: tensors and config don't belong together.
     """
     config = source.config["quantization_config"]
-    if config.get("format") != PACKING:
+    if config.get("format") not in (PACKED, INTEGERS, FLOATS, MIXED):
         raise UnsupportedModelError(
-            f"{source.folder} is already quantized (compressed-tensors, {config.get('format')}); start from the "
-            "checkpoint in full precision"
+            f"{source.folder} is already quantized (compressed-tensors, {config.get('format')}); {_ALREADY}"
         )
-    packed = {n.removesuffix(".weight_packed") for n in source.tensors if n.endswith(".weight_packed")}
-    parts = {f"{module}.{part}" for module in packed for part in _PARTS}
+    modules = {n.rpartition(".")[0] for n in source.tensors if n.endswith((".weight_packed", ".weight_scale"))}
+    parts = {f"{module}.{part}" for module in modules for part in (*_PACKED_PARTS, *_SCALED_PARTS, *_UNREAD)}
     view = ServerView(config)
-    names = hf.NameMap(model.module, [n for n in source.tensors if n not in parts] + [f"{m}.weight" for m in packed])
+
+    def read(names: ExpertNames, count: int) -> Presented:
+        return _layer(source, view, names, count)
+
+    return present_experts(model, source, modules, parts, read)
+
+
+def present_experts(
+    model: MoEModel,
+    source: Checkpoint,
+    modules: set[str],
+    parts: set[str],
+    read: Callable[[ExpertNames, int], Presented],
+) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
+    """What `present` returns, for any format that stores experts one by one.
+
+    Args:
+        model: skeleton, with fused experts.
+        source: the folder.
+        modules: paths of all modules that are quantized in it.
+        parts: names that their tensors may have.
+        read: names of a layer's experts and their number → the layer.
+    """
+    names = hf.NameMap(model.module, [n for n in source.tensors if n not in parts] + [f"{m}.weight" for m in modules])
     stacks: dict[str, list[str]] = {}
+    turned: list[str] = []
     descriptions = {}
-    left = set(packed)
+    left = set(modules)
     for index in model.moe_layers:
         block = model.block(index)
         prefix = f"{model.stack}.{index}."
         found = find_expert_names(block, prefix, block.num_experts, names.to_disk)
-        if found is None or found.linear(0, "down") not in packed:
+        if found is None or found.linear(0, "down") not in modules:
             continue
-        layout, own = _layer(source, view, found, block.num_experts, f"{prefix}{block.path}")
-        stacks |= own
+        layer = read(found, block.num_experts)
+        inside = f"{prefix}{block.path}."
+        stacks |= {inside + name: members for name, members in layer.stacks.items()}
+        turned += [inside + name for name in layer.turned]
         left -= {found.linear(e, p) for e in range(block.num_experts) for p in found.leaves}
         descriptions[index] = {
-            "kind": "packed",
+            "kind": layer.kind,
             "num_experts": block.num_experts,
             "experts": block.path,
-            "layout": layout,
+            "layout": layer.layout,
         }
     if left:
         raise UnsupportedModelError(
-            f"{source.folder} is already quantized ({min(left)!r} and more that isn't an expert); start from the "
-            "checkpoint in full precision"
+            f"{source.folder} is already quantized ({min(left)!r} and more that isn't an expert); {_ALREADY}"
         )
-    return StackedCheckpoint(source.folder, stacks, sorted(parts & source.tensors.keys())), descriptions
+    return StackedCheckpoint(source.folder, stacks, sorted(parts & source.tensors.keys()), turned), descriptions
 
 
 def uniform(config: Mapping[str, Any]) -> bool:
@@ -79,61 +124,84 @@ def uniform(config: Mapping[str, Any]) -> bool:
     return all(group["weights"] == groups[0]["weights"] for group in groups)
 
 
-def _layer(
-    source: Checkpoint, view: ServerView, names: ExpertNames, count: int, experts: str
-) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """A layer's layout, and name of the stack → names of its parts in the file."""
-    module = names.linear(0, "down")
-    scheme = view.scheme(module)
+def _layer(source: Checkpoint, view: ServerView, names: ExpertNames, count: int) -> Presented:
+    first = names.linear(0, "down")
+    group = view.group(first)
+    if group is None:
+        raise CheckpointError(f"{source.folder}: {first!r} is quantized, and no group of its config has it")
+    scheme = Scheme.of_group(group)
     if scheme is None:
-        raise CheckpointError(f"{source.folder}: {module!r} is packed, and no group of its config has it")
-    group_size = scheme.get("group_size") or -1
-    if scheme.get("type") != "int" or not scheme.get("symmetric", True) or group_size < 1:
         raise UnsupportedModelError(
-            f"{source.folder}: the experts of {names.experts!r} are not symmetric integers in groups; start from the "
-            "checkpoint in full precision"
+            f"{source.folder}: the experts of {names.experts!r} are in no scheme that is known here (symmetric integers "
+            f"in groups, FP8, W8A8, W4A8); {_ALREADY}"
         )
-    bits = int(scheme["num_bits"])
-    encoding = f"b{bits}g{group_size}"
+    packed = scheme.name == "wna16"
     stacks: dict[str, list[str]] = {}
-    projections = {}
-    dtype = ""
+    projections: dict[str, Any] = {}
+    dtypes = set()
+    encoding = f"b{scheme.bits}g{scheme.group_size}"
     for projection in names.leaves:
         modules = [names.linear(e, projection) for e in range(count)]
         for module in modules:
-            _check(source, module)
-            if view.scheme(module) != scheme:
+            check_parts(source, module, _PACKED_PARTS if packed else _SCALED_PARTS, _UNREAD)
+            if view.group(module) != group:
                 raise CheckpointError(f"{source.folder}: {module!r} has another scheme than the experts beside it")
-        rows, columns = _shape(source, modules[0])
-        for module in modules[1:]:
-            if _shape(source, module) != (rows, columns):
-                raise CheckpointError(f"{source.folder}: {module!r} has another shape than {modules[0]!r}")
-        codes, scale = (source.tensors[f"{modules[0]}.{part}"] for part in _PARTS[:2])
-        if codes.shape != (rows, columns * bits // 32) or scale.shape != (rows, columns // group_size):
+        rows, columns = same_shape(source, modules, lambda m: _shape(source, m, packed))
+        codes, scale = (source.tensors[f"{modules[0]}.{p}"] for p in (_PACKED_PARTS if packed else _SCALED_PARTS)[:2])
+        width = columns * scheme.bits // 32 if packed else columns
+        tiled = scheme.misfit(rows, columns) is None
+        if not tiled or codes.shape != (rows, width) or scale.shape != scheme.scale_shape(rows, columns):
             raise CheckpointError(
-                f"{source.folder}: {modules[0]!r} is [{rows}, {columns}] at {bits} bits in groups of {group_size}, but "
-                f"holds codes {list(codes.shape)} and scales {list(scale.shape)}"
+                f"{source.folder}: {modules[0]!r} is [{rows}, {columns}] in the scheme {scheme.to_json()}, but holds "
+                f"codes {list(codes.shape)} and scales {list(scale.shape)}"
             )
-        dtype = str(scale.dtype).removeprefix("torch.")
-        stack = f"{experts}.{projection}_proj.{encoding}"
-        stacks[f"{stack}.codes"] = [f"{m}.weight_packed" for m in modules]
+        if codes.dtype != (torch.int32 if packed else scheme.code):
+            raise CheckpointError(f"{source.folder}: the codes of {modules[0]!r} are {codes.dtype}")
+        dtypes.add(str(scale.dtype).removeprefix("torch."))
+        stack = f"{projection}_proj.{encoding}" if packed else f"{projection}_proj"
+        stacks[f"{stack}.codes"] = [f"{m}.{'weight_packed' if packed else 'weight'}" for m in modules]
         stacks[f"{stack}.scale"] = [f"{m}.weight_scale" for m in modules]
-        projections[projection] = {"out_features": rows, "in_features": columns, "experts": [encoding] * count}
-    values = {"bits": bits, "dtype": dtype, "group_size": group_size, "symmetric": True}
-    return {"encodings": {encoding: values}, "projections": projections, "biases": {}}, stacks
+        projections[projection] = {"out_features": rows, "in_features": columns}
+    if len(dtypes) > 1:
+        raise CheckpointError(f"{source.folder}: scales of {names.experts!r} have different dtypes: {sorted(dtypes)}")
+    if not packed:
+        layout = {"scheme": scheme.to_json(), "scale_dtype": dtypes.pop(), "num_experts": count}
+        return Presented("scaled", {**layout, "projections": projections, "biases": {}}, stacks)
+    return Presented("packed", packed_layout(scheme, dtypes.pop(), projections, count), stacks)
 
 
-def _check(source: Checkpoint, module: str) -> None:
-    for part in _PARTS[:3]:
+def packed_layout(scheme: Scheme, dtype: str, projections: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The layout of packed experts that all have one encoding; `projections` → out_features and in_features."""
+    encoding = f"b{scheme.bits}g{scheme.group_size}"
+    values = {"bits": scheme.bits, "dtype": dtype, "group_size": scheme.group_size, "symmetric": True}
+    entries = {name: {**entry, "experts": [encoding] * count} for name, entry in projections.items()}
+    return {"encodings": {encoding: values}, "projections": entries, "biases": {}}
+
+
+def same_shape(
+    source: Checkpoint, modules: Sequence[str], shape: Callable[[str], tuple[int, int]]
+) -> tuple[int, int]:
+    """The shape that all modules have. Raises CheckpointError where one differs."""
+    first = shape(modules[0])
+    for module in modules[1:]:
+        if shape(module) != first:
+            raise CheckpointError(f"{source.folder}: {module!r} has another shape than {modules[0]!r}")
+    return first
+
+
+def check_parts(source: Checkpoint, module: str, needed: Sequence[str], unknown: Sequence[str]) -> None:
+    """Raise CheckpointError when a module's tensors are not all there, or one is that nothing reads."""
+    for part in needed:
         if f"{module}.{part}" not in source.tensors:
             raise CheckpointError(f"{source.folder} lacks {module}.{part}")
-    for part in _PARTS[3:]:
+    for part in unknown:
         if f"{module}.{part}" in source.tensors:
             raise CheckpointError(f"{source.folder} holds {module}.{part}, which its config doesn't describe")
-    if source.tensors[f"{module}.weight_packed"].dtype != torch.int32:
-        raise CheckpointError(f"{source.folder}: {module}.weight_packed is not int32")
 
 
-def _shape(source: Checkpoint, module: str) -> tuple[int, int]:
-    rows, columns = source.get(f"{module}.weight_shape").tolist()
+def _shape(source: Checkpoint, module: str, packed: bool) -> tuple[int, int]:
+    if packed:
+        rows, columns = source.get(f"{module}.weight_shape").tolist()
+    else:
+        rows, columns = source.tensors[f"{module}.weight"].shape
     return int(rows), int(columns)

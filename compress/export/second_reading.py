@@ -23,6 +23,10 @@ from moe_compress.model import FusedExperts, hf
 
 from .compressed_reader import uniform
 from .compressed_tensors import VERSION
+from .schemes import Scheme
+
+# Schemes whose experts transformers' loader makes dense. Of int-quantized ones it makes nothing, of blocks an error.
+_CONVERTED = ("wna16", "fp8")
 
 
 def second_reading(folder: Path, model: PreTrainedModel, room: int) -> str:
@@ -38,7 +42,7 @@ def second_reading(folder: Path, model: PreTrainedModel, room: int) -> str:
 
     Raises VerificationError when the weights differ.
     """
-    packed = {n: m for n, m in model.named_modules() if getattr(m, "kind", "") == "packed"}
+    packed = {n: m for n, m in model.named_modules() if getattr(m, "kind", "") in ("packed", "scaled")}
     weights = sum(
         p.out_features * p.in_features * m.num_experts for m in packed.values() for p in m.projections.values()
     )
@@ -46,7 +50,7 @@ def second_reading(folder: Path, model: PreTrainedModel, room: int) -> str:
     config = AutoConfig.from_pretrained(folder)
     if reason := _unable(config.quantization_config):
         return f"transformers' own loader was not asked: {reason}"
-    dtype: torch.dtype = next(s.torch_dtype for m in packed.values() for s in _encodings(m))
+    dtype = next(t.dtype for m in packed.values() for n, t in m.state_dict().items() if n.endswith(".scale"))
     if (weights + others) * dtype.itemsize > room:
         return "transformers' own loader was not asked: it unpacks all experts, which memory has no room for"
     try:
@@ -76,14 +80,12 @@ def _unable(config: Any) -> str:
     if _number(version) < _number(VERSION):
         return f"compressed-tensors {version} is older than {VERSION}"
     values = config if isinstance(config, dict) else config.to_dict()
+    for group in values["config_groups"].values():
+        scheme = Scheme.of_group(group)
+        if scheme is None or scheme.name not in _CONVERTED:
+            return f"it has no conversion for {'such' if scheme is None else scheme.name} experts"
     return "" if uniform(values) else "it takes one scheme for all layers, and these differ"
 
 
 def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-
-
-def _encodings(module: Any) -> list[Any]:
-    return [
-        module.projections[n].get_submodule(s).encoding for n in module.projections for s in module.projections[n].names
-    ]

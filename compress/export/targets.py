@@ -5,16 +5,19 @@ docs/targets.md says the same for users, with where each constraint is from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from moe_compress.constants import COMPRESSED_TENSORS
+from moe_compress.constants import COMPRESSED_TENSORS, GPTQ
 from moe_compress.errors import RecipeError, nearest
 from moe_compress.quant.trits import TERNARY
 
+from . import gptq_format
 from .compressed_tensors import SHAPE_BYTES
+from .schemes import SCALED
 
-FORMATS = ("hf", "native", COMPRESSED_TENSORS)
+FORMATS = ("hf", "native", COMPRESSED_TENSORS, GPTQ)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Target:
         asymmetric: whether it loads zero points.
         biases, gateless: whether it loads quantized experts with biases, or without a gate.
         per_expert: whether quantized experts must be stored one by one, under names of the family's own.
-        matrix_bytes: what the format stores with each quantized matrix beside codes and scales.
+        matrix_bytes: what the format stores with each packed matrix beside codes and scales, whatever its size.
+        schemes: of `quantize.scheme`, those that it has kernels for.
+        hidden_multiple: what the hidden size of experts must be a multiple of where they are packed.
     """
 
     name: str
@@ -47,6 +52,34 @@ class Target:
     gateless: bool = True
     per_expert: bool = False
     matrix_bytes: int = 0
+    schemes: tuple[str, ...] = ()
+    hidden_multiple: int = 1
+
+    def beside(self, bits: int, group_size: int, rows: int, columns: int) -> int:
+        """Bytes that the file has for a packed matrix beside codes and scales."""
+        if self.quantized_format == GPTQ:
+            return gptq_format.beside(bits, group_size, rows, columns)
+        return self.matrix_bytes
+
+    def beside_layer(self, layout: Mapping[str, Any]) -> int:
+        """The same of all matrices of a layer, from what its experts' `describe` says; 0 where they aren't packed."""
+        total = 0
+        for entry in layout["projections"].values() if "encodings" in layout else ():
+            for name in entry["experts"]:
+                encoding = layout["encodings"][name]
+                shape = entry["out_features"], entry["in_features"]
+                total += self.beside(encoding["bits"], encoding.get("group_size", -1), *shape)
+        return total
+
+    def check_scheme(self, step: str, scheme: str) -> None:
+        """Raise RecipeError when it has no kernels for a scheme of `quantize.scheme`; `step` is the pass, for messages."""
+        if scheme in self.schemes:
+            return
+        has = f"it loads {', '.join(self.schemes)}" if self.schemes else "it loads none such"
+        others = [t.name for t in TARGETS.values() if scheme in t.schemes]
+        raise RecipeError(
+            f"{step}: the target {self.name!r} has no kernel for {scheme} experts ({has}); {_list(others)} have"
+        )
 
     def check_grid(self, step: str, widths: Sequence[float], group_size: int, symmetric: bool) -> None:
         """Raise RecipeError when it doesn't load such quantized weights.
@@ -69,7 +102,7 @@ class Target:
             raise RecipeError(f"{who} loads no zero points for experts: set `symmetric: true`")
 
 
-def _list(numbers: Sequence[float]) -> str:
+def _list(numbers: Sequence[object]) -> str:
     return ", ".join(map(str, numbers))
 
 
@@ -97,6 +130,7 @@ TARGETS: dict[str, Target] = {
             uniform_experts=False,
             bits_per="matrix",
             bits=(1, TERNARY, 2, 3, 4, 5, 6, 8),
+            schemes=SCALED,
         ),
         Target(
             "transformers",
@@ -109,16 +143,26 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "vllm",
-            "vLLM 0.33: compressed-tensors, one width of 2 to 8 bits per layer (older vLLM: 4 or 8)",
+            "vLLM 0.33: compressed-tensors, one width of 2 to 8 bits per layer (older vLLM: 4 or 8), FP8, W8A8, W4A8",
             bits=(2, 3, 4, 5, 6, 7, 8),
+            schemes=SCALED,
             **_SERVED,  # type: ignore[arg-type]
         ),
         Target(
             "sglang",
-            "SGLang 0.5: compressed-tensors, 4 or 8 bits per layer (vLLM loads it too)",
+            "SGLang 0.5: compressed-tensors, 4 or 8 bits per layer, or FP8 (vLLM loads it too)",
             bits=(4, 8),
             gateless=False,
+            schemes=("fp8", "fp8-block"),  # integers with integer activations: on NPUs only
             **_SERVED,  # type: ignore[arg-type]
+        ),
+        Target(
+            "gptq",
+            "vLLM and SGLang: GPTQ files, 4 or 8 bits (SGLang: one width for all layers)",
+            bits=gptq_format.WIDTHS,
+            gateless=False,
+            hidden_multiple=128,  # else vLLM falls back to a kernel that looks at no rule of `dynamic`
+            **{**_SERVED, "quantized_format": GPTQ, "matrix_bytes": 0},  # type: ignore[arg-type]
         ),
     )
 }

@@ -16,7 +16,7 @@ import torch
 from moe_compress import probe
 from moe_compress.checkpoint.reader import Checkpoint, read_json
 from moe_compress.checkpoint.writer import MANIFEST, file_digest, manifest_digest, tensor_digest
-from moe_compress.constants import COMPRESSED_TENSORS
+from moe_compress.constants import COMPRESSED_TENSORS, GPTQ
 from moe_compress.engine import memory_limit
 from moe_compress.errors import CheckpointError, InputError, VerificationError
 from moe_compress.model import MoEModel, hf
@@ -130,18 +130,21 @@ def _loader(folder: Path, module: Any, room: int) -> str:
     """What loaded a model, and what another loader made of the same folder where there is one."""
     with Checkpoint(folder) as checkpoint:
         method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method == GPTQ:
+        return "read by the format's description; transformers has no loader for experts in it"
     if method != COMPRESSED_TENSORS:
         return "transformers from_pretrained"
     return f"read by the format's description; {second_reading(folder, module, room)}"
 
 
 def loaded_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Memory that the loaded model takes: packed integers as they are, the rest in `dtype`."""
+    """Memory that the loaded model takes: quantized weights and their scales as they are, the rest in `dtype`."""
     with Checkpoint(folder) as checkpoint:
         packed = checkpoint.config.get("quantization_config") is not None
         total = 0
         for name, info in checkpoint.tensors.items():
             count = info.nbytes // info.dtype.itemsize
-            keeps = not info.dtype.is_floating_point or (packed and name.endswith((".scale", ".weight_scale")))
+            small = not info.dtype.is_floating_point or info.dtype.itemsize == 1
+            keeps = small or (packed and name.endswith((".scale", ".weight_scale", ".scales")))
             total += info.nbytes if keeps else count * dtype.itemsize
         return total

@@ -5,13 +5,13 @@ doesn't own (multi-token-prediction heads, …); config.json is the source's own
 tokenizer, generation config and whatever else lies beside the weights come along. Nothing appears under the output's
 name before it is complete.
 
-What packed experts become is the target's to say: `native` stores them as they run, `compressed-tensors` one by one.
+What quantized experts become is the target's to say: `native` stores them as they run, the served formats one by one.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import sidecar_files
 from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.constants import COMPRESSED_TENSORS, FORMAT_VERSION, QUANT_METHOD
-from moe_compress.errors import RunError
+from moe_compress.constants import FORMAT_VERSION, QUANT_METHOD
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
 from moe_compress.progress import Progress
 
-from .compressed_tensors import WrittenLayer, layer_tensors, quantization_config, scale_dtype
+from .served import SERVED, Served
+from .targets import Target
 
 
 def write_folder(
@@ -36,6 +36,7 @@ def write_folder(
     *,
     overwrite: bool = False,
     quantized: str = "native",
+    target: Target | None = None,
 ) -> str:
     """Write a model that was opened from a folder, its overlay included.
 
@@ -45,7 +46,8 @@ def write_folder(
         manifest: what is recorded beside the tensors' digests.
         progress: told about every layer.
         overwrite: whether `output` may hold something.
-        quantized: format of packed experts, "native" or "compressed-tensors".
+        quantized: format of quantized experts, "native", "compressed-tensors" or "gptq".
+        target: runtime that has to load it, for rules of its own.
 
     Returns:
         The format: `quantized`, or "hf" where nothing is packed.
@@ -59,12 +61,14 @@ def write_folder(
     changed = {i: model.overlay.get(i) if model.overlay is not None else None for i in model.moe_layers}
     descriptions = {i: c[1] for i, c in changed.items() if c is not None}
     config, form = result_config(model, descriptions, quantized)
+    served = Served(model, config, form, {i: descriptions.get(i) or model.description(i) for i in changed}, target)
+    if form in SERVED:
+        config["quantization_config"] = served.foreseen()
     writer = CheckpointWriter(output, overwrite=overwrite)
-    served = _Served(model, config)
 
     def copy(names: Collection[str]) -> None:
         writer.add({name: source.get(name) for name in names})
-        served.leave({name: source.tensors[name].shape for name in names})
+        served.leave(names)
 
     inside = {name for i in range(len(model.layers)) for name in model.weights.layer_names(i)}
     copy([name for name in source.tensors if name not in inside])
@@ -77,12 +81,11 @@ def write_folder(
         copy(names)
         if block is not None:
             packed, dense = _on_disk(model, index, *block)
-            writer.add(served.tensors(index, packed, block[1]) if packed and form == COMPRESSED_TENSORS else packed)
+            writer.add(served.tensors(index, packed, block[1]) if packed and form in SERVED else packed)
             writer.add(dense)
-            served.leave({name: tensor.shape for name, tensor in dense.items()})
+            served.add(dense)
         progress.layer(index)
-    if form == COMPRESSED_TENSORS:
-        config["quantization_config"] = served.config()
+    served.finish()
     writer.finish(config, sidecar_files(source.folder), manifest)
     return form
 
@@ -95,6 +98,7 @@ def write_memory(
     *,
     overwrite: bool = False,
     quantized: str = "native",
+    target: Target | None = None,
 ) -> str:
     """Write a model that is in memory, in the layout in which its family is stored; like `write_folder` otherwise.
 
@@ -102,23 +106,23 @@ def write_memory(
     """
     descriptions = {i: model.block(i).state()[1] for i in model.moe_layers}
     config, form = result_config(model, descriptions, quantized)
+    served = Served(model, config, form, descriptions, target)
     writer = CheckpointWriter(output, overwrite=overwrite)
-    served = _Served(model, config)
     tied = set(getattr(model.module, "all_tied_weights_keys", None) or {})
     for index in (None, *range(len(model.layers))):
         with model.reading(index) as tensors:
             names = _packed_names(model, index)
             packed = {n: t for n, t in tensors.items() if n in names}
-            if packed and index is not None and form == COMPRESSED_TENSORS:
+            if packed and index is not None and form in SERVED:
                 packed = served.tensors(index, packed, descriptions[index])
             writer.add(packed)
             dense = {n: t for n, t in tensors.items() if n not in names and n not in tied}
-            dense = model.to_disk(dense) if form == COMPRESSED_TENSORS else hf.to_disk_default(model.module, dense)
+            dense = model.to_disk(dense) if form in SERVED else hf.to_disk_default(model.module, dense)
             writer.add(dense)
-            served.leave({name: tensor.shape for name, tensor in dense.items()})
+            served.add(dense)
         if index is not None:
             progress.layer(index)
-    if form == COMPRESSED_TENSORS:
+    if form in SERVED:
         config["quantization_config"] = served.config()
     writer.finish(config, [], manifest)
     return form
@@ -130,7 +134,7 @@ def result_config(
     """config.json of the result, and its format.
 
     Equal numbers of dense experts everywhere need nothing but another number: "hf". Anything else is `quantized`; what
-    "compressed-tensors" says of the layers is known when they are written.
+    a served format says of the layers is known when they are written.
     """
     config = copy.deepcopy(model.config_values)
     if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:  # described anew
@@ -144,10 +148,8 @@ def result_config(
     dense = all(d["kind"] == "fused" for d in descriptions.values())
     if dense and uniform:
         return config, "hf"
-    if quantized == COMPRESSED_TENSORS:
-        if not uniform:
-            raise RunError("layers with different numbers of experts can't be written as compressed-tensors")
-        return config, COMPRESSED_TENSORS
+    if quantized in SERVED:
+        return config, quantized  # different numbers of experts break a rule of it
     # The loader starts from the skeleton that config.json describes, and reshapes the blocks that differ from it.
     kinds: list[dict[str, Any]] = []
     blocks = {}
@@ -165,39 +167,6 @@ def result_config(
     }
     config["experts_implementation"] = hf.IMPLEMENTATION  # without the package: an error, not experts at random
     return config, "native"
-
-
-class _Served:
-    """What a server has to be told: which layers were written packed, and which matrices stay dense."""
-
-    def __init__(self, model: MoEModel, config: Mapping[str, Any]):
-        self._model, self._source = model, config
-        self._layers: dict[int, WrittenLayer] = {}
-        self._dense: list[str] = []
-
-    def leave(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Remember matrices that were written dense, by name."""
-        matrices = [n for n, shape in shapes.items() if n.endswith(".weight") and len(shape) > 1]
-        self._dense += [n.removesuffix(".weight") for n in matrices]
-
-    def tensors(self, index: int, packed: Mapping[str, Tensor], description: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A packed layer's tensors as servers read them."""
-        block = self._model.block(index)
-        names = self._model.expert_names(index, int(description["num_experts"]))
-        if names is None:
-            raise RunError(f"layer {index}: {type(self._model.module).__name__} doesn't store its experts one by one")
-        inside = f"{self._model.stack}.{index}.{block.path}."
-        experts = {name.removeprefix(inside): tensor for name, tensor in packed.items()}
-        stored = next(t.dtype for n, t in experts.items() if n.endswith(".scale"))
-        dtype = scale_dtype(self._source, stored)
-        written, self._layers[index] = layer_tensors(index, experts, description["layout"], names, dtype)
-        return written
-
-    def config(self) -> dict[str, Any]:
-        """`quantization_config`."""
-        # A head that shares the embedding's weights isn't in the file, and is a linear layer all the same.
-        tied = [n.removesuffix(".weight") for n in getattr(self._model.module, "all_tied_weights_keys", None) or {}]
-        return quantization_config(self._layers, [*self._dense, *tied])
 
 
 def _on_disk(

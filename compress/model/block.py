@@ -57,7 +57,10 @@ def read_routing(output: Any, tokens: int) -> Routing | None:
 
 # How a block's experts are rebuilt from a saved state: kind → "module:function", called with block and description,
 # giving an experts module on meta. By name, because the view of a model imports no method.
-EXPERTS_KINDS: dict[str, str] = {"packed": "moe_compress.quant.packed:build_packed"}
+EXPERTS_KINDS: dict[str, str] = {
+    "packed": "moe_compress.quant.packed:build_packed",
+    "scaled": "moe_compress.quant.scaled:build_scaled",
+}
 
 
 def check_version(version: Any) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
-from moe_compress.constants import COMPRESSED_TENSORS, QUANT_METHOD
+from moe_compress.constants import COMPRESSED_TENSORS, GPTQ, QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
 
 from . import families, hf, offload
@@ -37,7 +37,10 @@ DECODER = "moe_compress.quant.sources:decode"
 # Formats of others that are read as if they were native: quant_method → "module:function", called with a model and its
 # folder, giving the folder presented anew and the description of each layer. By name, because the view of a model
 # imports no format.
-PRESENTED: dict[str, str] = {COMPRESSED_TENSORS: "moe_compress.export.compressed_reader:present"}
+PRESENTED: dict[str, str] = {
+    COMPRESSED_TENSORS: "moe_compress.export.compressed_reader:present",
+    GPTQ: "moe_compress.export.gptq_reader:present",
+}
 
 
 @dataclass

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 import moe_compress
 from moe_compress import feasibility
 from moe_compress.errors import CheckpointError, InputError, RecipeError, RunError, UnsupportedModelError
-from moe_compress.export.compressed_tensors import Scheme, layer_scheme, layer_tensors, quantization_config
+from moe_compress.export.compressed_tensors import layer_scheme, layer_tensors, quantization_config
+from moe_compress.export.matching import WrittenLayer
+from moe_compress.export.schemes import Scheme
 from moe_compress.export.targets import TARGETS
 from moe_compress.export.verify import verify
 from moe_compress.export.write import write_folder, write_memory
@@ -354,30 +356,13 @@ def layout(*encodings, out_features=32, in_features=64, biases=()):
     }
 
 
-@pytest.mark.parametrize(
-    ("described", "message"),
-    [
-        (layout(Encoding(4, 32), Encoding(8, 32)), "experts differ in their encoding"),
-        (layout(Encoding(4, 32), Encoding(0)), "experts differ in their encoding"),
-        (layout(Encoding(4, 32, symmetric=False)), "not a symmetric group-wise encoding"),
-        (layout(Encoding(4, -1)), "not a symmetric group-wise encoding"),
-        (layout(Encoding(1, 32)), "not a symmetric group-wise encoding"),
-        (layout(Encoding(4, 32), biases=["up_bias"]), "biases"),
-        (layout(Encoding(4, 32), in_features=48), "doesn't divide the 48 inputs"),
-        (layout(Encoding(3, 20), in_features=20), "doesn't divide the 20 inputs"),
-    ],
-)
-def test_the_exporter_asserts_what_servers_rely_on(described, message):
-    with pytest.raises(RunError, match=message):
-        layer_scheme(0, described)
-
-
 def test_the_exporter_refuses_a_config_that_reads_otherwise():
     names = ExpertNames("model.layers.0.mlp.experts", {"up": "up_proj", "down": "down_proj"})
     codes, scale = torch.zeros(2, 32, 8, dtype=torch.int32), torch.ones(2, 32, 2).bfloat16()
     stack = {f"{p}_proj.b4g32.{n}": t for p in ("up", "down") for n, t in (("codes", codes), ("scale", scale))}
     described = layout(Encoding(4, 32), Encoding(4, 32))
-    _, layer = layer_tensors(0, stack, described, names, torch.bfloat16)
+    assert len(layer_tensors(0, stack, described, names, torch.bfloat16)) == 2 * 2 * 3
+    layer = WrittenLayer(layer_scheme(0, described), names, 2)
     assert layer.scheme == Scheme(4, 32)
     assert quantization_config({0: layer}, ["lm_head"])["ignore"] == ["lm_head", r"re:(.*\.)?lm_head$"]
     with pytest.raises(RunError, match="would be read with another scheme"):
@@ -463,7 +448,7 @@ def test_a_compressed_checkpoint_is_a_dense_source(written, tmp_path):
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=8), CheckpointError, "holds codes"),
         (lambda t, c: c["config_groups"]["group_0"].update(targets=["Other"]), CheckpointError, "no group"),
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), UnsupportedModelError, "symm"),
-        (lambda t, c: c.update(format="int-quantized"), UnsupportedModelError, "already quantized"),
+        (lambda t, c: c.update(format="nvfp4-pack-quantized"), UnsupportedModelError, "already quantized"),
         (
             lambda t, c: t.update({"model.layers.0.mlp.experts.1.up_proj.weight_g_idx": torch.zeros(1)}),
             CheckpointError,
