@@ -23,7 +23,7 @@ from moe_compress.export.schemes import Scheme
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch
 
-from .float8 import quantized_inputs, spread_scales
+from .float8 import decode_float8, quantized_inputs, spread_scales
 from .packed import PackedExperts, PackedProjection, fused_module, keeping_dtype
 
 
@@ -45,7 +45,8 @@ class ScaledProjection(PackedProjection):
         """The matrices of some experts in float32 [len(experts), O, K]. A call, so that offloading hooks see it."""
         experts = experts.to(self.codes.device)
         scale = spread_scales(self.scale[experts].float(), self.scheme.block(self.in_features))
-        return self.codes[experts].float().mul_(scale)
+        codes = self.codes[experts]
+        return (decode_float8(codes) if self.scheme.is_float else codes.float()).mul_(scale)
 
     def matrices(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The matrices of some experts: [len(experts), O, K], the exact products rounded once."""
