@@ -62,9 +62,7 @@ class CompressedModel:
         with monitor.stage("save", len(self._view.layers)) as progress:
             goal = find_target(self.report["recipe"]["target"])
             quantized = goal.quantized_format or "native"
-            write_memory(
-                self._view, folder, manifest, progress, overwrite=overwrite, quantized=quantized, target=goal
-            )
+            write_memory(self._view, folder, manifest, progress, overwrite=overwrite, quantized=quantized, target=goal)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
         if self.model.can_generate():

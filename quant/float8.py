@@ -41,7 +41,8 @@ def float8_scales(weight_EOK: Tensor, block: tuple[int, int], search: str = "mse
         search: "none" puts the largest weight on 448; "mse" tries an octave of scales, and is never worse in squared
             error.
 
-    The scale of an all-zero block is 1. Raises InputError for what doesn't fit, RunError for weights that aren't finite.
+    The scale of an all-zero block is 1. Raises InputError for what doesn't fit, RunError for weights that are not
+    finite.
     """
     if search not in ("none", "mse"):
         raise InputError(f"unknown search {search!r} for 8-bit floats; known: none, mse")

@@ -33,8 +33,8 @@ class SchemeOptions(PassOptions):
     """Options of `quantize.scheme`."""
 
     scheme: Literal["fp8", "fp8-block", "w8a8", "w4a8"] = Field(
-        description="fp8: e4m3, scales per row and token; fp8-block: per 128×128 block and 128 inputs of a token; w8a8: "
-        "8-bit integers, scales per row and token; w4a8: 4-bit integers in groups, 8-bit activations"
+        description="fp8: e4m3, scales per row and token; fp8-block: per 128×128 block and 128 inputs of a token; "
+        "w8a8: 8-bit integers, scales per row and token; w4a8: 4-bit integers in groups, 8-bit activations"
     )
     group_size: Literal[-1, 32, 64, 128] | None = Field(
         default=None, description="w4a8: weights that share a scale, -1 for a whole row; default: 128"

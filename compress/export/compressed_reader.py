@@ -132,8 +132,8 @@ def _layer(source: Checkpoint, view: ServerView, names: ExpertNames, count: int)
     scheme = Scheme.of_group(group)
     if scheme is None:
         raise UnsupportedModelError(
-            f"{source.folder}: the experts of {names.experts!r} are in no scheme that is known here (symmetric integers "
-            f"in groups, FP8, W8A8, W4A8); {_ALREADY}"
+            f"{source.folder}: the experts of {names.experts!r} are in no scheme that is known here (symmetric "
+            f"integers in groups, FP8, W8A8, W4A8); {_ALREADY}"
         )
     packed = scheme.name == "wna16"
     stacks: dict[str, list[str]] = {}
@@ -178,9 +178,7 @@ def packed_layout(scheme: Scheme, dtype: str, projections: Mapping[str, Any], co
     return {"encodings": {encoding: values}, "projections": entries, "biases": {}}
 
 
-def same_shape(
-    source: Checkpoint, modules: Sequence[str], shape: Callable[[str], tuple[int, int]]
-) -> tuple[int, int]:
+def same_shape(source: Checkpoint, modules: Sequence[str], shape: Callable[[str], tuple[int, int]]) -> tuple[int, int]:
     """The shape that all modules have. Raises CheckpointError where one differs."""
     first = shape(modules[0])
     for module in modules[1:]:

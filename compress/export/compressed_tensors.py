@@ -78,9 +78,7 @@ def layer_tensors(
     return named_tensors(index, linears, names)
 
 
-def named_tensors(
-    index: int, linears: Mapping[str, list[dict[str, Tensor]]], names: ExpertNames
-) -> dict[str, Tensor]:
+def named_tensors(index: int, linears: Mapping[str, list[dict[str, Tensor]]], names: ExpertNames) -> dict[str, Tensor]:
     """Projection → per expert its tensors, as tensors by full name. Raises RunError when experts aren't alike."""
     check_alike(index, linears)
     return {

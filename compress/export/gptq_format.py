@@ -1,7 +1,7 @@
 """The GPTQ format: packed experts as vLLM, SGLang and GPTQModel read them, one linear layer per expert and projection.
 
-Promise: codes and scales are the numbers that ran in memory; only their layout differs. Of a matrix [O, K] with b bits in
-groups of g, a file holds, transposed and packed along the input,
+Promise: codes and scales are the numbers that ran in memory; only their layout differs. Of a matrix [O, K] with b bits
+in groups of g, a file holds, transposed and packed along the input,
 
     qweight int32 [K·b/32, O]   code i of a column is bits [i·b, (i+1)·b) from the lowest of its first word
     scales        [K/g, O]

@@ -27,7 +27,7 @@ def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, 
     config = source.config["quantization_config"]
     if not config.get("sym", True) or config.get("desc_act") or config.get("checkpoint_format", "gptq") != "gptq":
         raise UnsupportedModelError(
-            f"{source.folder} is already quantized (GPTQ, and not symmetric integers in order, checkpoint_format gptq); "
+            f"{source.folder} is already quantized (GPTQ, not symmetric integers in order, checkpoint_format gptq); "
             "start from the checkpoint in full precision"
         )
     modules = {n.removesuffix(".qweight") for n in source.tensors if n.endswith(".qweight")}

@@ -1,8 +1,8 @@
 """Which modules of a server a config's entries mean: the patterns that are written, and how servers read them.
 
-A server finds a layer's scheme by names: `ignore` first, then the first group with a target. It has prefixes and modules
-of its own, so entries hold whatever stands before the layers and between layer and experts, and never for anything
-that only looks alike (the experts of a draft model).
+A server finds a layer's scheme by names: `ignore` first, then the first group with a target. It has prefixes and
+modules of its own, so entries hold whatever stands before the layers and between layer and experts, and never for
+anything that only looks alike (the experts of a draft model).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The rules that keep a served checkpoint from loading wrongly, numbered as in docs/targets.md.
 
-Servers look at expert 0 of a layer and copy the others into what they allocated for it; a smaller tensor fills a part of
-a larger one and nothing is said. So whatever they rely on is asserted here, before the folder gets its name: a file that
-breaks a rule is never seen. What a recipe could know is refused before any work (targets.py); this is for everything
-that reaches the exporter in another way.
+Servers look at expert 0 of a layer and copy the others into what they allocated for it; a smaller tensor fills a part
+of a larger one and nothing is said. So whatever they rely on is asserted here, before the folder gets its name: a file
+that breaks a rule is never seen. What a recipe could know is refused before any work (targets.py); this is for
+everything that reaches the exporter in another way.
 
 From the loaders of vLLM 0.33 and SGLang 0.5.23.
 """

@@ -44,7 +44,9 @@ class _Kind:
 
 _KINDS = {
     "wna16": _Kind("integers of 2 to 8 bits, packed; activations as they are", PACKED, "int", None, None),
-    "fp8": _Kind("e4m3, a scale per row; activations e4m3, a scale per token", FLOATS, "float", "token", torch.float8_e4m3fn),
+    "fp8": _Kind(
+        "e4m3, a scale per row; activations e4m3, a scale per token", FLOATS, "float", "token", torch.float8_e4m3fn
+    ),
     "fp8-block": _Kind(
         "e4m3, a scale per 128×128 block; activations e4m3, a scale per 128 inputs of a token",
         FLOATS,
@@ -52,7 +54,9 @@ _KINDS = {
         "group",
         torch.float8_e4m3fn,
     ),
-    "w8a8": _Kind("8-bit integers, a scale per row; activations 8 bits, a scale per token", INTEGERS, "int", "token", torch.int8),
+    "w8a8": _Kind(
+        "8-bit integers, a scale per row; activations 8 bits, a scale per token", INTEGERS, "int", "token", torch.int8
+    ),
     "w4a8": _Kind(
         "4-bit integers in bytes, a scale per group; activations 8 bits, a scale per token",
         INTEGERS,
@@ -194,16 +198,15 @@ class Scheme:
             scheme = cls(bits, shared, name)
             if name == "wna16" and (bits not in range(2, 9) or weights.get("strategy") != "group"):
                 continue
-            if name == "w4a8" and bits != 4 or name in ("fp8", "fp8-block", "w8a8") and bits != 8:
+            if (name == "w4a8" and bits != 4) or (name in ("fp8", "fp8-block", "w8a8") and bits != 8):
                 continue
-            wanted, same = scheme.weights(), ("type", "symmetric", "strategy", "block_structure", "dynamic")
-            if any(_plain(weights, key) != wanted.get(key) for key in same):
+            wanted = scheme.weights()
+            if any(_plain(weights, key) != wanted.get(key) for key in _WEIGHTS):
                 continue
             asked = scheme.inputs()
             if (inputs is None) != (asked is None):
                 continue
-            same = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
-            if asked is not None and any(_plain(inputs or {}, key) != asked.get(key) for key in same):
+            if asked is not None and any(_plain(inputs or {}, key) != asked.get(key) for key in _INPUTS):
                 continue
             return scheme
         return None
@@ -213,6 +216,9 @@ class Scheme:
         return {"name": self.name, "bits": self.bits, "group_size": self.group_size}
 
 
+# What a scheme depends on, in the two parts of a group.
+_WEIGHTS = ("type", "symmetric", "strategy", "block_structure", "dynamic")
+_INPUTS = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
 # What a key that is absent means.
 _DEFAULTS = {"symmetric": True, "dynamic": False}
 

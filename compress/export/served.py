@@ -75,7 +75,7 @@ class Served:
             check_kernels(target.name, target.schemes, target.bits, sorted(schemes))
 
     def foreseen(self) -> dict[str, Any]:
-        """`config` of a folder, from the source's names alone: what is wrong with it is found before anything is written."""
+        """`config` of a folder, from the source's names alone, so that what is wrong is found before the writing."""
         gone = self._gone()
         shapes = {n: info.shape for n, info in self._model.source.tensors.items() if n not in gone}
         dense = matrices(shapes)

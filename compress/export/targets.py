@@ -72,7 +72,7 @@ class Target:
         return total
 
     def check_scheme(self, step: str, scheme: str) -> None:
-        """Raise RecipeError when it has no kernels for a scheme of `quantize.scheme`; `step` is the pass, for messages."""
+        """Raise RecipeError when it has no kernel for a scheme of `quantize.scheme`; `step` names the pass."""
         if scheme in self.schemes:
             return
         has = f"it loads {', '.join(self.schemes)}" if self.schemes else "it loads none such"

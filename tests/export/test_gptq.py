@@ -1,9 +1,9 @@
 """GPTQ files, unpacked here from the format's description: word by word, field by field, in plain numpy.
 
-    qweight int32 [K·bits/32, N]: field j of word i of column n is the code of input i·(32/bits) + j, lowest bits first
-    qzeros  int32 [K/g, N·bits/32]: the same along the output; the first version stores the zero point minus 1
-    scales  [K/g, N], g_idx int32 [K]
-    weight[n, k] = scales[g_idx[k], n] · (code − zero)
+qweight int32 [K·bits/32, N]: field j of word i of column n is the code of input i·(32/bits) + j, lowest bits first
+qzeros  int32 [K/g, N·bits/32]: the same along the output; the first version stores the zero point minus 1
+scales  [K/g, N], g_idx int32 [K]
+weight[n, k] = scales[g_idx[k], n] · (code − zero)
 """
 
 import json

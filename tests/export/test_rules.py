@@ -177,12 +177,12 @@ def test_unequal_layers(source, tmp_path):
 def test_a_config_with_another_number(source, tmp_path, monkeypatch):
     monkeypatch.setattr("moe_compress.export.write.with_count", lambda config, *_: config)  # forgotten
     with broken(*ROUTING, r"layers have \[6\] experts, the config says \[8\]"):
-        write(source, tmp_path / "out", [W4, W4, W4], keep=dict.fromkeys(range(3), [0, 1, 2, 3, 4, 5]))
+        write(source, tmp_path / "out", [W4, W4, W4], keep={i: [0, 1, 2, 3, 4, 5] for i in range(3)})
 
 
 def test_a_count_that_routing_cannot_work_with(source, tmp_path):
     def fewer(_, states):
-        for tensors, description in states.values():
+        for _, description in states.values():
             description["num_experts"] = 1
 
     with broken(*ROUTING, "layer 0 "):
@@ -209,7 +209,7 @@ def test_a_tensor_that_is_lost(source, tmp_path):
 
 
 def test_removed_experts_are_not_lost(source, tmp_path):
-    keep = dict.fromkeys(range(3), [0, 1, 2, 3, 4, 7])
+    keep = {i: [0, 1, 2, 3, 4, 7] for i in range(3)}
     for number, layers in enumerate(([W4, W4, W4], ["fp8", W4, "w8a8"])):
         assert write(source, tmp_path / str(number), layers, keep=keep) == CT
 
