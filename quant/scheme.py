@@ -20,10 +20,10 @@ from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 
+from .experts import Widths, solve_experts
 from .float8 import encode_float8, float8_scales
-from .mixed import MixedOptions, QuantizeMixed
-from .packing import unpack
 from .scaled import ScaledProjection, scale_experts
+from .solver import SolverOptions
 
 # Scales of e4m3 weights are float32, as servers allocate them; those of integers have the solvers' dtype.
 _FLOAT_SCALE, _INTEGER_SCALE = torch.float32, torch.bfloat16
@@ -116,26 +116,21 @@ class QuantizeScheme(Pass):
     def _integers(
         self, scheme: Scheme, experts: FusedExperts, inputs: BlockInputs | None, report: list[dict[str, Any]]
     ) -> dict[str, ScaledProjection]:
-        """By the solvers of `quantize.mixed`, all experts at one width."""
-        settings = MixedOptions(
-            bits=16,
-            widths=[scheme.bits],
-            group_size=scheme.group_size,
-            **self.options.model_dump(include={"method", "search", "damping", "shrinkage"}),
-        )
-        solved = QuantizeMixed(settings, self.target).quantized(experts, [scheme.bits] * experts.num_experts, inputs)
+        """By the solvers of packed experts, all at one width."""
+        chosen = self.options.model_dump(include={"method", "search", "damping", "shrinkage"})
+        settings = SolverOptions(group_size=scheme.group_size, **chosen)
         codes: dict[str, torch.Tensor] = {}
         scales: dict[str, torch.Tensor] = {}
         for name, weight_EOK in experts.weights().matrices():
             codes[name] = torch.empty(weight_EOK.shape, dtype=scheme.code, device=weight_EOK.device)
             shape = scheme.scale_shape(*weight_EOK.shape[1:])
             scales[name] = torch.empty(len(weight_EOK), *shape, dtype=_INTEGER_SCALE, device=weight_EOK.device)
-        for part in solved:
-            stack = part.stack
-            unsigned = unpack(stack.codes, scheme.bits, stack.in_features)
+        widths: Widths = {name: [scheme.bits] * experts.num_experts for name in codes}
+        for part in solve_experts(experts, widths, settings, inputs):
             # Servers have signed integers; subtracting in bytes wraps to exactly those.
-            codes[part.projection][part.experts] = (unsigned - (1 << scheme.bits - 1)).view(torch.int8)
-            scales[part.projection][part.experts] = stack.scale
+            signed = (part.quantized.codes - (1 << scheme.bits - 1)).view(torch.int8)
+            codes[part.projection][part.experts] = signed
+            scales[part.projection][part.experts] = part.quantized.scale.to(_INTEGER_SCALE)
             for expert, values in part.report.items():
                 report[expert] |= values
         return {name: ScaledProjection(scheme, codes[name], scales[name]) for name in codes}

@@ -173,7 +173,7 @@ def mx_to_dense(blocks_EOGb: Tensor, scales_EOG: Tensor, *, dtype: torch.dtype) 
 
 
 def _compressed_tensors(source: Checkpoint, config: Mapping[str, Any]) -> dict[str, Decoded]:
-    from moe_compress.export.compressed_tensors import ServerView
+    from moe_compress.export.matching import ServerView
 
     view = ServerView(config)
     decoded = {}

@@ -44,6 +44,11 @@ class ServerView:
             return None
         return next((group for targets, group in self._groups if module in targets), None)
 
+    def scheme(self, module: str) -> dict[str, Any] | None:
+        """`weights` of that group."""
+        group = self.group(module)
+        return None if group is None else group["weights"]
+
 
 class _Entries:
     """Entries of `targets` or `ignore`: names, and patterns after "re:"."""

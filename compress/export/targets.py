@@ -55,10 +55,10 @@ class Target:
     schemes: tuple[str, ...] = ()
     hidden_multiple: int = 1
 
-    def beside(self, bits: int, group_size: int, rows: int, columns: int) -> int:
+    def beside(self, bits: float, group_size: int, rows: int, columns: int) -> int:
         """Bytes that the file has for a packed matrix beside codes and scales."""
         if self.quantized_format == GPTQ:
-            return gptq_format.beside(bits, group_size, rows, columns)
+            return gptq_format.beside(int(bits), group_size, rows, columns)
         return self.matrix_bytes
 
     def beside_layer(self, layout: Mapping[str, Any]) -> int:

@@ -326,5 +326,5 @@ def test_hidden_sizes_that_vllms_kernel_does_not_take_are_refused(small, tmp_pat
 
 
 def test_a_gptq_checkpoint_is_no_source(written, tmp_path):
-    with pytest.raises(InputError, match="packed already"):
+    with pytest.raises(InputError, match=r"already quantized \(gptq\); known are"):
         plan_run(make_recipe(recipe(written(4, 4, 4)[0], tmp_path / "out", steps())))
