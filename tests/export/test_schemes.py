@@ -257,3 +257,20 @@ def test_what_isnt_a_whole_file_of_this_kind_is_refused(written, tmp_path, chang
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(error, match=message):
         MoEModel.open(folder)
+
+
+# --- ready recipes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "bits"), [("vllm-fp8", "vllm", 8.17), ("vllm-w8a8", "vllm", 8.08), ("gptq-4bit", "gptq", 4.37)]
+)
+def test_the_ready_recipes_can_be_carried_out(demo, tmp_path, monkeypatch, name, target, bits):
+    monkeypatch.chdir(demo.parent)
+    from moe_compress.pipeline import plan_run
+    from moe_compress.recipe import read_recipe
+    from moe_compress.recipes import find_recipe
+
+    checked = read_recipe(find_recipe(name), {"output": str(tmp_path / "out")})
+    assert checked.target == target
+    assert plan_run(checked)[1].after.bits_per_weight == pytest.approx(bits, abs=0.01)
