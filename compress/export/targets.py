@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_compress.constants import COMPRESSED_TENSORS
+from moe_compress.constants import COMPRESSED_TENSORS, GGUF
 from moe_compress.errors import RecipeError, nearest
 from moe_compress.quant.trits import TERNARY
 
 from .compressed_tensors import SHAPE_BYTES
 
-FORMATS = ("hf", "native", COMPRESSED_TENSORS)
+FORMATS = ("hf", "native", COMPRESSED_TENSORS, GGUF)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Target:
 
     name: str
     summary: str
-    dense_format: str
+    dense_format: str | None
     quantized_format: str | None
     uniform_experts: bool
     bits_per: str
@@ -60,6 +60,8 @@ class Target:
         who = f"{step}: the target {self.name!r}"
         if self.quantized_format is None:
             raise RecipeError(f"{who} loads no quantized experts, widths are {list(widths)}")
+        if self.quantized_format == GGUF:
+            raise RecipeError(f"{who} loads blocks of GGUF types, not integers in groups: take quantize.gguf")
         if foreign := sorted(set(widths) - set(self.bits)):
             raise RecipeError(f"{who} loads {_list(self.bits)} bits, not {_list(foreign)}: set `widths`")
         if self.group_sizes is not None and group_size not in self.group_sizes:
@@ -119,6 +121,17 @@ TARGETS: dict[str, Target] = {
             bits=(4, 8),
             gateless=False,
             **_SERVED,  # type: ignore[arg-type]
+        ),
+        Target(
+            "llama.cpp",
+            "llama.cpp and what is built on it: one .gguf, a block type per layer and projection (quantize.gguf)",
+            dense_format=None,
+            quantized_format=GGUF,
+            uniform_experts=True,
+            bits_per="projection",
+            bits=(),
+            biases=False,
+            gateless=False,
         ),
     )
 }

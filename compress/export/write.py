@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import sidecar_files
 from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.constants import COMPRESSED_TENSORS, FORMAT_VERSION, QUANT_METHOD
+from moe_compress.constants import COMPRESSED_TENSORS, FORMAT_VERSION, GGUF, QUANT_METHOD
 from moe_compress.errors import RunError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
@@ -76,7 +76,7 @@ def write_folder(
             names = {disk: runtime for disk, runtime in names.items() if runtime not in replaced}
         copy(names)
         if block is not None:
-            packed, dense = _on_disk(model, index, *block)
+            packed, dense = on_disk(model, index, *block)
             writer.add(served.tensors(index, packed, block[1]) if packed and form == COMPRESSED_TENSORS else packed)
             writer.add(dense)
             served.leave({name: tensor.shape for name, tensor in dense.items()})
@@ -144,10 +144,10 @@ def result_config(
     dense = all(d["kind"] == "fused" for d in descriptions.values())
     if dense and uniform:
         return config, "hf"
-    if quantized == COMPRESSED_TENSORS:
+    if quantized in (COMPRESSED_TENSORS, GGUF):
         if not uniform:
-            raise RunError("layers with different numbers of experts can't be written as compressed-tensors")
-        return config, COMPRESSED_TENSORS
+            raise RunError(f"layers with different numbers of experts can't be written as {quantized}")
+        return config, quantized
     # The loader starts from the skeleton that config.json describes, and reshapes the blocks that differ from it.
     kinds: list[dict[str, Any]] = []
     blocks = {}
@@ -200,7 +200,7 @@ class _Served:
         return quantization_config(self._layers, [*self._dense, *tied])
 
 
-def _on_disk(
+def on_disk(
     model: MoEModel, index: int, tensors: dict[str, Tensor], description: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A changed block's tensors by full name: packed experts as they run, everything else as the file will have it."""
