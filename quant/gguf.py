@@ -230,7 +230,9 @@ class QuantizeGGUF(Pass):
 
     def _sizes(self, index: int, layer: LayerShape, projection: str) -> dict[str, int]:
         """Type → bytes of a projection of all experts of a layer, of those types that its rows are whole blocks of."""
-        rows, length = (layer.hidden, layer.intermediate)[:: 1 if projection == "down" else -1]
+        rows, length = layer.intermediate, layer.hidden
+        if projection == "down":
+            rows, length = length, rows
         kinds = [kind for name in self.options.types if (kind := find_type(name)).fits(length)]
         if not kinds:
             raise RecipeError(
@@ -245,7 +247,7 @@ class QuantizeGGUF(Pass):
         for length in sorted(lengths):
             missing = [name for name in self.options.types if not find_type(name).fits(length)]
             if missing:
-                notes.append(f"rows of {length} weights can't be {', '.join(missing)} (blocks of 256)")
+                notes.append(f"rows of {length} weights are not whole blocks of {', '.join(missing)}")
         notes += [f"{name} is not in the file: {reason}" for name, reason in laid_out.left_out.items()]
         notes += [f"{name} is a copy of {origin}: llama.cpp wants it" for name, origin in laid_out.copied.items()]
         return notes

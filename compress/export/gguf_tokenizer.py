@@ -105,8 +105,10 @@ def read_tokenizer(folder: Path, vocabulary: int, pre: str | None = None) -> Fil
     ids = {**{int(i): t for t, i in model["vocab"].items()}, **{i: t["content"] for i, t in added.items()}}
     if max(ids) >= vocabulary:
         raise InputError(f"{path} has token {max(ids)}, and the model's vocabulary ends at {vocabulary - 1}")
-    tokens = [ids.get(i, f"[PAD{i}]") for i in range(vocabulary)]
     types = [_type(i, ids, added) for i in range(vocabulary)]
+    tokens = [ids.get(i, f"[PAD{i}]") for i in range(vocabulary)]
+    # Tokens of users are looked for in the text itself, before spaces are replaced.
+    tokens = [t.replace("▁", " ") if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
     adds = _added_around(path, folder)
     if model.get("byte_fallback"):
         scores = _scores(folder, model, tokens)

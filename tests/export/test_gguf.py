@@ -171,10 +171,20 @@ def test_latent_attention_is_split_as_it_is_absorbed():
     torch.testing.assert_close(parts["blk.1.attn_v_b.weight"] @ latent, values)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_llama_cpp_computes_the_same(family, tmp_path):
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in sorted(FAMILIES)),
+    ("qwen3_moe", {"rope_parameters": YARN}),
+    ("mixtral", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}}),
+    ("deepseek_v3", {"n_group": 1, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    ("deepseek_v2", {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_llama_cpp_computes_the_same(family, changes, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
-    source = checkpoint(tmp_path / "model", family)
+    source = checkpoint(tmp_path / "model", family, **changes)
     moe_compress.run(recipe(source, tmp_path / "out", EXACT))
     kept = json.loads((tmp_path / "out" / "moe_compress.json").read_text())["probe"]
     file = str(tmp_path / "out" / "model.gguf")
