@@ -6,3 +6,7 @@ FORMAT_VERSION = 1
 # What servers read, and what its own field `quant_method` calls it.
 COMPRESSED_TENSORS = "compressed-tensors"
 GPTQ = "gptq"
+
+# llama.cpp's format, and the file of that format in a result's folder.
+GGUF = "gguf"
+GGUF_FILE = "model.gguf"

@@ -166,6 +166,7 @@ def run_passes(
             shape.with_layers({i: _measured(shape, i, reports[i]) for i in model.moe_layers}),
             other_bytes=shape.other_bytes + sum(report["other_bytes_change"] for report in reports.values()),
         )
+        shape = step.settle(shape)
         options = step.options.model_dump(mode="json")
         outcomes.append(Outcome(step.name, options, plan, shape, reports))
         state = short_digest([state, step.name, options, plan.to_json(), calibrated.digest])

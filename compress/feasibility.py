@@ -46,6 +46,11 @@ def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: st
     packed = {index: layer for index, layer in shape.layers.items() if layer.kind != "fused"}
     uniform = len({layer.num_experts for layer in shape.layers.values()}) == 1
     form = target.dense_format if uniform and not packed else target.quantized_format
+    if form is None:
+        raise RecipeError(
+            f"target {target.name!r} is written from GGUF blocks: let `quantize.gguf` be the last pass (its types may "
+            "be BF16 or F16)"
+        )
     if wanted not in ("auto", form) and not (wanted == "native" and form == "hf" and target.quantized_format == wanted):
         other = next((t.name for t in TARGETS.values() if t.quantized_format == wanted != form and packed), None)
         hint = f"; the target {other!r} has it" if other else ""

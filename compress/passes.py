@@ -104,6 +104,10 @@ class Pass(ABC):
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Sizes after this pass. Raises RecipeError or BudgetError when it can't be done, with the numbers."""
 
+    def settle(self, shape: ModelShape) -> ModelShape:
+        """Sizes of the changed model, where the pass also decides how tensors outside the experts are stored."""
+        return shape
+
     @abstractmethod
     def plan(self, profile: Profile) -> Plan:
         """Decide for all layers. Pure: the same profile gives the same plan."""

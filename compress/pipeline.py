@@ -23,12 +23,15 @@ from moe_compress.checkpoint.writer import MANIFEST, check_output, settled
 from moe_compress.engine import Calibrated, CommittedBlocks, Outcome, device_and_dtype, holding, holding_all, run_passes
 from moe_compress.errors import CheckpointError, InputError
 from moe_compress.evaluate.score import check_scoring, score_folders
+from moe_compress.export.gguf_tokenizer import FileTokenizer, read_tokenizer
+from moe_compress.export.gguf_write import RoundedSource, write_gguf
 from moe_compress.export.verify import Verified, verify
 from moe_compress.export.write import write_folder
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import ModelShape, model_shape
 from moe_compress.passes import Pass, needs_gradients
 from moe_compress.progress import Monitor
+from moe_compress.quant.gguf import QuantizeGGUF
 from moe_compress.recipe import Recipe, make_recipe, read_recipe
 from moe_compress.report.build import build, versions
 from moe_compress.report.text import markdown
@@ -73,6 +76,8 @@ def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
     before = model_shape(model)
     shapes = feasibility.forecast(before, passes, recipe.goal)
     feasibility.check_runtime(model, shapes[-1], recipe.goal, recipe.format)
+    if isinstance(passes[-1], QuantizeGGUF):
+        _tokenizer_of(recipe, passes[-1], model)
     calibration = recipe.calibration
     feasibility.check_calibration(model, passes, calibration is not None, calibration.length if calibration else 0)
     check_scoring(model, recipe.evaluate)
@@ -168,9 +173,18 @@ def _export(
     monitor: Monitor,
     overwrite: bool,
 ) -> None:
+    last = recipe.steps()[-1]
+    probed, laid_out = model, None
+    if isinstance(last, QuantizeGGUF):
+        # What lies outside the experts is rounded only now, so the probe is asked of a model that reads it rounded.
+        laid_out = last.layout(outcomes[-1].shape)
+        source = RoundedSource(model.source, laid_out)
+        probed = MoEModel.open(
+            recipe.model, dtype=model.module.dtype, device=model.device, overlay=model.overlay, source=source
+        )
     with monitor.stage("probe"):
         ids = calibrated.text.ids if calibrated.text is not None else None
-        expected = probe.streamed(model, probe.probe_tokens(ids, tokenizer))
+        expected = probe.streamed(probed, probe.probe_tokens(ids, tokenizer))
     manifest = {
         "run": run_id,
         "versions": versions(),
@@ -179,9 +193,19 @@ def _export(
         "probe": expected,
     }
     with monitor.stage("export", len(model.layers)) as progress:
-        goal = recipe.goal
-        quantized = goal.quantized_format or "native"
-        write_folder(model, output, manifest, progress, overwrite=overwrite, quantized=quantized, target=goal)
+        if isinstance(last, QuantizeGGUF) and laid_out is not None:
+            words = _tokenizer_of(recipe, last, model)
+            write_gguf(model, output, manifest, progress, laid_out, words, overwrite=overwrite)
+        else:
+            goal = recipe.goal
+            quantized = goal.quantized_format or "native"
+            write_folder(model, output, manifest, progress, overwrite=overwrite, quantized=quantized, target=goal)
+
+
+def _tokenizer_of(recipe: Recipe, step: QuantizeGGUF, model: MoEModel) -> FileTokenizer:
+    """The tokenizer that goes into a GGUF file. Raises InputError and its kinds."""
+    vocabulary = model.module.config.get_text_config().vocab_size
+    return read_tokenizer(Path(recipe.model), vocabulary, step.options.tokenizer_pre)
 
 
 def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[Draft | None, Any]:

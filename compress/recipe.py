@@ -80,7 +80,7 @@ class Recipe(BaseModel):
     target: str = Field(
         default="native", description="Runtime that the result is for; `moe-compress passes` lists them"
     )
-    format: Literal["auto", "hf", "native", "compressed-tensors", "gptq"] = Field(
+    format: Literal["auto", "hf", "native", "compressed-tensors", "gptq", "gguf"] = Field(
         default="auto", description="What the result must be written as; auto: what the target loads (docs/targets.md)"
     )
     passes: list[Any] = Field(min_length=1, description="Passes in order: a name, or {name: {option: value}}")

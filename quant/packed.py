@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch, grouped_linear
 from moe_compress.model.experts import run_experts
+from moe_compress.quant import gguf_blocks
+from moe_compress.quant.gguf_blocks import TYPES
 from moe_compress.quant.grid import Grid, Quantized, dequantize
 from moe_compress.quant.packing import pack, packed_words, unpack
 from moe_compress.quant.trits import TERNARY
@@ -41,16 +43,20 @@ class Encoding:
         group_size: weights that share a scale (along the input), -1 for a whole row.
         symmetric: no zero points are stored.
         dtype: of the scales, or of dense weights.
+        blocks: name of a GGUF block type, which says all; the others then don't count.
     """
 
     bits: float
     group_size: int = -1
     symmetric: bool = True
     dtype: str = "bfloat16"
+    blocks: str = ""
 
     @property
     def name(self) -> str:
-        """Name of the stack's tensors: "b3g64", "t158g64" (ternary), "dense"; with "z" where zero points are stored."""
+        """Name of its tensors: "b3g64", "t158g64" (ternary), "dense", "gguf_Q4_K"; "z" where zero points are stored."""
+        if self.blocks:
+            return f"gguf_{self.blocks}"
         if self.bits == 0:
             return "dense"
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
@@ -69,6 +75,8 @@ class Encoding:
 
     def matrix_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of one stored matrix, scales, zero points and padding included."""
+        if self.blocks:
+            return out_features * TYPES[self.blocks].row_bytes(in_features)
         size = self.torch_dtype.itemsize
         if self.bits == 0:
             return out_features * in_features * size
@@ -78,6 +86,8 @@ class Encoding:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in config.json."""
+        if self.blocks:
+            return {"bits": 0, "blocks": self.blocks}
         values: dict[str, Any] = {"bits": self.bits, "dtype": self.dtype}
         if self.bits:
             values |= {"group_size": self.group_size, "symmetric": self.symmetric}
@@ -88,7 +98,7 @@ class Stack(nn.Module):
     """The same projection of several experts in one encoding.
 
     Parameters (never trained): `codes` int32 [S, O, W], `scale` [S, O, G], `zero` int32 [S, O, Wz] if asymmetric; or
-    `weight` [S, O, K].
+    `weight` [S, O, K]; or `blocks` uint8 [S, O, bytes of a row].
     """
 
     def __init__(self, encoding: Encoding, count: int, out_features: int, in_features: int, device: str = "meta"):
@@ -98,6 +108,9 @@ class Stack(nn.Module):
         def tensor(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(count, *shape, dtype=dtype, device=device), requires_grad=False)
 
+        if encoding.blocks:
+            self.blocks = tensor(out_features, TYPES[encoding.blocks].row_bytes(in_features), dtype=torch.uint8)
+            return
         if encoding.bits == 0:
             self.weight = tensor(out_features, in_features, dtype=encoding.torch_dtype)
             return
@@ -125,8 +138,20 @@ class Stack(nn.Module):
             stack.zero = nn.Parameter(pack(value.zero, grid.bits), requires_grad=False)
         return stack
 
+    @classmethod
+    def of_blocks(cls, blocks_SOB: Tensor, name: str, in_features: int) -> Stack:
+        """A stack with matrices in GGUF blocks: uint8 [S, O, bytes of a row] of the type `name`."""
+        count, out_features, _ = blocks_SOB.shape
+        stack = cls(Encoding(0, blocks=name), count, out_features, in_features)
+        stack.blocks = nn.Parameter(blocks_SOB.contiguous(), requires_grad=False)
+        return stack
+
     def forward(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
         """The matrices in some slots, unpacked: [len(slots), O, K]. A call, so that offloading hooks see it."""
+        if self.encoding.blocks:
+            return gguf_blocks.dequantize(self.blocks[slots.to(self.blocks.device)], TYPES[self.encoding.blocks]).to(
+                dtype
+            )
         if self.encoding.bits == 0:
             return self.weight[slots.to(self.weight.device)].to(dtype)
         grid = self.encoding.grid

@@ -19,7 +19,10 @@ from typing import Any, TypeGuard
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moe_compress.constants import GGUF, GGUF_FILE
 from moe_compress.errors import CheckpointError, InputError
+
+from .gguf_file import read_gguf
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -69,6 +72,8 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.folder}: no config.json, so not a Hugging Face checkpoint folder")
         self.tensors: dict[str, TensorInfo] = {}
+        self.block_types: dict[str, str] = {}  # of a GGUF file: tensor → type
+        self._blocks: dict[str, TensorInfo] = {}
         self._open: dict[str, Any] = {}
         self._headers: dict[str, bytes] = {}
         for file, names in self._shards().items():
@@ -140,7 +145,10 @@ class Checkpoint:
     def _file(self, file: str) -> Any:
         if file not in self._open:
             try:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
+                path = self.folder / file
+                self._open[file] = (
+                    _MappedBlocks(path, self._blocks) if file == GGUF_FILE else safe_open(path, framework="pt")
+                )
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self.folder / file} can't be opened: {error}") from error
         return self._open[file]
@@ -148,6 +156,10 @@ class Checkpoint:
     def _shards(self) -> dict[str, set[str] | None]:
         """Shard files → names that the index puts there (None: no index)."""
         index = self.folder / INDEX
+        if (self.config.get("quantization_config") or {}).get("quant_method") == GGUF:
+            if not (self.folder / GGUF_FILE).is_file():
+                raise CheckpointError(f"{self.folder} lacks {GGUF_FILE}")
+            return {GGUF_FILE: None}
         if not index.is_file():
             if (self.folder / SINGLE).is_file():
                 return {SINGLE: None}
@@ -172,6 +184,8 @@ class Checkpoint:
 
     def _read_header(self, file: str) -> dict[str, TensorInfo]:
         path = self.folder / file
+        if file == GGUF_FILE:
+            return self._read_blocks(path)
         size = path.stat().st_size
         with path.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
@@ -187,6 +201,35 @@ class Checkpoint:
             )
         self._headers[file] = raw
         return tensors
+
+    def _read_blocks(self, path: Path) -> dict[str, TensorInfo]:
+        """Tensors of a GGUF file by their names there: numbers as they are, blocks as bytes [..., bytes of a row]."""
+        _, entries = read_gguf(path)
+        first = min((entry.offset for entry in entries), default=0)
+        with path.open("rb") as handle:
+            self._headers[path.name] = handle.read(first)
+        for entry in entries:
+            self.block_types[entry.name] = entry.type
+            dtype = DTYPES.get(entry.type, torch.uint8)
+            shape = entry.shape if entry.type in DTYPES else (*entry.shape[:-1], entry.row_bytes)
+            self._blocks[entry.name] = TensorInfo(path.name, dtype, shape, entry.offset, entry.nbytes)
+        return dict(self._blocks)
+
+
+class _MappedBlocks:
+    """A GGUF file as safetensors' reader presents one."""
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo]):
+        # Private, so nothing can be written to the file.
+        self._bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        self._tensors = tensors
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        info = self._tensors[name]
+        return self._bytes[info.offset : info.offset + info.nbytes].view(info.dtype).view(info.shape)
+
+    def get_slice(self, name: str) -> torch.Tensor:
+        return self.get_tensor(name)
 
 
 class Lazy:

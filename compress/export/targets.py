@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_compress.constants import COMPRESSED_TENSORS, GPTQ
+from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ
 from moe_compress.errors import RecipeError, nearest
 from moe_compress.quant.trits import TERNARY
 
@@ -17,7 +17,7 @@ from . import gptq_format
 from .compressed_tensors import SHAPE_BYTES
 from .schemes import SCALED
 
-FORMATS = ("hf", "native", COMPRESSED_TENSORS, GPTQ)
+FORMATS = ("hf", "native", COMPRESSED_TENSORS, GPTQ, GGUF)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Target:
 
     name: str
     summary: str
-    dense_format: str
+    dense_format: str | None
     quantized_format: str | None
     uniform_experts: bool
     bits_per: str
@@ -93,6 +93,8 @@ class Target:
         who = f"{step}: the target {self.name!r}"
         if self.quantized_format is None:
             raise RecipeError(f"{who} loads no quantized experts, widths are {list(widths)}")
+        if self.quantized_format == GGUF:
+            raise RecipeError(f"{who} loads blocks of GGUF types, not integers in groups: take quantize.gguf")
         if foreign := sorted(set(widths) - set(self.bits)):
             raise RecipeError(f"{who} loads {_list(self.bits)} bits, not {_list(foreign)}: set `widths`")
         if self.group_sizes is not None and group_size not in self.group_sizes:
@@ -163,6 +165,17 @@ TARGETS: dict[str, Target] = {
             gateless=False,
             hidden_multiple=128,  # else vLLM falls back to a kernel that looks at no rule of `dynamic`
             **{**_SERVED, "quantized_format": GPTQ, "matrix_bytes": 0},  # type: ignore[arg-type]
+        ),
+        Target(
+            "llama.cpp",
+            "llama.cpp and what is built on it: one .gguf, a block type per layer and projection (quantize.gguf)",
+            dense_format=None,
+            quantized_format=GGUF,
+            uniform_experts=True,
+            bits_per="projection",
+            bits=(),
+            biases=False,
+            gateless=False,
         ),
     )
 }

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from moe_compress import probe
+from moe_compress.checkpoint.gguf_file import STORED
 from moe_compress.checkpoint.reader import Checkpoint, read_json
 from moe_compress.checkpoint.writer import MANIFEST, file_digest, manifest_digest, tensor_digest
-from moe_compress.constants import COMPRESSED_TENSORS, GPTQ
+from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ
 from moe_compress.engine import memory_limit
 from moe_compress.errors import CheckpointError, InputError, VerificationError
 from moe_compress.model import MoEModel, hf
@@ -132,6 +133,8 @@ def _loader(folder: Path, module: Any, room: int) -> str:
         method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method == GPTQ:
         return "read by the format's description; transformers has no loader for experts in it"
+    if method == GGUF:
+        return "read by the format's description"
     if method != COMPRESSED_TENSORS:
         return "transformers from_pretrained"
     return f"read by the format's description; {second_reading(folder, module, room)}"
@@ -144,6 +147,10 @@ def loaded_bytes(folder: Path, dtype: torch.dtype) -> int:
         total = 0
         for name, info in checkpoint.tensors.items():
             count = info.nbytes // info.dtype.itemsize
+            if name in checkpoint.block_types and "_exps." not in name:  # blocks of a GGUF: only experts stay packed
+                _, weights, size = STORED[checkpoint.block_types[name]]
+                total += info.nbytes // size * weights * dtype.itemsize
+                continue
             small = not info.dtype.is_floating_point or info.dtype.itemsize == 1
             keeps = small or (packed and name.endswith((".scale", ".weight_scale", ".scales")))
             total += info.nbytes if keeps else count * dtype.itemsize

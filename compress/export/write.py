@@ -19,7 +19,8 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import sidecar_files
 from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.constants import FORMAT_VERSION, QUANT_METHOD
+from moe_compress.constants import FORMAT_VERSION, GGUF, QUANT_METHOD
+from moe_compress.errors import RunError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
 from moe_compress.progress import Progress
@@ -80,7 +81,7 @@ def write_folder(
             names = {disk: runtime for disk, runtime in names.items() if runtime not in replaced}
         copy(names)
         if block is not None:
-            packed, dense = _on_disk(model, index, *block)
+            packed, dense = on_disk(model, index, *block)
             writer.add(served.tensors(index, packed, block[1]) if packed and form in SERVED else packed)
             writer.add(dense)
             served.add(dense)
@@ -150,6 +151,10 @@ def result_config(
         return config, "hf"
     if quantized in SERVED:
         return config, quantized  # different numbers of experts break a rule of it
+    if quantized == GGUF:
+        if not uniform:
+            raise RunError(f"layers with different numbers of experts can't be written as {quantized}")
+        return config, quantized
     # The loader starts from the skeleton that config.json describes, and reshapes the blocks that differ from it.
     kinds: list[dict[str, Any]] = []
     blocks = {}
@@ -169,7 +174,7 @@ def result_config(
     return config, "native"
 
 
-def _on_disk(
+def on_disk(
     model: MoEModel, index: int, tensors: dict[str, Tensor], description: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A changed block's tensors by full name: packed experts as they run, everything else as the file will have it."""

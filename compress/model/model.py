@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
-from moe_compress.constants import COMPRESSED_TENSORS, GPTQ, QUANT_METHOD
+from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ, QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
 
 from . import families, hf, offload
@@ -40,6 +40,7 @@ DECODER = "moe_compress.quant.sources:decode"
 PRESENTED: dict[str, str] = {
     COMPRESSED_TENSORS: "moe_compress.export.compressed_reader:present",
     GPTQ: "moe_compress.export.gptq_reader:present",
+    GGUF: "moe_compress.export.gguf_reader:present",
 }
 
 
@@ -99,6 +100,7 @@ class MoEModel:
         device: str | torch.device = "cpu",
         overlay: Overlay | None = None,
         dequantize: bool = False,
+        source: Checkpoint | None = None,
     ) -> MoEModel:
         """A checkpoint folder; reads headers and small tensors only.
 
@@ -110,16 +112,17 @@ class MoEModel:
             device: where live layers go.
             overlay: changed blocks that replace the folder's.
             dequantize: also decode what could stay packed (compressed-tensors), for passes that change it.
+            source: what presents the folder's tensors, where that isn't the folder as it stands.
 
         Raises:
             InputError, CheckpointError: no such folder, or it isn't what it claims to be.
             UnsupportedModelError: a dense model, or a family or quantization that can't be handled, with the reason.
         """
-        source = Checkpoint(path)
+        source = source or Checkpoint(path)
         config = _read_config(source)
         method = (source.config.get("quantization_config") or {}).get("quant_method")
-        if "quantization_config" in source.config and method != QUANT_METHOD:
-            if dequantize or method not in PRESENTED:
+        if method != QUANT_METHOD:
+            if "quantization_config" in source.config and (dequantize or method not in PRESENTED):
                 source = _named(DECODER)(source)
             config.__dict__.pop("quantization_config", None)  # the skeleton is a dense one
         module = hf.skeleton(config, dtype)

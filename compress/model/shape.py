@@ -5,7 +5,8 @@ A shape says nothing about weights, only how many there are and what they take o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .model import MoEModel
 
@@ -69,10 +70,14 @@ class ModelShape:
     Attributes:
         layers: decoder layer → its experts.
         other_bytes: bytes of all tensors that are not experts (attention, embeddings, routers, shared experts, …).
+        others: their names on disk → shapes. Empty for a model in memory.
+        config: of the model as transformers has it, defaults filled in.
     """
 
     layers: dict[int, LayerShape]
     other_bytes: int
+    others: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def expert_bytes(self) -> int:
@@ -116,9 +121,13 @@ def model_shape(model: MoEModel) -> ModelShape:
             bytes=sum(tensors[n].numel() * dtypes[n].itemsize for n in names),
             kind=block.kind,
         )
+    others: dict[str, tuple[int, ...]] = {}
     if model.weights is not None:
         total = model.source.nbytes
+        own_names = {n for i in layers for n in model.weights.tensors(i, set(model.block(i).weight_names()))}
+        others = {n: info.shape for n, info in model.source.tensors.items() if n not in own_names}
     else:
         own = {id(t): t for t in model.module.state_dict(keep_vars=True).values()}  # tied ones once
         total = sum(t.numel() * t.element_size() for t in own.values())
-    return ModelShape(layers, total - sum(layer.bytes for layer in layers.values()))
+    config = model.module.config.to_dict()
+    return ModelShape(layers, total - sum(layer.bytes for layer in layers.values()), others, config)
