@@ -3,7 +3,8 @@
 Each projection (gate, up, down) of all experts of a layer is held in stacks. A stack holds the same projection of
 several experts in one encoding: packed integers with group scales (and zero points), or dense. Which expert is in
 which stack is a list, so any mixture of widths is just several stacks, and the tensors in memory are the tensors in the
-file. While running, only experts that got tokens are unpacked, a few at a time; a dense copy of the layer never exists.
+file. While running, only experts that got tokens are unpacked, a few at a time (run_packed.py), or inside the matrix
+product on a GPU (triton_moe.py); a dense copy of the layer never exists.
 
 docs/format.md specifies the tensors byte by byte.
 
@@ -20,16 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
-from moe_compress.model.dispatch import Dispatch, grouped_linear
+from moe_compress.model.dispatch import Dispatch
 from moe_compress.model.experts import run_experts
-from moe_compress.quant import gguf_blocks
 from moe_compress.quant.gguf_blocks import TYPES
-from moe_compress.quant.grid import Grid, Quantized, dequantize
-from moe_compress.quant.packing import pack, packed_words, unpack
+from moe_compress.quant.grid import Grid, Quantized
+from moe_compress.quant.packing import pack, packed_words
+from moe_compress.quant.run_packed import dense, fused_kernel, multiply
 from moe_compress.quant.trits import TERNARY
-
-# Dense weights made at a time while running, bytes: enough for large matrix products, far below a layer.
-UNPACKED_BYTES = 64 << 20
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -146,20 +144,15 @@ class Stack(nn.Module):
         stack.blocks = nn.Parameter(blocks_SOB.contiguous(), requires_grad=False)
         return stack
 
-    def forward(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """The matrices in some slots, unpacked: [len(slots), O, K]. A call, so that offloading hooks see it."""
-        if self.encoding.blocks:
-            return gguf_blocks.dequantize(self.blocks[slots.to(self.blocks.device)], TYPES[self.encoding.blocks]).to(
-                dtype
-            )
-        if self.encoding.bits == 0:
-            return self.weight[slots.to(self.weight.device)].to(dtype)
-        grid = self.encoding.grid
-        slots = slots.to(self.codes.device)
-        codes = unpack(self.codes[slots], grid.bits, self.in_features)
-        scale = self.scale[slots]
-        zero = None if grid.symmetric else unpack(self.zero[slots], grid.bits, scale.shape[-1])
-        return dequantize(Quantized(codes, scale, zero, grid), dtype)
+    def forward(
+        self, slots: list[int], work: Tensor | torch.dtype, counts: list[int] | None = None, backward: bool = False
+    ) -> Tensor:
+        """The matrices in some slots in a dtype, [len(slots), O, K]; or, given rows [R, K] and how many are each
+        slot's, these times the slots' matrices, [R, O] (`backward`: [R, O] → [R, K]). A call, so that offloading hooks
+        see it."""
+        if isinstance(work, Tensor):
+            return multiply(self, work, slots, counts or [], backward)
+        return dense(self, torch.tensor(slots, device=next(self.parameters()).device), slice(None), work)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(keeping_dtype(fn), recurse)
@@ -186,8 +179,13 @@ class PackedProjection(nn.Module):
         for name in assignment:
             slots.append(filled.get(name, 0))
             filled[name] = slots[-1] + 1
-        # Plain lists, not buffers: they follow from the description, and needn't move between devices.
-        self._slots = slots
+        # A plain list, not a buffer: it follows from the description, and needn't move between devices.
+        self.slots = slots
+
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """Encoding name → stack."""
+        return {name: self.get_submodule(name) for name in self.names}  # type: ignore[misc]
 
     def matrices(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The matrices of some experts, unpacked: [len(experts), O, K]."""
@@ -196,9 +194,7 @@ class PackedProjection(nn.Module):
         for name in self.names:
             positions = [p for p, e in enumerate(experts) if self.assignment[e] == name]
             if positions:
-                stack: Stack = self.get_submodule(name)  # type: ignore[assignment]
-                slots = torch.tensor([self._slots[experts[p]] for p in positions])
-                parts.append(stack(slots, dtype))
+                parts.append(self.stacks[name]([self.slots[experts[p]] for p in positions], dtype))
                 order += positions
         if len(parts) == 1:
             return parts[0]  # type: ignore[no-any-return]
@@ -214,20 +210,25 @@ class PackedProjection(nn.Module):
 
     def products(self, input_RK: Tensor, dispatch: Dispatch, backward: bool = False) -> Tensor:
         """`linear` without autograd; `backward`: the rows [R, O] times the matrices transposed → [R, K]."""
+        kernel = None if backward else fused_kernel(input_RK.device.type)
+        if kernel is not None and kernel.takes(input_RK, list(self.stacks.values())):
+            return kernel.grouped_packed(input_RK, self, dispatch.offsets_E)  # type: ignore[no-any-return]
+        counts_E = dispatch.counts_E.cpu()
+        counts = counts_E.tolist()
+        visited: dict[str, list[int]] = {}
+        for expert, count in enumerate(counts):
+            if count:
+                visited.setdefault(self.assignment[expert], []).append(expert)
         output = input_RK.new_empty(input_RK.shape[0], self.in_features if backward else self.out_features)
-        counts = dispatch.counts_E.tolist()
-        visited = [e for e, count in enumerate(counts) if count]
-        size = max(1, UNPACKED_BYTES // (self.out_features * self.in_features * input_RK.element_size()))
-        start = 0
-        for first in range(0, len(visited), size):
-            experts = visited[first : first + size]
-            ends = torch.tensor([counts[e] for e in experts]).cumsum(0)
-            rows = slice(start, start + int(ends[-1]))
-            offsets = ends.to(torch.int32).to(input_RK.device)
-            matrices = self.matrices(experts, input_RK.dtype)
-            turned = matrices.transpose(-2, -1) if backward else matrices
-            output[rows] = grouped_linear(input_RK[rows], turned, offsets)
-            start = rows.stop
+        for name, experts in visited.items():
+            slots, own = [self.slots[e] for e in experts], [counts[e] for e in experts]
+            stack = self.stacks[name]
+            if len(visited) == 1:
+                return stack(slots, input_RK, own, backward)  # type: ignore[no-any-return]
+            mine_E = torch.zeros(len(counts), dtype=torch.bool)
+            mine_E[experts] = True
+            rows = mine_E.repeat_interleave(counts_E).nonzero().flatten().to(input_RK.device)
+            output[rows] = stack(slots, input_RK[rows], own, backward)
         return output
 
 

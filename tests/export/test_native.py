@@ -13,7 +13,7 @@ from families import discover, input_batch, tiny_model
 from native_reader import STORED, Native, read_tensors
 from packs import Packed, mixture, put, three_quarters
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import moe_compress
 from moe_compress.errors import CheckpointError, MoeCompressError, UnsupportedModelError
@@ -304,6 +304,35 @@ def test_generate(native, expected):
         scores[:, loaded.config.eos_token_id] = -torch.inf
         ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
     assert torch.equal(found, ids)
+
+
+def test_generate_alone_and_in_a_padded_batch(demo_model, tmp_path):
+    """The demo's checkpoint, packed at 2 to 4 bits: a text goes on as with the same weights dense, alone or beside
+    longer ones, with the key-value cache or without."""
+    model = MoEModel.open(demo_model)
+    model.overlay = Packed(model, lambda projection, expert: ((2, 3, 4)[expert % 3], 64, projection != "down"))
+    write_folder(model, tmp_path / "native", {}, Progress())
+    loaded, dense = from_pretrained(tmp_path / "native"), from_pretrained(demo_model)
+    view = MoEModel.wrap(dense)
+    for layer in view.moe_layers:
+        put(view.block(layer), model.overlay.values[layer])
+    tokenizer = AutoTokenizer.from_pretrained(demo_model, padding_side="left")
+    texts = ["The river", "She opened the door and", "def add(a, b):\n    return"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    assert not batch["attention_mask"].all()
+
+    def new_tokens(model, batch, **options):
+        asked = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **options}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return model.generate(ids, attention_mask=mask, **asked)[:, ids.shape[1] :]
+
+    together = new_tokens(loaded, batch)
+    assert together.shape == (3, 8)
+    assert torch.equal(together, new_tokens(dense, batch))
+    assert torch.equal(together, new_tokens(loaded, batch, use_cache=False))
+    assert torch.equal(together, new_tokens(moe_compress.load(tmp_path / "native", dtype=torch.float32), batch))
+    for text, tokens in zip(texts, together, strict=True):
+        assert torch.equal(new_tokens(loaded, tokenizer(text, return_tensors="pt"))[0], tokens)
 
 
 def test_base_model_without_head(native):

@@ -6,11 +6,12 @@ import itertools
 import pytest
 import torch
 from families import discover, tiny_model
-from packs import DENSE, mixture, pack_block, put
+from packs import DENSE, mixture, pack_block, put, spread
 from reference import outputs_ETH
 
 from moe_compress.model import MoEModel
-from moe_compress.quant import packed
+from moe_compress.quant import packed, run_packed
+from moe_compress.quant.grid import Grid, Quantized
 
 # Gate and up concatenated; transposed, interleaved, biases; no gate, inputs of size 28; a norm after each expert.
 LAYOUTS = sorted({"qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"} & set(discover()))
@@ -123,6 +124,49 @@ def test_computing_in_16_bits(dtype):
     assert error < {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_gradients_of_inputs_and_routing_weights(name, monkeypatch):
+    """As through dense experts, although matrices are unpacked one after the other."""
+    monkeypatch.setattr(run_packed, "MOST_WEIGHTS", 100)
+    module, dense = packed_and_dense(first_block(name), mixture)
+    index, weight = routing("spread", 12, 8)
+    hidden, direction = torch.randn(12, 32), torch.randn(12, 32)
+    gradients = []
+    for experts in (module, dense):
+        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        output = experts(inputs[0], index, inputs[1])
+        gradients.append(torch.autograd.grad((output * direction).sum(), inputs))
+    for found, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("group", [-1, 16, 32, 64, 128])
+def test_unpacked_columns_in_any_order_are_the_same_weights(group):
+    """What products read on a CPU is bit for bit what the format says, columns of rows and matrices moved alike."""
+    generator = torch.Generator().manual_seed(group + 2)
+    for bits, symmetric in itertools.product((*range(1, 9), 1.58), (True, False)):
+        if bits < 2 and not symmetric:
+            continue
+        grid = Grid(bits, group, symmetric)
+        codes = torch.randint(0, grid.max_code + 1, (3, 5, 256), dtype=torch.uint8, generator=generator)
+        scale = torch.randn(3, 5, grid.groups(256), generator=generator)
+        zero = None if symmetric else (codes[..., : scale.shape[-1]]).clone()
+        stack = packed.Stack.holding(Quantized(codes, scale, zero, grid))
+        order = run_packed.Order.of(stack.encoding, 256)
+        as_stored = bits in (8, 1.58) or (group == 16 and bits in (3, 5, 6, 7))
+        assert (order.planes == 1) == as_stored
+        found = run_packed._ordered(stack, order, slice(1, 3), slice(1, 4), {})
+        middle = {1: 0.5, 1.58: 1.0}.get(bits) or float(1 << (bits - 1))
+        zeros = middle if zero is None else spread(zero.float(), 256)
+        expected = (spread(scale, 256) * (codes.float() - zeros))[1:3, 1:4]
+        ordered = order.columns(expected.reshape(6, 256))
+        assert torch.equal(found, ordered.view(2, 3, 256))
+        assert torch.equal(ordered, expected.reshape(6, 256)) == as_stored
+        assert torch.equal(order.columns_back(ordered), expected.reshape(6, 256))
+        assert torch.equal(run_packed.dense(stack, slice(1, 3), slice(1, 4), torch.float32), expected)
+
+
 @torch.no_grad()
 def test_chunks_do_not_matter(monkeypatch):
     """One expert at a time, or all: the same output."""
@@ -131,8 +175,8 @@ def test_chunks_do_not_matter(monkeypatch):
     index, weight = routing("uneven", 40, 8)
     hidden = torch.randn(40, 32)
     together = block.experts_module(hidden, index, weight)
-    for size in (1, 3 * 4 * 32 * 24):
-        monkeypatch.setattr(packed, "UNPACKED_BYTES", size)
+    for weights in (1, 5 * 32, 3 * 32 * 24):  # less than a matrix, some rows of one, three
+        monkeypatch.setattr(run_packed, "MOST_WEIGHTS", weights)
         torch.testing.assert_close(block.experts_module(hidden, index, weight), together)
 
 
@@ -174,12 +218,13 @@ def test_no_dense_copy_of_a_layer_appears(monkeypatch):
     dense = copy.deepcopy(block.experts_module)
     pack_block(block, lambda _, e: ((2, 3, 4)[e % 3], 32, True))
     module = block.experts_module
-    monkeypatch.setattr(packed, "UNPACKED_BYTES", one)
+    monkeypatch.setattr(run_packed, "MOST_WEIGHTS", one // 4)
+    monkeypatch.setattr(run_packed, "_idle", [])
     rows = 4 * 24 * (128 + 4 * 96)
     assert peak(lambda: module(hidden, index, weight)) < 4 * one + rows
     # That the measure would see a copy: dense experts made at once are there.
-    monkeypatch.setattr(packed, "UNPACKED_BYTES", 24 * one)
-    assert peak(lambda: module(hidden, index, weight)) > 24 * one
+    monkeypatch.setattr(run_packed, "MOST_WEIGHTS", 24 * one // 4)
+    assert peak(lambda: module(hidden, index, weight)) > 8 * one  # those of one width
     assert sum(p.numel() * 4 for p in dense.parameters()) == 3 * 24 * one
     # Only experts that got tokens are unpacked.
     seen = []
@@ -189,9 +234,9 @@ def test_no_dense_copy_of_a_layer_appears(monkeypatch):
 
 
 def _counting(forward, seen):
-    def counted(self, slots, dtype):
+    def counted(self, slots, *more):
         seen.append(len(slots))
-        return forward(self, slots, dtype)
+        return forward(self, slots, *more)
 
     return counted
 
