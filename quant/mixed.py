@@ -139,7 +139,10 @@ class QuantizeMixed(Pass):
         """What gets a width of its own."""
         if self.options.unit is not None:
             return self.options.unit
-        return "expert" if "expert" in (loaded := LOADED[self.target.bits_per]) else loaded[0]
+        loaded = LOADED[self.target.bits_per]
+        if self.options.allocation != "uniform" and not find_cost(self.options.cost).per_matrix:
+            loaded = tuple(unit for unit in loaded if unit in ("expert", "layer"))
+        return loaded[0]
 
     @property
     def _per_matrix(self) -> bool:
@@ -194,8 +197,9 @@ class QuantizeMixed(Pass):
         """What every width costs every expert or matrix."""
         chosen = find_cost(self.options.cost)
         measured = {s.name: profile.of(index, s) for s in chosen.statistics(self.options, self._per_matrix)}
-        asked = Asked(self.options, self._per_matrix, index, profile.shape.layers[index])
-        costs: Floats = chosen.evaluate(measured, asked).double().numpy()
+        per_matrix = chosen.asked_per_matrix(self.options, self._per_matrix)
+        asked = Asked(self.options, per_matrix, index, profile.shape.layers[index])
+        costs: Floats = chosen.of(measured, asked).double().numpy()
         return costs
 
     def _allocated(self, choices: dict[int, Choices], shape: ModelShape) -> Allocation:
