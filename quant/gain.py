@@ -40,7 +40,7 @@ class SolverGain(Statistic):
     """
 
     name: ClassVar[str] = "solver_gain"
-    bits: tuple[int, ...] = (1, 2, 3, 4, 8)
+    bits: tuple[float, ...] = (1, 2, 3, 4, 8)
     group_size: int = 64
     symmetric: bool = True
     damping: float = 0.01
@@ -53,9 +53,9 @@ class SolverGain(Statistic):
             raise UnsupportedModelError(f"layer {block.layer} is quantized already")
         return _Shares(self, FusedExperts(block.experts_module))
 
-    def grid(self, bits: int) -> Grid:
+    def grid(self, bits: float) -> Grid:
         """The grid of a width."""
-        return Grid(bits, self.group_size, self.symmetric or bits == 1)
+        return Grid(bits, self.group_size, self.symmetric or bits < 2)
 
 
 class _Shares(Accumulator):
