@@ -63,7 +63,10 @@ class MixedOptions(SolverOptions):
         description="What gets a width of its own: each matrix, each expert, each projection of a layer (gate, up, "
         "down) or each layer; default: the smallest that the target loads and `cost` knows",
     )
-    tie_gate_up: bool = Field(default=False, description="Gate and up get the same width (unit: matrix or projection)")
+    tie_gate_up: bool = Field(
+        default=True,
+        description="Gate and up of an expert get the same width and are solved as one (unit: matrix or projection)",
+    )
     scope: Literal["global", "layer"] = Field(
         default="global",
         description="Who shares the budget: all experts of the model, or each layer's by themselves (PMQ)",
