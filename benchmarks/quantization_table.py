@@ -63,6 +63,9 @@ ALLOCATORS: dict[str, dict[str, Any]] = {
     "relative, widths 1 to 6 and 8": {"widths": [1, 2, 3, 4, 5, 6, 8]},
     "relative, greedy": {"allocation": "greedy"},
     "gram": {"cost": "gram"},
+    "GEMQ": {"preset": "gemq", "widths": [1, 2, 3, 4, 8]},
+    "gradient": {"cost": "gradient"},
+    "fisher": {"cost": "fisher"},
     "relative, gain solved": {"solver_gain": "solved"},
     "gram, gain solved": {"cost": "gram", "solver_gain": "solved"},
 }

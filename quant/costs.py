@@ -216,13 +216,25 @@ def gradient_error(options: MixedOptions, per_matrix: bool) -> Statistic:
     return GradientError(tuple(options.widths), options.group_size, options.symmetric, per_matrix)
 
 
-@cost("gradient", "GEMQ: error times the loss's gradient, squared channel by channel", gradient_error, per_matrix=True)
+@cost(
+    "gradient",
+    "GEMQ: error times the loss's gradient, squared channel by channel",
+    gradient_error,
+    per_matrix=True,
+    rounding=True,
+)
 def gradient(measured: Measured, _: Asked) -> Tensor:
     """Σ_t Σ_i g_ti² δ_ti² / T."""
     return measured["gradient_error"]["gradient"]
 
 
-@cost("fisher", "empirical Fisher along the error that is made: (gradient · error)²", gradient_error, per_matrix=True)
+@cost(
+    "fisher",
+    "empirical Fisher along the error that is made: (gradient · error)²",
+    gradient_error,
+    per_matrix=True,
+    rounding=True,
+)
 def fisher(measured: Measured, _: Asked) -> Tensor:
     """Σ_t (g_t · δ_t)² / T."""
     return measured["gradient_error"]["fisher"]

@@ -16,6 +16,8 @@ from .trits import TERNARY
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2410.06270, Eq. 4 and 5: each layer by itself, widths 1 to 3, somebody at 3 bits and somebody at 2.
     "pmq": {"cost": "pmq", "scope": "layer", "unit": "expert", "widths": [1, 2, 3], "cover": 2},
+    # Its program with coefficients from the loss's gradients: all layers together, whole experts.
+    "gemq": {"cost": "gradient", "scope": "global", "unit": "expert", "widths": [1, 2, 3], "solver_gain": "none"},
     # arXiv 2606.04980: each matrix, all layers together, from weights alone.
     "alphaq": {"cost": "alphaq", "scope": "global", "unit": "matrix", "tie_gate_up": False, "widths": [2, 3, 4, 8]},
     # arXiv 2505.05799, Δ of its program without the time term: each layer by itself, each matrix, one scheme for gate
@@ -45,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class MixedOptions(SolverOptions):
     """Options of `quantize.mixed`; `preset` replaces the defaults of those that are not given."""
 
-    preset: Literal["pmq", "alphaq", "mxmoe", "edgemoe", "quantmoe-bench"] | None = Field(
+    preset: Literal["pmq", "gemq", "alphaq", "mxmoe", "edgemoe", "quantmoe-bench"] | None = Field(
         default=None, description="A paper's allocation, for all of the options below that are not given"
     )
     bits: float | None = Field(

@@ -246,11 +246,12 @@ def test_presets_are_what_papers_say():
     assert options(preset="pmq", widths=[2, 4], scope="global").widths == [2, 4]
     mxmoe = options(preset="mxmoe")
     assert (mxmoe.unit, mxmoe.tie_gate_up, mxmoe.scope, mxmoe.cost) == ("matrix", True, "layer", "norm")
+    gemq = options(preset="gemq")
+    assert (gemq.cost, gemq.scope, gemq.unit, gemq.widths) == ("gradient", "global", "expert", [1, 2, 3])
     alphaq = options(preset="alphaq")
     assert (alphaq.unit, alphaq.scope, alphaq.widths, alphaq.alphaq_gamma) == ("matrix", "global", [2, 3, 4, 8], 1)
     edgemoe = options(preset="edgemoe")
     assert (edgemoe.allocation, edgemoe.unit, edgemoe.widths) == ("greedy", "expert", [2, 4, 8])
     assert options(preset="quantmoe-bench").widths == [2, 4]
     for name in PRESETS:
-        step = QuantizeMixed(options(preset=name), find_target("native"))
-        step.forecast(shape_of(6, 8).with_layers({}))
+        QuantizeMixed(options(preset=name, group_size=32), find_target("native")).forecast(shape_of(6, 8))
