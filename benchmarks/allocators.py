@@ -26,6 +26,8 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.errors import MoeCompressError
 from moe_compress.export.targets import find_target
 from moe_compress.model import FusedExperts, MoEModel
+from moe_compress.model.backward import GradientSweep
+from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import model_shape
 from moe_compress.model.sweep import Sweep
 from moe_compress.progress import Progress
@@ -112,8 +114,9 @@ def main() -> None:
                 try:
                     one.forecast(shape)
                     if lacking := missing(view, one.statistics(), store):
-                        with Sweep(view, batches) as sweep:
-                            collect(sweep, lacking, store, Progress())
+                        back = any(statistic.gradients for statistic in lacking)
+                        with GradientSweep(view, batches, None) if back else Sweep(view, batches, None) as sweep:
+                            collect(sweep, lacking, store, Progress(), NextToken(batches))
                     plan = one.plan(Profile(shape, store, len(view.layers)))
                 except MoeCompressError as error:
                     print(f"{name}, {bits} bits: {error}", flush=True)
