@@ -6,10 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mixed import Given, expert_bytes, shape_of
 
+import moe_compress
 from moe_compress.errors import BudgetError, RecipeError
 from moe_compress.export.targets import find_target
 from moe_compress.quant.allocate import Choices, by_layer, greedy, program, unit_of
@@ -255,3 +257,29 @@ def test_presets_are_what_papers_say():
     assert options(preset="quantmoe-bench").widths == [2, 4]
     for name in PRESETS:
         QuantizeMixed(options(preset=name, group_size=32), find_target("native")).forecast(shape_of(6, 8))
+
+
+def test_weights_alone_need_no_text(tmp_path):
+    """AlphaQ and round-to-nearest from disk to disk without calibration; what reads text is refused before any work."""
+    tiny_model("qwen3_moe").to(torch.bfloat16).save_pretrained(tmp_path / "source")
+
+    def run(name, **options):
+        recipe = {"model": str(tmp_path / "source"), "output": str(tmp_path / name), "passes": []}
+        options = {"bits": 10.0, "group_size": 4, "widths": [4, 8], "method": "rtn", **options}
+        recipe["passes"].append({"quantize.mixed": {"protect_super_experts": False, **options}})
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe))
+        return moe_compress.run(tmp_path / f"{name}.yaml").report
+
+    report = run("out", preset="alphaq")
+    assert [s["name"] for s in report["stages"] if "quantize" in s["name"]] == [
+        "quantize.mixed: look at weights",
+        "quantize.mixed: plan",
+        "quantize.mixed: apply",
+    ]
+    summary = report["passes"][0]["summary"]
+    assert all(summary["matrices_per_width"].values())
+    assert summary["expert_bytes"] <= summary["budget_bytes"]
+    assert "cost: alphaq" in report["passes"][0]["notes"][0]
+    for options in ({"cost": "relative"}, {"preset": "alphaq", "method": "gptq"}, {"cost": "frequency"}):
+        with pytest.raises(RecipeError, match="measures the model on text"):
+            run("refused", **options)
