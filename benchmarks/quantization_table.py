@@ -37,7 +37,38 @@ COLUMNS: dict[str, float] = {"8": 8.25, "4": 4.25, "3": 3.25, "2": 2.25, "1.58":
 WIDTHS: dict[str, float] = {"8": 8, "4": 4, "3": 3, "2": 2, "1.58": 1.58, "1": 1}
 PLAIN = {"correct_down": False, "passes": 1}  # GPTQ as its paper has it
 SOLVERS: dict[str, dict[str, Any]] = {}
-ALLOCATORS: dict[str, dict[str, Any]] = {}
+ALLOCATORS: dict[str, dict[str, Any]] = {
+    "uniform": {"allocation": "uniform"},
+    "random": {"cost": "random"},
+    "frequency": {"cost": "frequency"},
+    "block importance": {"cost": "block_importance"},
+    "PMQ, per layer": {"cost": "pmq", "scope": "layer"},
+    "PMQ": {"cost": "pmq"},
+    "PMQ as its code": {"cost": "pmq", "pmq_variant": "code"},
+    "EdgeMoE": {"preset": "edgemoe", "widths": [1, 2, 3, 4, 8]},
+    "outlier": {"cost": "outlier"},
+    "AlphaQ, gamma 1": {"cost": "alphaq"},
+    "AlphaQ, gamma 10": {"cost": "alphaq", "alphaq_gamma": 10},
+    "MxMoE": {"preset": "mxmoe", "widths": [1, 2, 3, 4, 8]},
+    "squared, experts, no gain": {"cost": "squared", "unit": "expert", "solver_gain": "none"},
+    "relative, experts, no gain, per layer": {"unit": "expert", "solver_gain": "none", "scope": "layer"},
+    "relative, experts, no gain": {"unit": "expert", "solver_gain": "none"},
+    "relative, experts": {"unit": "expert"},
+    "relative, projections": {"unit": "projection"},
+    "relative, layers": {"unit": "layer"},
+    "relative, no gain": {"solver_gain": "none"},
+    "relative, per layer": {"scope": "layer"},
+    "relative (default)": {},
+    "relative, gate and up free": {"tie_gate_up": False},
+    "relative, widths 1 to 6 and 8": {"widths": [1, 2, 3, 4, 5, 6, 8]},
+    "relative, greedy": {"allocation": "greedy"},
+    "gram": {"cost": "gram"},
+    "GEMQ": {"preset": "gemq", "widths": [1, 2, 3, 4, 8]},
+    "gradient": {"cost": "gradient"},
+    "fisher": {"cost": "fisher"},
+    "relative, gain solved": {"solver_gain": "solved"},
+    "gram, gain solved": {"cost": "gram", "solver_gain": "solved"},
+}
 AVERAGES = (2.25, 2.5, 3.0, 3.5)
 
 

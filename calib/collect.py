@@ -127,11 +127,26 @@ def _measure(
         step.advance(observe)
     with step.readable():
         for key, accumulator in accumulators.items():
-            result = accumulator.result()
-            for name, value in result.items():
-                if value.is_floating_point() and not torch.isfinite(value).all():
-                    raise RunError(f"layer {step.index}: {key}.{name} is not finite: {_culprit(model, step.index)}")
-            store.put(step.index, key, result)
+            _keep(model, step.index, key, accumulator.result(), store)
+
+
+def collect_from_weights(
+    model: MoEModel, statistics: Sequence[Statistic], store: StatisticStore, progress: Progress
+) -> None:
+    """Measure what `store` lacks of statistics that don't read text, one layer after another; nothing runs."""
+    for index in model.moe_layers:
+        if lacking := [s for s in statistics if store.get(index, s.key) is None]:
+            with model.layer(index) as layer, model.editing(layer) as block:
+                for statistic in lacking:
+                    _keep(model, index, statistic.key, statistic.start(block, 0).result(), store)
+        progress.layer(index)
+
+
+def _keep(model: MoEModel, index: int, key: str, result: Result, store: StatisticStore) -> None:
+    for name, value in result.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise RunError(f"layer {index}: {key}.{name} is not finite: {_culprit(model, index)}")
+    store.put(index, key, result)
 
 
 def _culprit(model: MoEModel, index: int) -> str:

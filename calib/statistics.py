@@ -33,6 +33,8 @@ class Statistic(ABC):
     """
 
     name: ClassVar[str]
+    # Whether it is of the text at all; one that is of the weights alone is measured without any.
+    reads_text: ClassVar[bool] = True
     # Whether it is measured on the way back of a GradientSweep: its accumulators then get GradientTaps.
     gradients: ClassVar[bool] = False
 

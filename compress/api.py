@@ -195,7 +195,7 @@ def _calibrated(
         return Calibrated(calibration, batch_size)
     settings = None if calibration is None else _settings(calibration)
     feasibility.check_calibration(view, steps, settings is not None, settings.length if settings else 0)
-    if settings is None or not any(s.statistics() or s.needs_inputs() for s in steps):
+    if settings is None or not any(s.needs_text() for s in steps):
         return Calibrated(None)
     if tokenizer is None:
         raise InputError("calibration text needs the model's tokenizer: pass `tokenizer=`")

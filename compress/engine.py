@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from moe_compress.calib.collect import MemoryStore, Profile, StatisticStore, collect, missing
+from moe_compress.calib.collect import MemoryStore, Profile, StatisticStore, collect, collect_from_weights, missing
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.routing import RoutingChange
 from moe_compress.calib.text import TokenBatches
@@ -188,6 +188,10 @@ def _plan(
         return Plan.from_json(saved)
     store = storage.statistics(state, calibrated.digest)
     lacking = missing(model, step.statistics(), store)
+    if blind := [statistic for statistic in lacking if not statistic.reads_text]:
+        with monitor.stage(f"{step.name}: look at weights", len(model.layers)) as progress:
+            collect_from_weights(model, blind, store, progress)
+    lacking = [statistic for statistic in lacking if statistic.reads_text]
     if lacking:
         back = any(statistic.gradients for statistic in lacking)
         batches = calibrated.batches()

@@ -95,6 +95,10 @@ class Pass(ABC):
         """Whether `apply` reads what the block read (collected with all earlier layers already changed)."""
         return False
 
+    def needs_text(self) -> bool:
+        """Whether anything that it does takes calibration text."""
+        return self.needs_inputs() or any(statistic.reads_text for statistic in self.statistics())
+
     @classmethod
     def choices(cls) -> dict[str, dict[str, str]]:
         """Option → registered name → where it is from, of options that name something others may add to."""

@@ -210,7 +210,7 @@ def _tokenizer_of(recipe: Recipe, step: QuantizeGGUF, model: MoEModel) -> FileTo
 
 def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[Draft | None, Any]:
     tokenizer = find_tokenizer(recipe.model)
-    needed = any(step.statistics() or step.needs_inputs() for step in passes)
+    needed = any(step.needs_text() for step in passes)
     if recipe.calibration is None or not needed:
         return None, tokenizer
     if tokenizer is None:

@@ -21,6 +21,7 @@ from moe_compress.errors import RecipeError, UnsupportedModelError, nearest
 from moe_compress.model.shape import LayerShape
 
 from .cost import QuantizationError
+from .gain import SolverGain
 from .gradient_cost import GradientError
 from .gram import GramError
 from .scores import BlockTurn, WeightOutliers, WeightSpectrum
@@ -60,6 +61,8 @@ class Cost:
         needs: the statistics that it is computed from.
         evaluate: results by statistic name, what is asked → [E, B], or [E, M, B].
         per_matrix: whether it can say what a width costs each matrix.
+        rounding: whether it is proportional to the squared error of rounding to nearest, so that what GPTQ leaves of
+            that error scales it (see gain.py).
     """
 
     name: str
@@ -67,20 +70,41 @@ class Cost:
     needs: tuple[Statistic | Needs, ...]
     evaluate: Evaluate
     per_matrix: bool = False
+    rounding: bool = False
 
     def statistics(self, options: MixedOptions, per_matrix: bool) -> list[Statistic]:
-        """What it needs under these options."""
-        return [s if isinstance(s, Statistic) else s(options, per_matrix) for s in self.needs]
+        """What it needs under these options, first of all the solver's gain where it is scaled by it."""
+        gain = [solver_gain(options)] if self.scaled(options) else []
+        own = [
+            s if isinstance(s, Statistic) else s(options, self.asked_per_matrix(options, per_matrix))
+            for s in self.needs
+        ]
+        return [*gain, *own]
+
+    def scaled(self, options: MixedOptions) -> bool:
+        """Whether GPTQ's gain scales it."""
+        return self.rounding and self.per_matrix and options.method == "gptq" and options.solver_gain != "none"
+
+    def asked_per_matrix(self, options: MixedOptions, per_matrix: bool) -> bool:
+        """Whether it is computed per matrix: GPTQ's gain is known so, then experts are sums over their matrices."""
+        return per_matrix or self.scaled(options)
+
+    def of(self, measured: Measured, asked: Asked) -> Tensor:
+        """[E, B] or [E, M, B], scaled by what GPTQ leaves where that is known."""
+        found = self.evaluate(measured, asked)
+        return found * measured["solver_gain"]["share"] if self.scaled(asked.options) else found
 
 
 COSTS: dict[str, Cost] = {}
 
 
-def cost(name: str, source: str, *needs: Statistic | Needs, per_matrix: bool = False) -> Callable[[Evaluate], Evaluate]:
+def cost(
+    name: str, source: str, *needs: Statistic | Needs, per_matrix: bool = False, rounding: bool = False
+) -> Callable[[Evaluate], Evaluate]:
     """Register a cost under a name; see Cost."""
 
     def add(evaluate: Evaluate) -> Evaluate:
-        COSTS[name] = Cost(name, source, needs, evaluate, per_matrix)
+        COSTS[name] = Cost(name, source, needs, evaluate, per_matrix, rounding)
         return evaluate
 
     return add
@@ -91,6 +115,18 @@ def find_cost(name: str) -> Cost:
     if name not in COSTS:
         raise RecipeError(f"no cost is called {name!r}{nearest(name, COSTS)}")
     return COSTS[name]
+
+
+def solver_gain(options: MixedOptions) -> Statistic:
+    """What GPTQ leaves of rounding's error, foreseen or found by running it."""
+    return SolverGain(
+        tuple(options.widths),
+        options.group_size,
+        options.symmetric,
+        options.damping,
+        options.shrinkage,
+        options.solver_gain == "solved",
+    )
 
 
 # Measured at the block's output, round-to-nearest, one expert or matrix at a time.
@@ -106,6 +142,7 @@ def quantization_error(options: MixedOptions, per_matrix: bool) -> Statistic:
     "squared error on every token relative to the hidden state that it is added to, so that layers compare",
     quantization_error,
     per_matrix=True,
+    rounding=True,
 )
 def relative(measured: Measured, asked: Asked) -> Tensor:
     """Σ_t ‖z_t − z'_t‖² / ‖h_t‖²."""
@@ -118,10 +155,21 @@ def relative(measured: Measured, asked: Asked) -> Tensor:
     return errors["relative"]
 
 
-@cost("squared", "squared error at the block's output", quantization_error, per_matrix=True)
+@cost("squared", "squared error at the block's output", quantization_error, per_matrix=True, rounding=True)
 def squared(measured: Measured, _: Asked) -> Tensor:
     """Σ_t ‖z_t − z'_t‖²."""
     return measured["quantization_error"]["squared"]
+
+
+@cost(
+    "norm",
+    "MxMoE (arXiv 2505.05799), Δ: norm of the error at the block's output, summed over sequences",
+    quantization_error,
+    per_matrix=True,
+)
+def norm(measured: Measured, _: Asked) -> Tensor:
+    """Σ over sequences of ‖Z − Z'‖_F, as PMQ's ε."""
+    return measured["quantization_error"]["error"]
 
 
 @cost(
@@ -151,6 +199,7 @@ def gram_error(options: MixedOptions, _: bool) -> Statistic:
     "estimate of `relative` without running candidates",
     gram_error,
     per_matrix=True,
+    rounding=True,
 )
 def gram(measured: Measured, _: Asked) -> Tensor:
     """Relative errors of an expert's matrices add up in its output, to first order: act(gate) · up is a product."""
@@ -167,13 +216,25 @@ def gradient_error(options: MixedOptions, per_matrix: bool) -> Statistic:
     return GradientError(tuple(options.widths), options.group_size, options.symmetric, per_matrix)
 
 
-@cost("gradient", "GEMQ: error times the loss's gradient, squared channel by channel", gradient_error, per_matrix=True)
+@cost(
+    "gradient",
+    "GEMQ: error times the loss's gradient, squared channel by channel",
+    gradient_error,
+    per_matrix=True,
+    rounding=True,
+)
 def gradient(measured: Measured, _: Asked) -> Tensor:
     """Σ_t Σ_i g_ti² δ_ti² / T."""
     return measured["gradient_error"]["gradient"]
 
 
-@cost("fisher", "empirical Fisher along the error that is made: (gradient · error)²", gradient_error, per_matrix=True)
+@cost(
+    "fisher",
+    "empirical Fisher along the error that is made: (gradient · error)²",
+    gradient_error,
+    per_matrix=True,
+    rounding=True,
+)
 def fisher(measured: Measured, _: Asked) -> Tensor:
     """Σ_t (g_t · δ_t)² / T."""
     return measured["gradient_error"]["fisher"]

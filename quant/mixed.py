@@ -106,24 +106,47 @@ class QuantizeMixed(Pass):
         except BudgetError as error:
             raise BudgetError(f"quantize.mixed: {error}") from error
         layers: dict[int, dict[str, Any]] = {}
-        used, counts = 0, dict.fromkeys(map(str, widths), 0)
+        table = []
         for index, own in choices.items():
             column_U = found.column_U[index]
-            used += int(own.size_UB[np.arange(len(column_U)), column_U].sum())
             width_EM = np.array(widths, dtype=object)[column_U][own.unit_EM]
             names = self._projections(shape.layers[index])
             bits = {name: width_EM[:, m].tolist() for m, name in enumerate(names)}
             layers[index] = {"bits": bits, "protected": protected.get(index, [])}
-            for width in widths:
-                counts[str(width)] += int((width_EM == width).sum())
+            table.append({"layer": index, **self._row(own, column_U, width_EM, shape.layers[index])})
         summary = {
             **found.summary,
-            "expert_bytes": used,
+            "expert_bytes": sum(row["bytes"] for row in table),
             "budget_bytes": self._budget(shape),
-            "matrices_per_width": counts,
+            "matrices_per_width": {str(w): sum(row[f"at {w}"] for row in table) for w in widths},
+            "layers": table,
         }
         notes = [f"layer {i}: super experts {e} get {max(widths)} bits" for i, e in protected.items()]
-        return Plan(self.name, layers, summary, [*notes, *found.notes])
+        return Plan(self.name, layers, summary, [self._said(found), *notes, *found.notes])
+
+    def _row(self, own: Choices, column_U: Ints, width_EM: Any, layer: LayerShape) -> dict[str, Any]:
+        """A layer of the plan for people: matrices at each width, and what the layer would cost all at one width."""
+        unit = np.arange(len(column_U))
+        used = int(own.size_UB[unit, column_U].sum())
+        row: dict[str, Any] = {"bits": 8 * used / layer.weights, "bytes": used}
+        row |= {f"at {width}": int((width_EM == width).sum()) for width in self.options.widths}
+        if self.options.allocation != "uniform":
+            row |= {f"cost at {w}": float(own.cost_UB[:, b].sum()) for b, w in enumerate(self.options.widths)}
+            row["cost"] = float(own.cost_UB[unit, column_U].sum())
+        return row
+
+    def _said(self, found: Allocation) -> str:
+        """How the widths were found, in a line."""
+        options, chosen = self.options, find_cost(self.options.cost)
+        if options.allocation == "uniform":
+            return "the same mixture of two widths in every layer"
+        gain = f", scaled by what GPTQ leaves ({options.solver_gain})" if chosen.scaled(options) else ""
+        share = "the model" if options.scope == "global" else "each layer"
+        gap = found.summary.get("gap")
+        proven = "" if gap is None else ", proven to be the best" if gap == 0 else f", within {gap:.1g} of the best"
+        return (
+            f"a width for each {self._unit} by {options.allocation} within {share}, cost: {options.cost}{gain}{proven}"
+        )
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Quantize and pack a block's experts."""
@@ -139,7 +162,10 @@ class QuantizeMixed(Pass):
         """What gets a width of its own."""
         if self.options.unit is not None:
             return self.options.unit
-        return "expert" if "expert" in (loaded := LOADED[self.target.bits_per]) else loaded[0]
+        loaded = LOADED[self.target.bits_per]
+        if self.options.allocation != "uniform" and not find_cost(self.options.cost).per_matrix:
+            loaded = tuple(unit for unit in loaded if unit in ("expert", "layer"))
+        return loaded[0]
 
     @property
     def _per_matrix(self) -> bool:
@@ -194,8 +220,9 @@ class QuantizeMixed(Pass):
         """What every width costs every expert or matrix."""
         chosen = find_cost(self.options.cost)
         measured = {s.name: profile.of(index, s) for s in chosen.statistics(self.options, self._per_matrix)}
-        asked = Asked(self.options, self._per_matrix, index, profile.shape.layers[index])
-        costs: Floats = chosen.evaluate(measured, asked).double().numpy()
+        per_matrix = chosen.asked_per_matrix(self.options, self._per_matrix)
+        asked = Asked(self.options, per_matrix, index, profile.shape.layers[index])
+        costs: Floats = chosen.of(measured, asked).double().numpy()
         return costs
 
     def _allocated(self, choices: dict[int, Choices], shape: ModelShape) -> Allocation:

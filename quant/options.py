@@ -16,13 +16,38 @@ from .trits import TERNARY
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2410.06270, Eq. 4 and 5: each layer by itself, widths 1 to 3, somebody at 3 bits and somebody at 2.
     "pmq": {"cost": "pmq", "scope": "layer", "unit": "expert", "widths": [1, 2, 3], "cover": 2},
+    # Its program with coefficients from the loss's gradients: all layers together, whole experts.
+    "gemq": {"cost": "gradient", "scope": "global", "unit": "expert", "widths": [1, 2, 3], "solver_gain": "none"},
+    # arXiv 2606.04980: each matrix, all layers together, from weights alone.
+    "alphaq": {"cost": "alphaq", "scope": "global", "unit": "matrix", "tie_gate_up": False, "widths": [2, 3, 4, 8]},
+    # arXiv 2505.05799, Δ of its program without the time term: each layer by itself, each matrix, one scheme for gate
+    # and up, the block's output error (there not squared: Frobenius norms).
+    "mxmoe": {
+        "cost": "norm",
+        "scope": "layer",
+        "unit": "matrix",
+        "tie_gate_up": True,
+        "widths": [2, 4, 8],
+        "solver_gain": "none",
+    },
+    # arXiv 2308.14352: whole experts, lowered one after another.
+    "edgemoe": {
+        "allocation": "greedy",
+        "cost": "squared",
+        "unit": "expert",
+        "scope": "global",
+        "widths": [2, 4, 8],
+        "solver_gain": "none",
+    },
+    # arXiv 2406.08155: two widths, the matrices with the highest outlier scores get the larger.
+    "quantmoe-bench": {"cost": "outlier", "scope": "global", "unit": "matrix", "tie_gate_up": False, "widths": [2, 4]},
 }
 
 
 class MixedOptions(SolverOptions):
     """Options of `quantize.mixed`; `preset` replaces the defaults of those that are not given."""
 
-    preset: Literal["pmq"] | None = Field(
+    preset: Literal["pmq", "gemq", "alphaq", "mxmoe", "edgemoe", "quantmoe-bench"] | None = Field(
         default=None, description="A paper's allocation, for all of the options below that are not given"
     )
     bits: float | None = Field(
@@ -38,9 +63,12 @@ class MixedOptions(SolverOptions):
     unit: Unit | None = Field(
         default=None,
         description="What gets a width of its own: each matrix, each expert, each projection of a layer (gate, up, "
-        "down) or each layer; default: expert, or what the target loads",
+        "down) or each layer; default: the smallest that the target loads and `cost` knows",
     )
-    tie_gate_up: bool = Field(default=False, description="Gate and up get the same width (unit: matrix or projection)")
+    tie_gate_up: bool = Field(
+        default=True,
+        description="Gate and up of an expert get the same width and are solved as one (unit: matrix or projection)",
+    )
     scope: Literal["global", "layer"] = Field(
         default="global",
         description="Who shares the budget: all experts of the model, or each layer's by themselves (PMQ)",
@@ -56,6 +84,11 @@ class MixedOptions(SolverOptions):
         description="In every layer, some unit gets each of so many of the largest widths (PMQ: 2); program only",
     )
     cost: str = Field(default="relative", description="What a width costs; see below")
+    solver_gain: Literal["foreseen", "solved", "none"] = Field(
+        default="foreseen",
+        description="GPTQ: scale costs that are squared errors of rounding by the share that GPTQ leaves of them, for "
+        "each matrix, foreseen from second moments or found by running it at every width",
+    )
     alpha: float = Field(default=1.0, ge=0, description="PMQ: exponent of how often an expert is chosen")
     beta: float = Field(default=1.5, ge=0, description="PMQ: exponent of its routing weight")
     gamma: float = Field(default=2.0, gt=0, description="PMQ: exponent of its error at the block's output")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_compress.calib.statistics import Accumulator, Result, Statistic
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock, Tap
+from moe_compress.model import FusedExperts, MoEBlock, Tap
 
 # Blocks of weights in float32, and their Gram matrices, made at a time.
 _CHUNK_BYTES = 256 << 20
@@ -38,18 +38,18 @@ class WeightSpectrum(Statistic):
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
-        return _Spectra(self, weights_of(block))
+        return _Spectra(self, experts_of(block))
 
 
 class _Spectra(Accumulator):
-    def __init__(self, settings: WeightSpectrum, weights: ExpertWeights):
-        self.settings, self.weights = settings, weights
+    def __init__(self, settings: WeightSpectrum, experts: FusedExperts):
+        self.settings, self.experts = settings, experts
 
     def update(self, tap: Tap) -> None:
         """Nothing of the text matters."""
 
     def result(self) -> Result:
-        matrices = [matrix for _, matrix in self.weights.matrices()]
+        matrices = [matrix for _, matrix in self.experts.weights().matrices()]
         own = self.settings
         alpha = [hill(spectrum(m, own.block, own.sample), own.tail) for m in matrices]
         variance = [torch.stack([w.double().var(correction=0) for w in m]) for m in matrices]
@@ -73,12 +73,12 @@ def spectrum(weight_EOK: Tensor, block: int, sample: int) -> Tensor:
 
 
 def hill(eigenvalues_EN: Tensor, tail: float) -> Tensor:
-    """Hill's estimate of the exponent for each row, [E]; a row whose tail is flat has no power law: infinity."""
+    """Hill's estimate of the exponent for each row, [E]; where the tail is flat, a very large number."""
     number = eigenvalues_EN.shape[1]
     k = min(max(10, int(tail * number)), number - 1)
     top = eigenvalues_EN.sort(dim=1, descending=True).values[:, : k + 1].clamp_min(torch.finfo(torch.float32).tiny)
     logs = top.log()
-    return 1 + k / (logs[:, :k] - logs[:, k:]).sum(dim=1)
+    return 1 + k / (logs[:, :k] - logs[:, k:]).sum(dim=1).clamp_min(1e-9)
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,19 @@ class WeightOutliers(Statistic):
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
-        return _Outliers(weights_of(block))
+        return _Outliers(experts_of(block))
 
 
 class _Outliers(Accumulator):
-    def __init__(self, weights: ExpertWeights):
-        self.weights = weights
+    def __init__(self, experts: FusedExperts):
+        self.experts = experts
 
     def update(self, tap: Tap) -> None:
         """Nothing of the text matters."""
 
     def result(self) -> Result:
-        scores = [torch.stack([_outlier(matrix) for matrix in stacked]) for _, stacked in self.weights.matrices()]
+        matrices = self.experts.weights().matrices()
+        scores = [torch.stack([_outlier(matrix) for matrix in stacked]) for _, stacked in matrices]
         return {"score": torch.stack(scores, dim=1).double().cpu()}
 
 
@@ -149,8 +150,11 @@ class _Turns(Accumulator):
         return {"importance": torch.tensor(1 - self.cosine / max(1, self.tokens), dtype=torch.float64)}
 
 
-def weights_of(block: MoEBlock) -> ExpertWeights:
-    """All experts' dense weights. Raises UnsupportedModelError where they are quantized already."""
+def experts_of(block: MoEBlock) -> FusedExperts:
+    """View of a block's experts, whose weights may be read once the layer's are there.
+
+    Raises UnsupportedModelError where they are quantized already.
+    """
     if block.kind != "fused":
         raise UnsupportedModelError(f"layer {block.layer} is quantized already")
-    return FusedExperts(block.experts_module).weights()
+    return FusedExperts(block.experts_module)

@@ -40,8 +40,11 @@ def markdown(report: dict[str, Any]) -> str:
     for step in report["passes"]:
         size = f"{show_bytes(step['expert_bytes'])} of experts, {step['bits_per_weight']:.3g} bits per weight"
         lines.append(f"- **{step['name']}** → {size}")
-        lines += [f"  - {key}: {_plain(value)}" for key, value in step["summary"].items()]
+        tables = {k: v for k, v in step["summary"].items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+        lines += [f"  - {key}: {_plain(value)}" for key, value in step["summary"].items() if key not in tables]
         lines += [f"  - {note}" for note in step["notes"]]
+        for rows in tables.values():
+            lines += ["", *_table(list(rows[0]), [[_plain(value) for value in row.values()] for row in rows]), ""]
     lines += ["", "## Layers", ""]
     lines += _table(
         ("layer", "experts before", "experts", "bytes before", "bytes", "former choices still made"),

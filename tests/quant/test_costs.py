@@ -18,6 +18,8 @@ from moe_compress.model import MoEModel
 from moe_compress.model.shape import LayerShape
 from moe_compress.quant.cost import QuantizationError
 from moe_compress.quant.costs import COSTS, Asked, find_cost
+from moe_compress.quant.gain import SolverGain
+from moe_compress.quant.gptq import foreseen_share, gptq, shrink_hessians
 from moe_compress.quant.gram import GramError
 from moe_compress.quant.grid import Grid, dequantize
 from moe_compress.quant.options import MixedOptions
@@ -136,6 +138,91 @@ def test_block_turn(name):
             before = behind - added
             cosines.append(before @ behind / np.linalg.norm(before) / np.linalg.norm(behind))
     assert float(found["importance"]) == pytest.approx(1 - np.mean(cosines), rel=1e-4)
+
+
+# ---- What GPTQ leaves ----
+
+
+def test_foreseen_share_is_that_of_a_diagonal_loop():
+    """R_jj² is what column j has of its own, given those that come later: a Schur complement for every column."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(2, 40, 6, generator=generator) @ torch.randn(2, 6, 6, generator=generator)
+    hessian, squares = rows.mT @ rows, torch.rand(2, 6, generator=generator)
+    found = foreseen_share(squares, hessian, damping=0.01)
+    for expert in range(2):
+        h = hessian[expert].double() / hessian[expert].double().diagonal().mean()
+        h = h + 0.01 * torch.eye(6)
+        order = h.diagonal().argsort(descending=True).tolist()
+        own = before = 0.0
+        for position, j in enumerate(order):
+            later = order[position + 1 :]
+            given_later = h[j, j]
+            if later:
+                given_later = given_later - h[j, later] @ torch.linalg.solve(h[later][:, later], h[later, j])
+            own += float(given_later * squares[expert, j])
+            before += float(h[j, j] * squares[expert, j])
+        assert float(found[expert]) == pytest.approx(own / before, rel=1e-4)
+    assert foreseen_share(squares, torch.zeros(2, 6, 6)).tolist() == [1, 1]
+    # Nothing to make up for where inputs are independent; nearly everything where they are one.
+    assert foreseen_share(squares, torch.eye(6).expand(2, 6, 6)).tolist() == pytest.approx([1, 1])
+    assert (foreseen_share(torch.ones(2, 6), torch.ones(2, 6, 6) + 1e-3 * torch.eye(6)) < 0.25).all()
+
+
+def test_solver_gain_against_gptq():
+    """Solved: the errors of both quantizers, matrix by matrix, on moments summed in plain loops; foreseen: near it."""
+    view, batches = MoEModel.wrap(model_of("qwen3_moe")), batches_of("qwen3_moe")
+    wanted = [SolverGain(BITS, GROUP, solve=solve) for solve in (True, False)]
+    profile = measure(view, batches, wanted)
+    layer = view.moe_layers[0]
+    module, call = view.block(layer).experts_module, joined(experts_calls(model_of("qwen3_moe"), batches)[layer])
+    activation = activations_ETI(module, call.hidden_TH)
+    count = view.block(layer).num_experts
+    sides = call.hidden_TH.shape[1], activation.shape[2]
+    sums = [torch.zeros(count, side, side, dtype=torch.float64) for side in sides]
+    rows = torch.zeros(count, dtype=torch.float64)
+    for token, expert, _ in call.choices():
+        for total, x in zip(sums, (call.hidden_TH[token].double(), activation[expert, token]), strict=True):
+            total[expert] += torch.outer(x, x)
+        rows[expert] += 1
+    solved, foreseen = (profile.of(layer, statistic)["share"] for statistic in wanted)
+    assert solved.shape == foreseen.shape == (count, 3, len(BITS))
+    shrunk = [shrink_hessians(total, rows) for total in sums]
+    for expert in range(count):
+        for m, (name, matrix) in enumerate(matrices(module, expert)):
+            hessian = shrunk[name == "down"][expert]
+            for b, bits in enumerate(BITS):
+                grid, weight = Grid(bits, GROUP), matrix[None].float()
+                errors = [
+                    (weight[0].double() - dequantize(quantized)[0].double())
+                    for quantized in (
+                        gptq(weight, hessian[None].float(), grid).quantized,
+                        round_to_nearest(weight, grid),
+                    )
+                ]
+                after, before = (float(torch.trace(e @ hessian @ e.T)) for e in errors)
+                expected = after / before if rows[expert] else 1.0
+                assert float(solved[expert, m, b]) == pytest.approx(expected, rel=2e-2), (expert, name, bits)
+    assert ((foreseen > 0) & (foreseen <= 1 + 1e-9)).all()
+    seen = rows > 0
+    ranks = [share[seen].flatten().argsort().argsort().double() for share in (solved, foreseen)]
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.3
+
+
+def test_gain_scales_costs_of_rounding_only():
+    """And makes experts the sums of their matrices."""
+    share = torch.tensor([[[0.5], [0.25], [1.0]]], dtype=torch.float64)
+    error = torch.tensor([[[4.0], [8.0], [3.0]]], dtype=torch.float64)
+    measured = {"solver_gain": {"share": share}, "quantization_error": {"squared": error, "error": error}}
+    assert find_cost("squared").of(measured, asked())[0, :, 0].tolist() == [2, 2, 3]
+    for options in ({"solver_gain": "none"}, {"method": "rtn"}):
+        assert find_cost("squared").of(measured, asked(**options))[0, :, 0].tolist() == [4, 8, 3]
+    assert find_cost("norm").of(measured, asked())[0, :, 0].tolist() == [4, 8, 3]
+    for one in COSTS.values():
+        keys = [s.name for s in one.statistics(asked().options, False)]
+        assert ("solver_gain" in keys) == one.rounding == (one.name in ROUNDING)
+
+
+ROUNDING = ("relative", "squared", "gram", "gradient", "fisher")
 
 
 # ---- Formulas ----

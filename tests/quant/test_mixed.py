@@ -60,6 +60,8 @@ class Given:
 def planned(shape, costs, monkeypatch, protected=None, target="native", **options):
     """The plan for costs [layer → [E, B]]."""
     options = {"group_size": 32, "widths": WIDTHS, **options}
+    if target == "native":
+        options = {"unit": "expert", **options}
     step = QuantizeMixed(QuantizeMixed.Options(**options), find_target(target))
     monkeypatch.setattr(QuantizeMixed, "_costs", lambda self, profile, index: costs[index])
     monkeypatch.setattr(mixed, "super_experts", lambda *_: protected or {})
@@ -189,6 +191,10 @@ def test_super_experts_get_the_largest_width(monkeypatch):
         assert plan.layers[1]["protected"] == [3, 7]
         assert total(plan, shape) <= plan.summary["budget_bytes"]
         assert any("super experts [3, 7] get 8 bits" in note for note in plan.notes)
+        for row in plan.summary["layers"]:
+            own = plan.layers[row["layer"]]["bits"]
+            assert {w: row[f"at {w}"] for w in WIDTHS} == {w: sum(b.count(w) for b in own.values()) for w in WIDTHS}
+        assert sum(row["bytes"] for row in plan.summary["layers"]) == plan.summary["expert_bytes"]
         everyone = {i: list(range(layer.num_experts)) for i, layer in shape.layers.items()}
         with pytest.raises(BudgetError):
             planned(shape, random_costs(shape, 4), monkeypatch, everyone, bits=2.9, allocation=allocation)
