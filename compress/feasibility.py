@@ -69,7 +69,7 @@ def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: st
 
 def check_calibration(model: MoEModel, passes: Sequence[Pass], has_text: bool, length: int) -> None:
     """Raise RecipeError when calibration text is needed and missing, or longer than the model can read."""
-    needing = [step.name for step in passes if step.statistics() or step.needs_inputs()]
+    needing = [step.name for step in passes if step.needs_text()]
     if needing and not has_text:
         raise RecipeError(
             f"{needing[0]} measures the model on text: add `calibration: {{sources: FILE.jsonl}}` to the recipe"
