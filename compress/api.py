@@ -149,7 +149,7 @@ def compress(
                 result = stack.enter_context(Sweep(view, [{"input_ids": w.ids} for w in windows]))
                 _to_the_end(result, progress, logs[1])
                 scores = score_batches(windows, result.outputs(), scored.outputs())
-            scores.routing = routing_drift(*logs, slots_after(outcomes, before))
+            scores.routing = routing_drift(logs[0], logs[1], slots_after(outcomes, before))
     report = _report(view, steps, target, before, outcomes, calibrated, scores, monitor)
     return CompressedModel(view, tokenizer, report, calibrated)
 
