@@ -1,15 +1,21 @@
-"""How a change of a block changes its routing, on the very inputs that it was calibrated with."""
+"""How routing changes: of one block on the very inputs that it was calibrated with, and of a whole model on its own.
+
+Letters: T tokens, K experts per token, E experts of the original, C classes that a router scores (experts, and in a few
+families a class for no expert, or shared experts, behind them).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_compress.model import Tap
 
 from .inputs import BlockInputs
+from .statistics import evenly
 
 
 class RoutingChange:
@@ -53,3 +59,100 @@ class RoutingChange:
             "kept_choices": self._kept_choices / max(1, self._choices),
             "kept_weight": self._kept_weight / self._weight if self._weight else 0.0,
         }
+
+
+def distribution(logits_TC: Tensor) -> Tensor:
+    """What a router's output says of its classes, as probabilities [T, C] in float32 at least.
+
+    The softmax of its logits, whatever the family makes of them to choose; a few routers return probabilities already.
+    """
+    values = logits_TC if logits_TC.dtype == torch.float64 else logits_TC.float()
+    sums = values.detach().sum(-1)
+    if bool((values.detach() >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+        return values / values.sum(-1, keepdim=True)
+    return values.softmax(-1)
+
+
+def carried(before_TC: Tensor, slots: Sequence[int], classes: int) -> Tensor:
+    """A distribution over former experts as one over their slots: [T, C] → [T, classes].
+
+    Experts that were merged add up; the share of those that are gone falls to the others in proportion. Classes behind
+    the experts keep their order.
+    """
+    experts, kept = len(slots), max(slots) + 1
+    behind = range(kept, kept + before_TC.shape[1] - experts)
+    target = torch.tensor([*slots, *behind], device=before_TC.device)
+    stays = target >= 0
+    after = before_TC.new_zeros(len(before_TC), classes).index_add_(1, target[stays], before_TC[:, stays])
+    return after / after.sum(-1, keepdim=True).clamp_min(torch.finfo(after.dtype).tiny)
+
+
+def router_divergence(before_TC: Tensor, after_TC: Tensor) -> Tensor:
+    """KL(before ‖ after) of each token, nats, [T]. Arguments are probabilities."""
+    log = (after_TC.clamp_min(torch.finfo(after_TC.dtype).tiny)).log()
+    terms = torch.where(before_TC > 0, before_TC * (before_TC.clamp_min(1e-38).log() - log), 0.0)
+    return terms.sum(-1)
+
+
+class RoutingLog:
+    """What a model's routers say of a sample of its tokens, layer by layer. Give `observe` to every step of a sweep.
+
+    Args:
+        tokens: of the sweep.
+        sample: tokens that are kept, evenly from all batches; memory: sample · C · 4 bytes per layer.
+    """
+
+    def __init__(self, tokens: int, sample: int = 4096):
+        self._tokens, self._sample = tokens, sample
+        self._seen: dict[int, int] = {}
+        self.layers: dict[int, list[Tap]] = {}
+        self.experts: dict[int, int] = {}  # as many as there were then: a model in memory changes
+
+    def observe(self, tap: Tap) -> None:
+        """Keep a sample of one batch."""
+        seen, count = self._seen.get(tap.layer, 0), len(tap.hidden_TH)
+        self._seen[tap.layer], self.experts[tap.layer] = seen + count, tap.experts.num_experts
+        taken = evenly(seen, count, self._sample, self._tokens).to(tap.hidden_TH.device)
+        logits = None if tap.logits_TE is None else tap.logits_TE[taken].cpu()
+        index, weight, nothing = tap.index_TK[taken].cpu(), tap.weight_TK[taken].cpu(), tap.hidden_TH[taken, :0].cpu()
+        self.layers.setdefault(tap.layer, []).append(
+            Tap(tap.layer, tap.experts, nothing, index, weight, nothing, logits)
+        )
+
+
+def routing_drift(
+    before: RoutingLog, after: RoutingLog, slots: Mapping[int, Sequence[int]] | None = None
+) -> dict[int, dict[str, float]]:
+    """How far each layer's routing has moved from the original's, both models reading the same text on their own.
+
+    Args:
+        before, after: logs of sweeps over the same batches.
+        slots: layer → slot of each original expert, −1 if it is gone; None if experts kept their numbers.
+
+    Returns:
+        Layer → `kl`: mean KL(original router's distribution, carried to the slots ‖ this router's), nats (absent where
+        the router returns no logits); `agreement`: share of the original's choices that are still made. Layers whose
+        numbers of experts differ, while nothing says which went where, are left out.
+    """
+    found = {}
+    for layer, taps in before.layers.items():
+        later, experts = after.layers[layer], before.experts[layer]
+        own = None if slots is None else slots[layer]
+        if own is None and after.experts[layer] != experts:
+            continue
+        inputs = BlockInputs()
+        for tap in taps:
+            inputs.observe(tap)
+        change = RoutingChange(inputs, own)
+        total, tokens = 0.0, 0
+        for tap, other in zip(taps, later, strict=True):
+            change.observe(other)
+            if tap.logits_TE is not None and other.logits_TE is not None:
+                q = distribution(other.logits_TE)
+                p = carried(distribution(tap.logits_TE), own or list(range(experts)), q.shape[1]).to(q.dtype)
+                total += float(router_divergence(p, q).sum(dtype=torch.float64))
+                tokens += len(q)
+        found[layer] = {"agreement": change.result()["kept_choices"]}
+        if tokens:
+            found[layer]["kl"] = max(0.0, total / tokens)
+    return found

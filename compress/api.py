@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from moe_compress import feasibility, probe
 from moe_compress.calib.draft import finish
+from moe_compress.calib.routing import RoutingLog, routing_drift
 from moe_compress.calib.text import Calibration, TokenBatches, read_draft
 from moe_compress.checkpoint.writer import check_output
-from moe_compress.engine import Calibrated, MemoryStorage, Outcome, holding_all, run_passes
+from moe_compress.engine import Calibrated, MemoryStorage, Outcome, holding_all, run_passes, slots_after
 from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
 from moe_compress.evaluate.text import TextScores, WindowBatch, load_text, score_batches
 from moe_compress.export.registration import attach
@@ -26,7 +27,7 @@ from moe_compress.export.write import result_config, write_memory
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import ModelShape, model_shape
 from moe_compress.model.sweep import Sweep
-from moe_compress.passes import Pass, needs_gradients
+from moe_compress.passes import Pass
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation, make_part, make_passes
 from moe_compress.report.build import build, versions
@@ -91,6 +92,7 @@ def compress(
     calibration: Calibration | TokenBatches | Mapping[str, Any] | str | Path | Sequence[Any] | None = None,
     evaluate: Evaluation | Mapping[str, Any] | None = None,
     target: str = "native",
+    original: PreTrainedModel | str | Path | None = None,
     monitor: Monitor | None = None,
 ) -> CompressedModel:
     """Compress a loaded model in place.
@@ -102,6 +104,8 @@ def compress(
         calibration: as in a recipe (a mapping, a path or several), or token ids: int64 tensors [sequences, length].
         evaluate: text to score before and after (tasks: save the model and use `moe-compress evaluate`).
         target: runtime that the result is for.
+        original: for passes that learn from the original: a copy of the model, or the folder that it was loaded from
+            (then one layer of it is in memory at a time).
         monitor: shows and remembers stages.
 
     Afterwards the model is what loading the saved result would give, so its own `save_pretrained` works too.
@@ -122,35 +126,38 @@ def compress(
         feasibility.check_runtime(view, feasibility.forecast(before, steps, goal)[-1], goal)
         storage = MemoryStorage()
         calibrated = _calibrated(view, tokenizer, calibration, steps, storage, monitor)
-        if needs_gradients(steps):
+        if any(step.goes_back() for step in steps):
             holding_all(view, calibrated.tokens, None)
+        source = _source(original, view, steps)
         wanted = make_part(Evaluation, evaluate if evaluate is not None else {}, "evaluate")
         if wanted.tasks:
             raise InputError("tasks need a saved model: save it, then `moe-compress evaluate FOLDER --tasks …`")
         windows = _windows(view, tokenizer, wanted) if wanted.text else []
     with ExitStack() as stack:
-        original = None
+        scored = None
+        logs = [RoutingLog(sum(w.ids.numel() for w in windows)) for _ in range(2)]
         if windows:
             # The original's calls wait behind its last layer while the layers change: norm and head stay as they are.
-            original = stack.enter_context(Sweep(view, [{"input_ids": w.ids} for w in windows]))
+            scored = stack.enter_context(Sweep(view, [{"input_ids": w.ids} for w in windows]))
             with monitor.stage("score: original", len(view.layers)) as progress:
-                _to_the_end(original, progress)
+                _to_the_end(scored, progress, logs[0])
         with _saying_what_is_left(storage):
-            outcomes = run_passes(view, steps, before, calibrated, storage, _STATE, monitor)
+            outcomes = run_passes(view, steps, before, calibrated, storage, _STATE, monitor, source)
         _settle(view)
         scores = TextScores()
-        if original is not None:
+        if scored is not None:
             with monitor.stage("score: result", len(view.layers)) as progress:
                 result = stack.enter_context(Sweep(view, [{"input_ids": w.ids} for w in windows]))
-                _to_the_end(result, progress)
-                scores = score_batches(windows, result.outputs(), original.outputs())
+                _to_the_end(result, progress, logs[1])
+                scores = score_batches(windows, result.outputs(), scored.outputs())
+            scores.routing = routing_drift(logs[0], logs[1], slots_after(outcomes, before))
     report = _report(view, steps, target, before, outcomes, calibrated, scores, monitor)
     return CompressedModel(view, tokenizer, report, calibrated)
 
 
-def _to_the_end(sweep: Sweep, progress: Any = None) -> None:
+def _to_the_end(sweep: Sweep, progress: Any = None, log: RoutingLog | None = None) -> None:
     for step in sweep:
-        step.advance()
+        step.advance(None if log is None else log.observe)
         if progress is not None:
             progress.layer(step.index)
 
@@ -202,6 +209,28 @@ def _calibrated(
     draft = read_draft(settings, tokenizer, Path.cwd(), vocab_size=vocabulary)
     text = finish(draft, view, lambda data: storage.statistics(_STATE, data), lambda tokens: None, monitor)
     return Calibrated(text, settings.batch_size)
+
+
+def _source(
+    original: PreTrainedModel | str | Path | None, view: MoEModel, steps: Sequence[Pass]
+) -> Callable[[], MoEModel] | None:
+    """What opens the original. Raises InputError when a pass needs it and it isn't there, or is the model itself."""
+    learning = [step.name for step in steps if step.learns()]
+    if not learning:
+        return None
+    if original is None or original is view.module:
+        raise InputError(
+            f"{learning[0]} learns from the original, and compress() changes the model in place: pass `original=`, the "
+            "folder that the model was loaded from, or a copy of it"
+        )
+    if isinstance(original, str | Path):
+        source = MoEModel.open(original, dtype=view.module.dtype, device=view.device)
+    else:
+        source = MoEModel.wrap(original)
+    shapes = [model_shape(model).layers for model in (view, source)]
+    if {i: s.num_experts for i, s in shapes[0].items()} != {i: s.num_experts for i, s in shapes[1].items()}:
+        raise InputError("`original` is another model: its layers don't have the same numbers of experts")
+    return lambda: source
 
 
 def _are_tokens(values: Sequence[Any]) -> bool:

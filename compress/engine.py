@@ -6,8 +6,9 @@ and commit each. A pass that reads inputs sees, in every layer, what the layers 
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from torch import Tensor
 from moe_compress.calib.collect import MemoryStore, Profile, StatisticStore, collect, collect_from_weights, missing
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.routing import RoutingChange
+from moe_compress.calib.statistics import Result
 from moe_compress.calib.text import TokenBatches
 from moe_compress.checkpoint.workspace import short_digest
 from moe_compress.errors import InputError, RecipeError, RunError
@@ -27,7 +29,7 @@ from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Batch, Sweep
-from moe_compress.passes import Pass, Plan
+from moe_compress.passes import Lesson, Pass, Plan
 from moe_compress.progress import Monitor
 from moe_compress.units import parse_bytes, show_bytes
 
@@ -130,6 +132,7 @@ def run_passes(
     storage: Storage,
     fingerprint: str,
     monitor: Monitor,
+    source: Callable[[], MoEModel] | None = None,
 ) -> list[Outcome]:
     """Carry out passes in order; what `storage` already holds is not done again.
 
@@ -141,11 +144,15 @@ def run_passes(
         storage: statistics and commits.
         fingerprint: identifies the model before.
         monitor: stages.
+        source: opens the original once more, for passes that learn from it.
     """
     outcomes: list[Outcome] = []
-    state = fingerprint
+    state, before = fingerprint, shape
     for number, step in enumerate(passes):
         commits = storage.pass_store(number, step.name)
+        if step.learns() and not all(commits.has(i) for i in model.moe_layers):
+            slots = slots_after(outcomes, before)
+            step.learned = _learned(model, step, source, slots, calibrated, storage, state, monitor)
         plan = _plan(model, step, shape, calibrated, storage, commits, state, monitor)
         unfinished = [i for i in model.moe_layers if not commits.has(i)]
         if unfinished:
@@ -171,6 +178,54 @@ def run_passes(
         outcomes.append(Outcome(step.name, options, plan, shape, reports))
         state = short_digest([state, step.name, options, plan.to_json(), calibrated.digest])
     return outcomes
+
+
+def slots_after(outcomes: Sequence[Outcome], before: ModelShape) -> dict[int, list[int]]:
+    """Layer → where each expert that the layer had before all passes is now, −1 if it is gone."""
+    slots = {index: list(range(layer.num_experts)) for index, layer in before.layers.items()}
+    for outcome in outcomes:
+        for index, own in slots.items():
+            moved = outcome.reports[index].get("slots")
+            if moved is not None:
+                slots[index] = [moved[slot] if slot >= 0 else -1 for slot in own]
+    return slots
+
+
+def _learned(
+    model: MoEModel,
+    step: Pass,
+    source: Callable[[], MoEModel] | None,
+    slots: dict[int, list[int]],
+    calibrated: Calibrated,
+    storage: Storage,
+    state: str,
+    monitor: Monitor,
+) -> dict[int, Result]:
+    """What a pass learns, kept beside the statistics of the model that it learns on."""
+    if source is None or calibrated.text is None:
+        lacking = "the original" if source is None else "the text"
+        raise InputError(f"{step.name} learns from the original on calibration text, and {lacking} is missing")
+    store = storage.statistics(state, calibrated.digest)
+    key = f"{step.name}({json.dumps(step.options.model_dump(mode='json'), sort_keys=True)})"
+    kept = {i: result for i in model.moe_layers if (result := store.get(i, key)) is not None}
+    if len(kept) == len(model.moe_layers):
+        return kept
+    with monitor.stage(f"{step.name}: learn") as progress:
+        found = step.learn(
+            Lesson(
+                model=model,
+                source=source(),
+                ids=calibrated.text.ids,
+                batch_size=calibrated.batch_size,
+                slots=slots,
+                hold=calibrated.hold,
+                hold_all=calibrated.hold_all,
+                progress=progress,
+            )
+        )
+    for index, result in found.items():
+        store.put(index, key, result)
+    return found
 
 
 def _plan(

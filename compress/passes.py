@@ -4,8 +4,8 @@ A pass plans before it changes. `forecast` predicts sizes from shapes alone (no 
 work. `plan` looks at all layers' statistics and decides, as plain data. `apply` changes one layer's block by its
 decision and knows nothing of the others. The method itself is a function on tensors beside the pass.
 
-To add one: a file in quant/, prune/ or merge/ (or anywhere, named under `plugins:` in a recipe) with a subclass of
-`Pass` under `@register`. Nothing else has to know about it.
+To add one: a file in quant/, prune/, merge/ or compress/heal/ (or anywhere, named under `plugins:` in a recipe) with a
+subclass of `Pass` under `@register`. Nothing else has to know about it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
-from moe_compress.calib.statistics import Statistic
+from moe_compress.calib.statistics import Result, Statistic
 from moe_compress.errors import RecipeError, nearest
 from moe_compress.export.targets import Target
-from moe_compress.model import MoEBlock
+from moe_compress.model import MoEBlock, MoEModel
 from moe_compress.model.shape import ModelShape
+from moe_compress.progress import Progress
 
 # Folders whose modules are searched for passes.
-_HOMES = ("moe_compress.quant", "moe_compress.prune", "moe_compress.merge")
+_HOMES = ("moe_compress.quant", "moe_compress.prune", "moe_compress.merge", "moe_compress.heal")
 
 
 class PassOptions(BaseModel):
@@ -66,6 +68,30 @@ class Plan:
         return cls(**{**values, "layers": {int(i): d for i, d in values["layers"].items()}})
 
 
+@dataclass
+class Lesson:
+    """What a pass that learns has at hand.
+
+    Attributes:
+        model: as the passes before have left it; as it was when `learn` returns.
+        source: the original.
+        ids: calibration text [sequences, length].
+        batch_size: sequences of one forward.
+        slots: layer → the place in `model` of each expert of the original, −1 if it is gone.
+        hold, hold_all: folders for hidden states of a sweep, and of one that goes back; None for memory.
+        progress: told about every layer of every sweep.
+    """
+
+    model: MoEModel
+    source: MoEModel
+    ids: Tensor
+    batch_size: int
+    slots: dict[int, list[int]]
+    hold: Path | None
+    hold_all: Path | None
+    progress: Progress
+
+
 class Pass(ABC):
     """One step of a recipe.
 
@@ -75,6 +101,9 @@ class Pass(ABC):
         paper: where the method is from.
         Options: its options.
         accepts: kinds of experts that it can change (see LayerShape.kind).
+
+    Attributes:
+        learned: of a pass that learns, layer → what `learn` found, there before `plan` and `apply` are called.
     """
 
     name: ClassVar[str]
@@ -86,6 +115,7 @@ class Pass(ABC):
     def __init__(self, options: PassOptions, target: Target):
         self.options = options
         self.target = target
+        self.learned: dict[int, Result] = {}
 
     def statistics(self) -> Sequence[Statistic]:
         """What `plan` needs to have been measured."""
@@ -95,9 +125,21 @@ class Pass(ABC):
         """Whether `apply` reads what the block read (collected with all earlier layers already changed)."""
         return False
 
+    def learns(self) -> bool:
+        """Whether `learn` is to be called before `plan`, with the original beside the model."""
+        return False
+
+    def learn(self, lesson: Lesson) -> dict[int, Result]:
+        """What only the whole model can teach, as tensors per layer; kept like a statistic, and as pure as one."""
+        return {}
+
+    def goes_back(self) -> bool:
+        """Whether anything that it measures or learns takes a backward sweep."""
+        return any(statistic.gradients for statistic in self.statistics())
+
     def needs_text(self) -> bool:
         """Whether anything that it does takes calibration text."""
-        return self.needs_inputs() or any(statistic.reads_text for statistic in self.statistics())
+        return self.needs_inputs() or self.learns() or any(statistic.reads_text for statistic in self.statistics())
 
     @classmethod
     def choices(cls) -> dict[str, dict[str, str]]:
@@ -119,11 +161,6 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Change one block. Returns what was done and why, per layer and expert, as JSON values."""
-
-
-def needs_gradients(passes: Sequence[Pass]) -> bool:
-    """Whether any of them has something measured that takes a backward sweep."""
-    return any(statistic.gradients for step in passes for statistic in step.statistics())
 
 
 _REGISTRY: dict[str, type[Pass]] = {}

@@ -20,7 +20,16 @@ from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.checkpoint.reader import read_json
 from moe_compress.checkpoint.workspace import Workspace, clear, short_digest
 from moe_compress.checkpoint.writer import MANIFEST, check_output, settled
-from moe_compress.engine import Calibrated, CommittedBlocks, Outcome, device_and_dtype, holding, holding_all, run_passes
+from moe_compress.engine import (
+    Calibrated,
+    CommittedBlocks,
+    Outcome,
+    device_and_dtype,
+    holding,
+    holding_all,
+    run_passes,
+    slots_after,
+)
 from moe_compress.errors import CheckpointError, InputError
 from moe_compress.evaluate.score import check_scoring, score_folders
 from moe_compress.export.gguf_tokenizer import FileTokenizer, read_tokenizer
@@ -29,7 +38,7 @@ from moe_compress.export.verify import Verified, verify
 from moe_compress.export.write import write_folder
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import ModelShape, model_shape
-from moe_compress.passes import Pass, needs_gradients
+from moe_compress.passes import Pass
 from moe_compress.progress import Monitor
 from moe_compress.quant.gguf import QuantizeGGUF
 from moe_compress.recipe import Recipe, make_recipe, read_recipe
@@ -139,12 +148,17 @@ def run(
         if draft is not None:
             text = finish(draft, model, lambda data: workspace.statistics(fingerprint, data), hold, monitor)
             calibrated = Calibrated(text, draft.settings.batch_size, hold(text.tokens))
-        if needs_gradients(expected.passes):
+        if any(step.goes_back() for step in expected.passes):
             whole = workspace.scratch("all-hidden")
             calibrated.hold_all = holding_all(model, calibrated.tokens, whole, recipe.compute.hidden_states)
         stores = [workspace.pass_store(number, step.name) for number, step in enumerate(expected.passes)]
         model.overlay = CommittedBlocks(stores)
-        outcomes = run_passes(model, expected.passes, expected.before, calibrated, workspace, fingerprint, monitor)
+
+        def source() -> MoEModel:
+            return MoEModel.open(recipe.model, dtype=model.module.dtype, device=model.device)
+
+        before, passes = expected.before, expected.passes
+        outcomes = run_passes(model, passes, before, calibrated, workspace, fingerprint, monitor, source)
 
         if not published:
             _export(model, recipe, outcomes, output, run_id, calibrated, tokenizer, monitor, overwrite)
@@ -152,8 +166,9 @@ def run(
             workspace.discard(_PUBLISHED)
             verified = verify(output, progress, str(model.device), recipe.compute.memory)
         workspace.write(_PUBLISHED, {"run": run_id})
-        held = workspace.scratch("score")
-        scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, held, monitor, recipe.compute.memory)
+        held, memory = workspace.scratch("score"), recipe.compute.memory
+        slots = slots_after(outcomes, before)
+        scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, held, monitor, memory, slots)
         report = _report(model, recipe, expected, outcomes, calibrated, scores, verified, monitor)
         write_text(output / "report.md", markdown(report))
         write_json(output / "report.json", report)  # last: where it is, nothing is left to do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def score_folders(
     hold: Path | None,
     monitor: Monitor,
     memory: str = "auto",
+    slots: Mapping[int, Sequence[int]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores of a checkpoint, and of the original on the same text and tasks.
 
@@ -52,10 +54,11 @@ def score_folders(
         like: gives device and dtype.
         hold: folder for hidden states that memory has no room for, or None to keep them in memory anyhow.
         monitor: stages.
+        slots: layer → where each expert of the original is now, −1 if it is gone; None if nobody knows.
         memory: most that a whole model may take; tasks of a larger one are streamed.
 
     Returns:
-        (of the original, of the checkpoint): `perplexity`, `tasks`; of the checkpoint also `kl` and `agreement`.
+        (of the original, of the checkpoint): `perplexity`, `tasks`; of the latter also `kl`, `agreement`, `routing`.
     """
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
@@ -74,7 +77,8 @@ def score_folders(
         total = len(model.layers) * (1 if reference is None else 2)
         with monitor.stage("score: text", total) as progress:
             tokens = sum(batch.ids.numel() for batch in batches) * (1 if reference is None else 2)
-            scores = score_text(model, batches, reference, holding(model, tokens, hold) if hold else None, progress)
+            own = holding(model, tokens, hold) if hold else None
+            scores = score_text(model, batches, reference, own, progress, slots)
         before |= scores.summary("before") if reference is not None else {}
         after |= scores.summary("after") | scores.drift()
     if wanted.tasks:

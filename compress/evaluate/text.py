@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compress.calib.routing import RoutingLog, routing_drift
 from moe_compress.calib.text import load_windows
 from moe_compress.errors import DataError, RunError
 from moe_compress.model import MoEModel
@@ -52,22 +53,26 @@ class Score:
 
 @dataclass
 class TextScores:
-    """Scores per file stem, of this model and, where there is one, of the original on the same windows."""
+    """Scores per file stem, of this model and, where there is one, of the original on the same windows; and how far
+    each layer's routing has moved."""
 
     after: dict[str, Score] = field(default_factory=dict)
     before: dict[str, Score] = field(default_factory=dict)
+    routing: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def summary(self, which: str) -> dict[str, Any]:
         """ "perplexity" per file of "before" or "after"."""
         return {"perplexity": {name: score.perplexity for name, score in getattr(self, which).items()}}
 
     def drift(self) -> dict[str, Any]:
-        """ "kl" (mean nats per token) and "agreement" (share of tokens) per file; empty without an original."""
+        """ "kl" (mean nats per token), "agreement" (share of tokens) per file, "routing" per layer; empty without an
+        original."""
         if not self.before:
             return {}
         return {
             "kl": {name: score.kl / score.tokens for name, score in self.after.items()},
             "agreement": {name: score.agreed / score.tokens for name, score in self.after.items()},
+            "routing": {str(layer): values for layer, values in self.routing.items()},
         }
 
 
@@ -114,9 +119,18 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def score_text(
-    model: MoEModel, batches: Sequence[WindowBatch], original: MoEModel | None, hold: Path | None, progress: Progress
+    model: MoEModel,
+    batches: Sequence[WindowBatch],
+    original: MoEModel | None,
+    hold: Path | None,
+    progress: Progress,
+    slots: Mapping[int, Sequence[int]] | None = None,
 ) -> TextScores:
-    """Run windows through a model, and through the original beside it, one layer of each in memory."""
+    """Run windows through a model, and through the original beside it, one layer of each in memory.
+
+    `slots`: layer → where each expert of the original is now (see routing_drift).
+    """
+    logs = [RoutingLog(sum(batch.ids.numel() for batch in batches)) for _ in range(2)]
     inputs = [{"input_ids": batch.ids} for batch in batches]
     with ExitStack() as stack:
         sweeps = []
@@ -126,12 +140,15 @@ def score_text(
                 if own is not None:
                     own.mkdir(parents=True, exist_ok=True)
                 sweeps.append(stack.enter_context(Sweep(each, inputs, own)))
-        for sweep in sweeps:
+        for sweep, log in zip(sweeps, logs, strict=False):
             for step in sweep:
-                step.advance()
+                step.advance(log.observe if original is not None else None)
                 progress.layer(step.index)
         outputs = [sweep.outputs() for sweep in sweeps]
-        return score_batches(batches, outputs[0], outputs[1] if len(outputs) > 1 else None)
+        scores = score_batches(batches, outputs[0], outputs[1] if len(outputs) > 1 else None)
+        if original is not None:
+            scores.routing = routing_drift(logs[1], logs[0], slots)
+        return scores
 
 
 def score_batches(

@@ -96,11 +96,12 @@ def build(
         before: sizes of the source.
         outcomes: of the passes.
         calibration: account of the text.
-        scores_before, scores_after: `perplexity`, `tasks`, and for the result `kl` and `agreement`.
+        scores_before, scores_after: `perplexity`, `tasks`, and for the result `kl`, `agreement` and `routing`.
         stages: seconds and memory.
         facts: further keys (`format`, `verification`, …).
     """
     after = outcomes[-1].shape if outcomes else before
+    compared: dict[str, Any] = {"kl": {}, "agreement": {}, "routing": {}}
     return {
         "schema": SCHEMA,
         "recipe": recipe,
@@ -108,7 +109,7 @@ def build(
         "versions": versions(),
         **facts,
         "before": {**sizes(before), "perplexity": {}, "tasks": {}, **scores_before},
-        "after": {**sizes(after), "perplexity": {}, "tasks": {}, "kl": {}, "agreement": {}, **scores_after},
+        "after": {**sizes(after), "perplexity": {}, "tasks": {}, **compared, **scores_after},
         "passes": [
             {"name": o.name, "options": o.options, "summary": o.plan.summary, "notes": o.plan.notes, **sizes(o.shape)}
             for o in outcomes

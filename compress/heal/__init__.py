@@ -1,0 +1,1 @@
+"""Repairing what compression has put out of order."""
