@@ -150,7 +150,7 @@ def check_complete(source: Collection[str], written: Collection[str], gone: Coll
         raise COMPLETE.broken(f"{lost[0]!r} is in the source and wasn't written ({len(lost)} such tensors)")
 
 
-def check_kernels(target: str, loaded: Collection[str], widths: Collection[int], schemes: Iterable[Scheme]) -> None:
+def check_kernels(target: str, loaded: Collection[str], widths: Collection[float], schemes: Iterable[Scheme]) -> None:
     """Rule 7: whether a target loads each scheme.
 
     Args:
