@@ -17,7 +17,7 @@ import moe_compress
 from moe_compress import probe
 from moe_compress.checkpoint.gguf_file import read_gguf
 from moe_compress.checkpoint.reader import Checkpoint
-from moe_compress.errors import BudgetError, InputError, RecipeError, VerificationError
+from moe_compress.errors import BudgetError, CheckpointError, InputError, RecipeError, VerificationError
 from moe_compress.export.gguf_architectures import Tensors, find_architecture
 from moe_compress.export.gguf_layout import layout
 from moe_compress.export.gguf_tokenizer import read_tokenizer
@@ -122,6 +122,21 @@ def test_a_changed_byte_is_found(wide, tmp_path):
     (folder / "model.gguf").write_bytes(data[:-4000])
     with pytest.raises(VerificationError, match=r"model.gguf"):
         verify(folder)
+
+
+def test_the_own_reader_finds_what_the_packages_finds_and_says_when_a_file_is_cut(wide, tmp_path):
+    _, output, _ = wide
+    metadata, tensors = contents(output)
+    own, entries = read_gguf(output / "model.gguf")
+    assert {key: value for key, value in metadata.items() if not key.startswith("GGUF.")} == own
+    assert {e.name: (e.type, e.offset, e.nbytes, list(e.shape[::-1])) for e in entries} == {
+        n: (t.tensor_type.name, t.data_offset, t.n_bytes, t.shape.tolist()) for n, t in tensors.items()
+    }
+    data = (output / "model.gguf").read_bytes()
+    for length in (0, 3, 20, 100, 5_000, 60_000, entries[0].offset - 40, len(data) - 1_000):
+        (tmp_path / "cut.gguf").write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf"):
+            read_gguf(tmp_path / "cut.gguf")
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
