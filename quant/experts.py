@@ -109,7 +109,7 @@ def _solve(
     options: SolverOptions,
 ) -> Iterator[Solved]:
     stacked = torch.cat([getattr(weights, name)[members] for name in names], dim=1)
-    solved = gptq(stacked, hessian_EKK, grid, damping=options.damping, search=options.search)
+    solved = gptq(stacked, hessian_EKK, grid, damping=options.damping, sweeps=options.sweeps, search=options.search)
     what = "_".join(names)
     report = {
         expert: {

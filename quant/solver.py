@@ -28,6 +28,12 @@ class SolverOptions(PassOptions):
         description="GPTQ: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
     )
 
+    sweeps: int = Field(
+        default=2,
+        ge=0,
+        description="GPTQ: sweeps of coordinate descent over codes and scales afterwards (QuantEase)",
+    )
+
     def grid(self, bits: float) -> Grid:
         """The grid of a width."""
         return Grid(bits, self.group_size, self.symmetric or bits < 2)
