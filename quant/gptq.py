@@ -137,7 +137,7 @@ def shrink_hessians(
     Raises InputError for shapes or counts that don't fit, DataError when no expert saw a token and no mean is given.
     """
     experts, columns = hessian_EKK.shape[0], hessian_EKK.shape[-1]
-    strength = columns / 4 if strength is None else strength
+    strength = shrinkage_of(strength, columns)
     if tokens_E.shape != (experts,) or hessian_EKK.shape != (experts, columns, columns):
         raise InputError(f"hessians {list(hessian_EKK.shape)} don't fit token counts {list(tokens_E.shape)}")
     if mean_KK is not None and mean_KK.shape != (columns, columns):
@@ -173,6 +173,11 @@ def foreseen_share(squares_EK: Tensor, hessian_EKK: Tensor, damping: float = 0.0
     alone_E = ((diagonal_EK + damping_E[:, None]).double() * squares_EK.double()).sum(1)
     share_E = (conditional_EK.double() * squares_EK.double()).sum(1) / alone_E
     return torch.where((diagonal_EK.sum(1) > 0) & (alone_E > 0), share_E, 1.0)
+
+
+def shrinkage_of(strength: float | None, columns: int) -> float:
+    """κ: how many tokens the layer's mean counts for."""
+    return columns / 4 if strength is None else strength
 
 
 @dataclass(frozen=True)

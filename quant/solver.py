@@ -9,6 +9,7 @@ from pydantic import Field
 from moe_compress.passes import PassOptions
 
 from .grid import Grid, Search
+from .layer_rows import Weighing
 
 
 class SolverOptions(PassOptions):
@@ -28,6 +29,15 @@ class SolverOptions(PassOptions):
         description="GPTQ: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
     )
 
+    hessian: Weighing = Field(
+        default="gate_squared",
+        description="GPTQ: what a token counts for an expert: 1, its routing weight (MoEQuant), or the square of that, "
+        "as in the squared error of the block's output",
+    )
+    compensate: bool = Field(
+        default=True,
+        description="GPTQ: down projections make up for what quantizing gate and up did to their inputs (GPTAQ)",
+    )
     sweeps: int = Field(
         default=2,
         ge=0,
