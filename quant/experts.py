@@ -25,6 +25,7 @@ from .grid import Quantized, dequantize
 from .hqq import half_quadratic
 from .layer_rows import LayerRows, Rows
 from .packed import Stack, pack_experts
+from .rotation import Rotation
 from .rtn import round_to_nearest
 from .solver import SolverOptions
 
@@ -46,11 +47,12 @@ def quantize_experts(
     matrices: dict[str, list[tuple[list[int], Stack]]] = {}
     names = [name for name, _ in experts.weights().matrices()]
     report: list[dict[str, Any]] = [{"bits": {n: widths[n][e] for n in names}} for e in range(experts.num_experts)]
-    for solved in solve_experts(experts, widths, options, inputs):
+    rotation = options.rotation(block.layer, experts.intermediate_size)
+    for solved in solve_experts(experts, widths, options, inputs, rotation):
         matrices.setdefault(solved.projection, []).append((solved.experts, Stack.holding(solved.quantized)))
         for expert, values in solved.report.items():
             report[expert].update(values)
-    pack_experts(block, matrices)
+    pack_experts(block, matrices, rotation)
     return report
 
 
@@ -65,29 +67,45 @@ class Solved:
 
 
 def solve_experts(
-    experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs | None
+    experts: FusedExperts,
+    widths: Widths,
+    options: SolverOptions,
+    inputs: BlockInputs | None,
+    rotation: Rotation | None = None,
 ) -> Iterator[Solved]:
-    """Every projection of every expert by the method of `options`, some experts at a time; nothing is changed."""
+    """Every projection of every expert by the method of `options`, some experts at a time; nothing is changed.
+
+    With a `rotation`, down projections are those to be multiplied with rotated activations.
+    """
     if options.method != "gptq":
-        return _without_data(experts, widths, options)
+        return _without_data(experts, widths, options, rotation)
     if inputs is None:
         raise InputError("GPTQ needs what the experts read")
-    return _by_gptq(experts, widths, options, inputs)
+    return _by_gptq(experts, widths, options, rotation, inputs)
 
 
-def _without_data(experts: FusedExperts, widths: Widths, options: SolverOptions) -> Iterator[Solved]:
+def _without_data(
+    experts: FusedExperts, widths: Widths, options: SolverOptions, rotation: Rotation | None
+) -> Iterator[Solved]:
     weights, quantize = experts.weights(), round_to_nearest if options.method == "rtn" else half_quadratic
     sizes = [16 * weights.parameters // experts.num_experts] * experts.num_experts
     for name, stacked in weights.matrices():
         for chunk in chunks(sizes, CHUNK_BYTES):
             for (width,), members in _alike([widths[name]], chunk).items():
+                value = stacked[members]
+                if name == "down" and rotation is not None:
+                    value = rotation(value.float())
                 grid = options.grid(width)
-                yield Solved(name, members, quantize(stacked[members], grid, search=options.search), {})
+                yield Solved(name, members, quantize(value, grid, search=options.search), {})
 
 
-def _by_gptq(experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs) -> Iterator[Solved]:
+def _by_gptq(
+    experts: FusedExperts, widths: Widths, options: SolverOptions, rotation: Rotation | None, inputs: BlockInputs
+) -> Iterator[Solved]:
     weights, layer = experts.weights(), LayerRows(experts, inputs, options.hessian)
     mean_HH, mean_II = layer.means()
+    if rotation is not None:
+        mean_II = rotation.both_sides(mean_II)
     inward = [name for name, _ in weights.matrices() if name != "down"]
     for rows in layer.parts(CHUNK_BYTES):
         exact = weights.part(rows.experts)
@@ -104,6 +122,9 @@ def _by_gptq(experts: FusedExperts, widths: Widths, options: SolverOptions, inpu
         read_RI = exact_RI
         if options.compensate:
             read_RI = experts.activations_with(ExpertWeights(**coarse), rows.input_RH, rows.dispatch)
+        if rotation is not None:
+            exact_RI, read_RI = rotation(exact_RI.float()), rotation(read_RI.float())
+            exact = replace(exact, down=rotation(exact.down.float()))
         hessian_CII = shrink_hessians(rows.moment(read_RI), rows.evidence_C, options.shrinkage, mean_KK=mean_II)
         if options.compensate:
             # Over the same number of tokens as the shrunk Hessian.

@@ -65,9 +65,9 @@ def _move_scale(
     slope_EO = (local_EgO * level_EgO).sum(1)
     best_EO = scale_EO + slope_EO / torch.where(curvature_EO > 0, curvature_EO, torch.inf)
     move_EO = best_EO.to(dtype).float().sub_(scale_EO)
-    # Rounding may end on the far side of the minimum; a scale that overflows stays.
+    # Rounding may end on the far side of the minimum; a scale that would overflow or change its sign stays.
     gain_EO = move_EO * (2 * slope_EO - move_EO * curvature_EO)
-    move_EO = torch.where((gain_EO > 0) & move_EO.isfinite(), move_EO, 0)
+    move_EO = torch.where((gain_EO > 0) & move_EO.isfinite() & ((scale_EO + move_EO) * scale_EO > 0), move_EO, 0)
     scale_EO += move_EO
     delta_EgO.addcmul_(level_EgO, move_EO[:, None], value=-1)
     local_EgO.addcmul_(product_EgO, move_EO[:, None], value=-1)

@@ -10,6 +10,7 @@ from moe_compress.passes import PassOptions
 
 from .grid import Grid, Search
 from .layer_rows import Weighing
+from .rotation import Rotation
 
 
 class SolverOptions(PassOptions):
@@ -38,11 +39,19 @@ class SolverOptions(PassOptions):
         default=True,
         description="GPTQ: down projections make up for what quantizing gate and up did to their inputs (GPTAQ)",
     )
+    rotate: Literal["none", "down"] = Field(
+        default="none",
+        description="Rotate what down projections read by a random Hadamard matrix, at run time too (target: native)",
+    )
     sweeps: int = Field(
         default=2,
         ge=0,
         description="GPTQ: sweeps of coordinate descent over codes and scales afterwards (QuantEase)",
     )
+
+    def rotation(self, layer: int, neurons: int) -> Rotation | None:
+        """How what a layer's down projections read is rotated."""
+        return None if self.rotate == "none" else Rotation.random(neurons, layer)
 
     def grid(self, bits: float) -> Grid:
         """The grid of a width."""
