@@ -14,6 +14,7 @@ signs from QuIP# (Tseng et al. 2024, arXiv 2402.04396).
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / size**0.5).to(device, dtype)
+    return (matrix / math.sqrt(size)).to(device, dtype)
 
 
 def _blocks(value: Tensor) -> Tensor:
