@@ -34,6 +34,7 @@ from torch import Tensor
 
 from moe_compress.errors import DataError, InputError, RunError
 from moe_compress.quant.grid import Grid, Quantized, Search, dequantize, find_scales, level_range, nearest_level
+from moe_compress.quant.polish import polish
 from moe_compress.quant.rtn import output_error, round_to_nearest
 
 Order = Literal["static", "none"]
@@ -69,6 +70,7 @@ def gptq(
     damping: float = 0.01,
     order: Order = "static",
     passes: int = 2,
+    sweeps: int = 0,
     search: Search = "mse",
     scale_dtype: torch.dtype = torch.bfloat16,
     memory_limit: int = 2 << 30,
@@ -81,6 +83,8 @@ def gptq(
     scales when it starts; that beat two static passes only on inputs correlated like a chain (AR(1)), not on real ones.
     `passes`: how often a static order is gone through. 1 is plain GPTQ; the others start from refitted scales, and a
     row keeps the best that it had. "none" makes one pass.
+    `sweeps`: of coordinate descent over codes and scales afterwards (polish.py), on the damped Hessian. On the demo
+    checkpoint one took 9 % off the squared error of held-out block outputs at 2 bits, four took 11 %.
     `damping`: times the mean diagonal, added to the diagonal, and ten times more until the factorisation succeeds.
     `memory_limit`: bytes of workspace; it sets how many experts (at least one) are done at a time.
     Channels that no token excited are rounded to nearest, not zeroed; so is an expert that no token visited.
@@ -94,12 +98,15 @@ def gptq(
         raise InputError(f"hessian has shape {list(hessian_EKK.shape)}, not {[experts, columns, columns]}")
     if order not in ("static", "none"):
         raise InputError(f"unknown order {order!r}; known: none, static")
-    if block < 1 or passes < 1 or not 0 <= damping <= MAX_DAMPING:
-        given = f"block {block}, passes {passes}, damping {damping:g}"
-        raise InputError(f"{given}: block and passes are at least 1, damping is from 0 to {MAX_DAMPING:g}")
+    if block < 1 or passes < 1 or sweeps < 0 or not 0 <= damping <= MAX_DAMPING:
+        given = f"block {block}, passes {passes}, sweeps {sweeps}, damping {damping:g}"
+        raise InputError(
+            f"{given}: block and passes are at least 1, sweeps at least 0, damping is from 0 to {MAX_DAMPING:g}"
+        )
     grid.groups(columns)
     at_once = max(1, memory_limit // (4 * (4 * columns * columns + 5 * rows * columns)))
-    settings = _Settings(grid, block, damping, order, passes if order == "static" else 1, search, scale_dtype)
+    passes = passes if order == "static" else 1
+    settings = _Settings(grid, block, damping, order, passes, sweeps, search, scale_dtype)
     parts = [
         _gptq_chunk(weight_EOK[first : first + at_once], hessian_EKK[first : first + at_once], first, settings)
         for first in range(0, experts, at_once)
@@ -130,7 +137,7 @@ def shrink_hessians(
     Raises InputError for shapes or counts that don't fit, DataError when no expert saw a token and no mean is given.
     """
     experts, columns = hessian_EKK.shape[0], hessian_EKK.shape[-1]
-    strength = columns / 4 if strength is None else strength
+    strength = shrinkage_of(strength, columns)
     if tokens_E.shape != (experts,) or hessian_EKK.shape != (experts, columns, columns):
         raise InputError(f"hessians {list(hessian_EKK.shape)} don't fit token counts {list(tokens_E.shape)}")
     if mean_KK is not None and mean_KK.shape != (columns, columns):
@@ -168,6 +175,11 @@ def foreseen_share(squares_EK: Tensor, hessian_EKK: Tensor, damping: float = 0.0
     return torch.where((diagonal_EK.sum(1) > 0) & (alone_E > 0), share_E, 1.0)
 
 
+def shrinkage_of(strength: float | None, columns: int) -> float:
+    """κ: how many tokens the layer's mean counts for."""
+    return columns / 4 if strength is None else strength
+
+
 @dataclass(frozen=True)
 class _Settings:
     """The arguments of `gptq` that are the same for all experts."""
@@ -177,6 +189,7 @@ class _Settings:
     damping: float
     order: Order
     passes: int
+    sweeps: int
     search: Search
     scale_dtype: torch.dtype
 
@@ -218,6 +231,15 @@ def _gptq_chunk(weight_EOK: Tensor, hessian_EKK: Tensor, first_expert: int, sett
             scale_EOG, zero_EOG = find_scales(
                 target_EOK, grid, importance=importance_EK, search=search, scale_dtype=scale_dtype
             )
+    if settings.sweeps:
+        del feedback_EKK
+        damped_EKK = hessian_EKK.clone()
+        damped_EKK.diagonal(dim1=1, dim2=2).add_(damping_E[:, None])
+        found = polish(weight_EOK, damped_EKK, best, settings.sweeps)
+        found_error_EO = output_error(dequantize(found).sub_(weight_EOK), hessian_EKK)
+        better_EO = found_error_EO < error_EO
+        is_rtn_EO &= ~better_EO
+        best, error_EO = _choose(better_EO, found, best), torch.minimum(error_EO, found_error_EO)
     return GptqResult(best, damping_E, error_EO.sum(1) * unit_E, rtn_error_EO.sum(1) * unit_E, is_rtn_EO.sum(1))
 
 

@@ -73,6 +73,11 @@ class QuantizeMixed(Pass):
                 f"quantize.mixed: cost {options.cost!r} is known of whole experts only, and unit {self._unit!r} is "
                 "smaller: take unit: expert or layer, or another cost"
             )
+        if options.rotate != "none" and self.target.quantized_format != "native":
+            raise RecipeError(
+                f"quantize.mixed: the target {self.target.name!r} can't rotate what down projections read: leave "
+                "`rotate` out, or take target: native"
+            )
         for index, layer in shape.layers.items():
             for what, length in (("hidden size", layer.hidden), ("neurons", layer.intermediate)):
                 if self.options.group_size != -1 and length % self.options.group_size:

@@ -26,6 +26,7 @@ from moe_compress.model.experts import run_experts
 from moe_compress.quant.gguf_blocks import TYPES
 from moe_compress.quant.grid import Grid, Quantized
 from moe_compress.quant.packing import pack, packed_words
+from moe_compress.quant.rotation import Rotation
 from moe_compress.quant.run_packed import dense, fused_kernel, multiply
 from moe_compress.quant.trits import TERNARY
 
@@ -252,13 +253,21 @@ class PackedExperts(nn.Module):
         original: the fused experts module that is replaced; its class's arithmetic is kept, its weights are dropped.
         projections: "gate" (if the experts have one), "up", "down" → projection.
         biases: "gate_bias", "up_bias", "down_bias" → [E, O], where experts have biases.
+        rotation: what down projections read is rotated so first; their matrices are.
     """
 
     kind = "packed"
     _original: FusedExperts
 
-    def __init__(self, original: nn.Module, projections: dict[str, PackedProjection], biases: dict[str, Tensor]):
+    def __init__(
+        self,
+        original: nn.Module,
+        projections: dict[str, PackedProjection],
+        biases: dict[str, Tensor],
+        rotation: Rotation | None = None,
+    ):
         super().__init__()
+        self.rotation = rotation
         view = FusedExperts(original)
         if view.has_norm:
             self.post_expert_norm = original.post_expert_norm
@@ -329,16 +338,21 @@ class PackedExperts(nn.Module):
             "encodings": {name: encodings[name].to_json() for name in sorted(encodings)},
             "projections": projections,
             "biases": {n: _name(p.dtype) for n, p in self._parameters.items() if p is not None},
+            **({} if self.rotation is None else {"rotation": self.rotation.to_json()}),
         }
 
     def _weights(self, experts: Sequence[int]) -> ExpertWeights:
         dtype = torch.float32
         matrices = {n: p.matrices(experts, dtype) for n, p in self.projections.items()}
+        if self.rotation is not None:
+            matrices["down"] = self.rotation.back(matrices["down"])
         index = torch.tensor(list(experts))
         biases = {n: p.data[index] for n, p in self._parameters.items() if p is not None}
         return ExpertWeights(**matrices, **biases)
 
     def _project(self, name: str, input_RK: Tensor, dispatch: Dispatch) -> Tensor:
+        if name == "down" and self.rotation is not None:
+            input_RK = self.rotation(input_RK)
         output = self.projections[name].linear(input_RK, dispatch)
         bias = self._parameters.get(f"{name}_bias")
         return output if bias is None else output + bias[dispatch.expert_R].to(output.dtype)
@@ -359,16 +373,20 @@ def build_packed(block: MoEBlock, layout: dict[str, Any]) -> PackedExperts:
         if f"{name}_bias" in layout["biases"]:
             dtype = getattr(torch, layout["biases"][f"{name}_bias"])
             biases[f"{name}_bias"] = torch.empty(len(assignment), out_features, dtype=dtype, device="meta")
-    return PackedExperts(fused_module(block), projections, biases)
+    rotation = Rotation.from_json(layout["rotation"]) if "rotation" in layout else None
+    return PackedExperts(fused_module(block), projections, biases, rotation)
 
 
-def pack_experts(block: MoEBlock, matrices: dict[str, list[tuple[list[int], Stack]]]) -> PackedExperts:
+def pack_experts(
+    block: MoEBlock, matrices: dict[str, list[tuple[list[int], Stack]]], rotation: Rotation | None = None
+) -> PackedExperts:
     """Replace a block's fused experts by packed ones.
 
     Args:
         block: with fused experts.
         matrices: projection → [(experts, their matrices in the same order)]; every expert once. Several entries may
             share an encoding.
+        rotation: with which the down projections given are rotated.
 
     Returns:
         The module now in place.
@@ -388,7 +406,7 @@ def pack_experts(block: MoEBlock, matrices: dict[str, list[tuple[list[int], Stac
         stacks = {encoding: _joined(sorted(parts, key=lambda p: p[0])) for encoding, parts in collected.items()}
         ordered = [assignment[e] for e in range(shape[0])]
         projections[name] = PackedProjection(stacks, ordered, shape[1], shape[2])
-    module = PackedExperts(original, projections, biases)
+    module = PackedExperts(original, projections, biases, rotation)
     block.replace_experts(module)
     return module
 

@@ -9,6 +9,8 @@ from pydantic import Field
 from moe_compress.passes import PassOptions
 
 from .grid import Grid, Search
+from .layer_rows import Weighing
+from .rotation import Rotation
 
 
 class SolverOptions(PassOptions):
@@ -27,6 +29,29 @@ class SolverOptions(PassOptions):
         ge=0,
         description="GPTQ: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
     )
+
+    hessian: Weighing = Field(
+        default="gate_squared",
+        description="GPTQ: what a token counts for an expert: 1, its routing weight (MoEQuant), or the square of that, "
+        "as in the squared error of the block's output",
+    )
+    compensate: bool = Field(
+        default=True,
+        description="GPTQ: down projections make up for what quantizing gate and up did to their inputs (GPTAQ)",
+    )
+    rotate: Literal["none", "down"] = Field(
+        default="none",
+        description="Rotate what down projections read by a random Hadamard matrix, at run time too (target: native)",
+    )
+    sweeps: int = Field(
+        default=2,
+        ge=0,
+        description="GPTQ: sweeps of coordinate descent over codes and scales afterwards (QuantEase)",
+    )
+
+    def rotation(self, layer: int, neurons: int) -> Rotation | None:
+        """How what a layer's down projections read is rotated."""
+        return None if self.rotate == "none" else Rotation.random(neurons, layer)
 
     def grid(self, bits: float) -> Grid:
         """The grid of a width."""

@@ -56,6 +56,16 @@ def codes_of(shape: list[int], raw: bytes, bits: float, columns: int) -> np.ndar
     return (per_code << np.arange(bits)).sum(-1).reshape(*shape[:-1], columns)
 
 
+def rotation_of(size: int, signs: str) -> np.ndarray:
+    """Q, element by element."""
+    block = max(b for b in (1 << m for m in range(20)) if size % b == 0)
+    place = np.arange(size)
+    odd = np.array([[(int(i) & int(j)).bit_count() % 2 for j in place % block] for i in place % block])
+    same = place[:, None] // block == place // block
+    flip = np.array([int(signs, 16) >> i & 1 for i in range(size)])
+    return (1 - 2.0 * flip)[:, None] * same * (1 - 2 * odd) / block**0.5
+
+
 class Native:
     """A native checkpoint folder.
 
@@ -92,6 +102,8 @@ class Native:
                 members = [e for e, own in enumerate(entry["experts"]) if own == encoding]
                 stack = f"{self.prefix(layer)}{name}_proj.{encoding}."
                 result[name][members] = self._stack(stack, layout["encodings"][encoding], encoding, shape)
+        if "rotation" in layout:
+            result["down"] = result["down"] @ rotation_of(**layout["rotation"]).T  # W from W Q
         for name, dtype in layout["biases"].items():
             stored = self._take(self.prefix(layer) + name)
             assert stored[0] == STORED[dtype]

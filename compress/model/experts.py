@@ -160,17 +160,17 @@ class FusedExperts:
         Returns:
             Neuron activations [R, I'] and outputs [R, H].
         """
-
-        def linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            output = grouped_linear(value, weight, dispatch.offsets_E)
-            return output if bias is None else output + bias[dispatch.expert_R]
-
-        projected = linear(input_RH, weights.up, weights.up_bias)
-        if weights.gate is not None:
-            projected = self.interleave(linear(input_RH, weights.gate, weights.gate_bias), projected)
-        activation = self.activate(projected)
-        output = linear(activation, weights.down, weights.down_bias)
+        activation = self.activations_with(weights, input_RH, dispatch)
+        output = _with_bias(activation, weights.down, weights.down_bias, dispatch)
         return activation, self.module.post_expert_norm(output) if self.has_norm else output  # type: ignore[operator]
+
+    def activations_with(self, weights: ExpertWeights, input_RH: Tensor, dispatch: Dispatch) -> Tensor:
+        """The activations [R, I'] of `with_weights` alone."""
+        projected = _with_bias(input_RH, weights.up, weights.up_bias, dispatch)
+        if weights.gate is not None:
+            gate_RI = _with_bias(input_RH, weights.gate, weights.gate_bias, dispatch)
+            projected = self.interleave(gate_RI, projected)
+        return self.activate(projected)
 
     def _linear(self, input_RI: Tensor, name: str, dispatch: Dispatch) -> Tensor:
         weight = getattr(self.module, name)
@@ -189,6 +189,11 @@ class FusedExperts:
         gate = fused[tuple(pick)]
         pick[dim] = slice(1, None, 2)
         return gate, fused[tuple(pick)]
+
+
+def _with_bias(input_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, dispatch: Dispatch) -> Tensor:
+    output = grouped_linear(input_RI, weight_EOI, dispatch.offsets_E)
+    return output if bias_EO is None else output + bias_EO[dispatch.expert_R]
 
 
 def run_experts(

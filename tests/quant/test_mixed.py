@@ -216,6 +216,10 @@ def test_uniform_is_spread_evenly(monkeypatch):
         ({"bits": 3.0, "group_size": 48}, "group_size 48 doesn't divide.*32 does"),
         ({"bits": 0.9}, "the budget is"),
         ({"bits": 3.0, "target": "transformers"}, "loads no quantized experts"),
+        (
+            {"bits": 6.0, "target": "sglang", "widths": [4, 8], "rotate": "down"},
+            "'sglang' can't rotate.*target: native",
+        ),
         ({"bits": 6.0, "target": "sglang"}, "loads 4, 8 bits, not 1, 2, 3"),
     ],
 )
