@@ -16,7 +16,7 @@ from moe_compress.progress import Monitor
 from .balance import SequenceRouting, balance
 from .batches import TokenBatches
 from .collect import StatisticStore, collect
-from .text import Draft, per_domain
+from .text import Draft, per_domain, weighed
 
 
 def finish(
@@ -40,7 +40,7 @@ def finish(
     text = draft.text
     if draft.pool is not None:
         text = _balanced(draft, text, model, stores, hold, monitor)
-    return text
+    return weighed(draft.settings, text)
 
 
 def _balanced(

@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_compress import feasibility, probe
 from moe_compress.calib.draft import finish
+from moe_compress.calib.images import find_processor
 from moe_compress.calib.text import Draft, read_draft
 from moe_compress.calib.tokenizer import find_tokenizer
 from moe_compress.checkpoint.atomic import write_json, write_text
@@ -141,13 +142,13 @@ def run(
         # What is there may be what `overwrite` was said of, unless this run has put it there.
         published = own and (not overwrite or workspace.read(_PUBLISHED) is not None)
 
-        def hold(tokens: int) -> Path | None:
+        def room(tokens: int) -> Path | None:
             return holding(model, tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
 
         calibrated = Calibrated(None)
         if draft is not None:
-            text = finish(draft, model, lambda data: workspace.statistics(fingerprint, data), hold, monitor)
-            calibrated = Calibrated(text, draft.settings.batch_size, hold(text.tokens))
+            text = finish(draft, model, lambda data: workspace.statistics(fingerprint, data), room, monitor)
+            calibrated = Calibrated(text, draft.settings.batch_size, room(text.tokens))
         if any(step.goes_back() for step in expected.passes):
             whole = workspace.scratch("all-hidden")
             calibrated.hold_all = holding_all(model, calibrated.tokens, whole, recipe.compute.hidden_states)
@@ -231,7 +232,9 @@ def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[D
     if tokenizer is None:
         raise InputError(f"{recipe.model} has no tokenizer that transformers can load, and calibration needs one")
     vocabulary = model.module.config.get_text_config().vocab_size
-    return read_draft(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary), tokenizer
+    processor = find_processor(recipe.model) if recipe.calibration.has_images else None
+    draft = read_draft(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary, processor=processor)
+    return draft, tokenizer
 
 
 def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, draft: Draft | None) -> dict[str, Any]:
