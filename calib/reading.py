@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from moe_compress.errors import DataError, nearest
 
 from .images import found_images
+from .self_sampling import SelfSampling
 
 JSON, PLAIN, PARQUET = (".jsonl", ".json"), (".txt", ".md"), (".parquet",)
 BUFFER_DOCUMENTS, BUFFER_CHARACTERS = 10_000, 64_000_000
@@ -52,6 +53,10 @@ class TextSource(BaseModel):
         default=None,
         description="Instead of `path`: a name for `datasets.load_dataset`, or a folder in its layout. Streamed, "
         "unless HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set: then it is taken from the cache.",
+    )
+    self_sampling: SelfSampling | None = Field(
+        default=None,
+        description="Instead of either: how the model writes this source's share itself, `{}` for the defaults.",
     )
     subset: str | None = Field(default=None, description="The data set's configuration, e.g. `en`.")
     split: str = Field(default="train", description="The data set's split.")
@@ -86,11 +91,11 @@ class TextSource(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("a source has either a `path` or a `dataset`")
+        if [self.path, self.dataset, self.self_sampling].count(None) != 2:
+            raise ValueError("a source has either a `path` or a `dataset`, or `self_sampling`")
         for name in ("subset", "split"):  # a recipe that was recorded says the defaults too
-            if self.path is not None and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` belongs to a `dataset`, not to a `path`")
+            if self.dataset is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` belongs to a `dataset`")
         if self.domain is not None and self.domain_field is not None:
             raise ValueError("a source has a `domain` or a `domain_field`, not both")
         return self
@@ -98,7 +103,7 @@ class TextSource(BaseModel):
     @property
     def name(self) -> str:
         """What messages and reports call it."""
-        return self.path or f"dataset {self.dataset}"
+        return self.path or (f"dataset {self.dataset}" if self.dataset is not None else "self-sampling")
 
 
 class Document(NamedTuple):

@@ -122,6 +122,12 @@ class Calibration(BaseModel):
     def _enough(self) -> Self:
         if self.expert_balance is not None and (self.expert_balance.most or self.sequences) < self.sequences:
             raise ValueError(f"expert_balance.most is less than the {self.sequences} `sequences` that are asked for")
+        written = [source for source in self.sources if source.self_sampling is not None]
+        if len(written) == len(self.sources) and self.expert_balance is not None:
+            raise ValueError("expert_balance chooses among text that is read, and all sources are `self_sampling`")
+        for source in written:
+            if self.domains is not None and source.domain not in self.domains:
+                raise ValueError(f"a source with self_sampling has the domain {source.domain}, not one of `domains`")
         return self
 
     @property
@@ -216,9 +222,11 @@ def read_draft(
     """
     sources, root = calibration.sources, Path(base_dir)
     encoder = Encoder(tokenizer, calibration.length, processor)
-    if calibration.packing and encoder.eos is None:
+    reads = any(source.self_sampling is None for source in sources)
+    if reads and calibration.packing and encoder.eos is None:
         raise DataError("the tokenizer has no EOS token to separate documents with: set `packing: false`")
-    sampled: dict[int, int] = {}
+    all_shares = quotas([source.weight for source in sources], calibration.sequences)
+    sampled = {i: share for i, share in enumerate(all_shares) if sources[i].self_sampling is not None}
     asked = calibration.sequences - sum(sampled.values())
     streams = [Stream(s, root, encoder, calibration, i) for i, s in enumerate(sources) if i not in sampled]
     weighted = any(source.weight for source in sources)
@@ -294,7 +302,7 @@ def weighed(calibration: Calibration, text: TokenBatches) -> TokenBatches:
     if wanted is None:
         return text
     auto = {name: text.tokens / (len(tokens) * count) for name, count in tokens.items()}
-    given: dict[str, float] = {} if wanted == "auto" else {**wanted}
+    given = {} if wanted == "auto" else {str(name): weight for name, weight in wanted.items()}
     weights = auto if wanted == "auto" else {name: given.get(name, 1.0) for name in tokens}
     if not any(weights.values()):
         raise DataError(f"modality_weights: all {text.tokens} calibration tokens ({', '.join(tokens)}) weigh nothing")

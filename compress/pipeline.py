@@ -28,6 +28,7 @@ from moe_compress.engine import (
     device_and_dtype,
     holding,
     holding_all,
+    memory_limit,
     run_passes,
     slots_after,
 )
@@ -35,9 +36,10 @@ from moe_compress.errors import CheckpointError, InputError
 from moe_compress.evaluate.score import check_scoring, score_folders
 from moe_compress.export.gguf_tokenizer import FileTokenizer, read_tokenizer
 from moe_compress.export.gguf_write import RoundedSource, write_gguf
-from moe_compress.export.verify import Verified, verify
+from moe_compress.export.loader import load
+from moe_compress.export.verify import Verified, loaded_bytes, verify
 from moe_compress.export.write import write_folder
-from moe_compress.model import MoEModel
+from moe_compress.model import MoEModel, hf
 from moe_compress.model.shape import ModelShape, model_shape
 from moe_compress.passes import Pass
 from moe_compress.progress import Monitor
@@ -147,7 +149,14 @@ def run(
 
         calibrated = Calibrated(None)
         if draft is not None:
-            text = finish(draft, model, lambda data: workspace.statistics(fingerprint, data), room, monitor)
+            text = finish(
+                draft,
+                model,
+                lambda data: workspace.statistics(fingerprint, data),
+                room,
+                monitor,
+                lambda: _whole(model, recipe),
+            )
             calibrated = Calibrated(text, draft.settings.batch_size, room(text.tokens))
         if any(step.goes_back() for step in expected.passes):
             whole = workspace.scratch("all-hidden")
@@ -235,6 +244,16 @@ def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[D
     processor = find_processor(recipe.model) if recipe.calibration.has_images else None
     draft = read_draft(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary, processor=processor)
     return draft, tokenizer
+
+
+def _whole(model: MoEModel, recipe: Recipe) -> MoEModel | None:
+    """The source in memory, if it may be there as a whole."""
+    folder, dtype = Path(recipe.model), model.module.dtype
+    quantized = read_json(folder / "config.json").get("quantization_config")
+    if quantized or loaded_bytes(folder, dtype) > memory_limit(recipe.compute.memory):
+        return None
+    with hf.quiet():
+        return MoEModel.wrap(load(folder, dtype=dtype).to(model.device))
 
 
 def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, draft: Draft | None) -> dict[str, Any]:
