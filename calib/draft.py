@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moe_compress.model import MoEModel
 from moe_compress.model.sweep import Sweep
@@ -16,7 +17,8 @@ from moe_compress.progress import Monitor
 from .balance import SequenceRouting, balance
 from .batches import TokenBatches
 from .collect import StatisticStore, collect
-from .text import Draft, per_domain
+from .self_sampling import self_sample
+from .text import Draft, per_domain, weighed
 
 
 def finish(
@@ -25,6 +27,7 @@ def finish(
     stores: Callable[[str], StatisticStore],
     hold: Callable[[int], Path | None],
     monitor: Monitor,
+    whole: Callable[[], MoEModel | None] = lambda: None,
 ) -> TokenBatches:
     """The sequences of a calibration.
 
@@ -34,12 +37,55 @@ def finish(
         stores: digest of data → store for what the model says to it.
         hold: tokens of a sweep → folder for its hidden states, or None for memory.
         monitor: stages.
+        whole: the same model in memory, if it fits there: asked for where the model writes text.
 
     Raises UnsupportedModelError where the model's experts can't be told which sequence a token is of.
     """
     text = draft.text
+    if draft.sampled:
+        text = _written(draft, text, whole() or model, stores("self-sampling"), hold, monitor)
     if draft.pool is not None:
         text = _balanced(draft, text, model, stores, hold, monitor)
+    return weighed(draft.settings, text)
+
+
+def _written(
+    draft: Draft,
+    text: TokenBatches,
+    model: MoEModel,
+    store: StatisticStore,
+    hold: Callable[[int], Path | None],
+    monitor: Monitor,
+) -> TokenBatches:
+    """With the sequences that the model writes, each source's behind the others."""
+    settings, encoder = draft.settings, draft.encoder
+    for number, count in draft.sampled.items():
+        source = settings.sources[number]
+        assert source.self_sampling is not None
+        account: dict[str, Any] = {"source": source.name, "sequences": count}
+        if count:
+            ids, said = self_sample(
+                model,
+                source.self_sampling,
+                count,
+                settings.length,
+                f"{settings.seed}/{number}",
+                encoder.tokenizer,
+                encoder.prefix,
+                store,
+                hold,
+                monitor,
+            )
+            text = text.joined(TokenBatches(ids, [source.domain] * count, "", {}))
+            account |= said
+        report = {
+            **text.report,
+            "sequences": len(text),
+            "tokens_used": text.tokens,
+            "sequences_per_domain": per_domain(text.domain, settings.domains or ()),
+            "sources": [*text.report["sources"], account],
+        }
+        text = replace(text, report=report)
     return text
 
 

@@ -6,7 +6,8 @@ moments are made per chunk of experts, from these inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,9 @@ class Moments:
 
     Attributes:
         experts: numbers of the experts.
-        rows_C: rows seen by each, float64.
-        input_CHH: Σ x xᵀ, float32.
-        activation_CII: Σ a aᵀ, float32.
+        rows_C: rows seen by each, float64; where rows are weighed, Σ w.
+        input_CHH: Σ x xᵀ, float32; Σ w x xᵀ.
+        activation_CII: Σ a aᵀ, float32; Σ w a aᵀ.
     """
 
     experts: range
@@ -39,14 +40,19 @@ class BlockInputs:
     Attributes:
         hidden_TH: experts' inputs.
         index_TK, weight_TK: routing as the model used it.
+        token_weight_T: what each token counts; None where all count 1.
     """
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._counted: list[Tensor] = []
+        self._weighed = False
 
     def observe(self, tap: Tap) -> None:
         """Keep one batch."""
         self._parts.append((tap.hidden_TH, tap.index_TK, tap.weight_TK))
+        self._weighed |= tap.token_weight_T is not None
+        self._counted.append(tap.counted_T)
 
     def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
         if len(self._parts) > 1:
@@ -70,13 +76,27 @@ class BlockInputs:
         return self._joined()[2]
 
     @property
+    def token_weight_T(self) -> Tensor | None:
+        """What each token counts; None where all count 1."""
+        return torch.cat(self._counted) if self._weighed else None
+
+    @property
     def tokens(self) -> int:
         """Tokens seen."""
         return int(self.hidden_TH.shape[0])
 
-    def moments(self, experts: FusedExperts, memory_limit: int = 1 << 30) -> Iterator[Moments]:
-        """Second moments, a chunk of experts at a time, so many that one takes about `memory_limit` bytes."""
-        weights = experts.weights()
+    def moments(
+        self,
+        experts: FusedExperts,
+        memory_limit: int = 1 << 30,
+        row_weight: Callable[[Dispatch], Tensor] | None = None,
+    ) -> Iterator[Moments]:
+        """Second moments, a chunk of experts at a time, so many that one takes about `memory_limit` bytes.
+
+        Every row counts what its token does (`token_weight_T`), times what `row_weight` says, both not negative: given
+        the dispatch of a chunk's rows, [R].
+        """
+        weights, counted_T = experts.weights(), self.token_weight_T
         hidden, neurons = experts.hidden_size, weights.up.shape[1]
         dispatch = Dispatch.of(self.index_TK, self.weight_TK, experts.num_experts)
         # Per expert: two moments, and its rows at every stage of the way to the down projection.
@@ -86,12 +106,23 @@ class BlockInputs:
             _, part = dispatch.part(chunk)
             input_RH = self.hidden_TH[part.token_R]
             activation, _ = experts.with_weights(weights.part(chunk), input_RH, part)
+            inward, outward, rows_C = input_RH.float(), activation.float(), part.counts_E.double()
+            weights_R = [w for w in (row_weight and row_weight(part), _of(counted_T, part)) if w is not None]
+            if weights_R:
+                weight_R = functools.reduce(torch.mul, (w.double() for w in weights_R))
+                rows_C = torch.zeros_like(rows_C).index_add_(0, part.expert_R, weight_R)
+                root = weight_R.sqrt().float().unsqueeze(1)  # on both sides: the sums stay symmetric
+                inward, outward = inward * root, outward * root
             yield Moments(
                 chunk,
-                part.counts_E.double().cpu(),
-                grouped_gram(input_RH.float(), input_RH.float(), part.offsets_E),
-                grouped_gram(activation.float(), activation.float(), part.offsets_E),
+                rows_C.cpu(),
+                grouped_gram(inward, inward, part.offsets_E),
+                grouped_gram(outward, outward, part.offsets_E),
             )
+
+
+def _of(counted_T: Tensor | None, dispatch: Dispatch) -> Tensor | None:
+    return None if counted_T is None else counted_T[dispatch.token_R]
 
 
 def chunks(sizes: Sequence[int], limit: int) -> Iterator[range]:

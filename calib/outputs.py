@@ -1,7 +1,7 @@
 """What a layer's experts put out on the tokens routed to them: inner products, moments, what they turn.
 
 Like calib/statistics.py: accumulators over taps. Letters: E experts, T tokens, K experts per token, R rows (token,
-expert), H hidden.
+expert), H hidden. Each token counts as much as it weighs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import MoEBlock, Tap
 
-from .statistics import Accumulator, Result, Statistic
+from .statistics import Accumulator, Result, Statistic, counted_rows
 
 # What the rows that are worked on at a time may take.
 _CHUNK_BYTES = 1 << 26
@@ -33,6 +33,7 @@ class OutputGram(Statistic):
     """
 
     name: ClassVar[str] = "output_gram"
+    weighs_tokens: ClassVar[bool] = True
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
@@ -50,6 +51,7 @@ class _GramSums(Accumulator):
         scale = tap.inverse_residual_T
         if scale is None:
             self.relative, scale = None, torch.zeros(dispatch.tokens)
+        counted = tap.counted_T.cpu()
         slots = dispatch.tokens * dispatch.slots
         # Slots that no expert serves point to a row of zeros behind the others, and count as expert 0.
         row = torch.full((slots,), len(dispatch.row_R), device=dispatch.row_R.device)
@@ -58,12 +60,13 @@ class _GramSums(Accumulator):
         weight = torch.cat([dispatch.weight_R.float(), dispatch.weight_R.new_zeros(1).float()])
         output = torch.cat([tap.output_RH, tap.output_RH.new_zeros(1, tap.output_RH.shape[1])])
         step = max(1, _CHUNK_BYTES // (4 * dispatch.slots * output.shape[1]))
-        for row_TK, scale_T in zip(row.view(-1, dispatch.slots).split(step), scale.split(step), strict=True):
+        parts = (row.view(-1, dispatch.slots), scale, counted)
+        for row_TK, scale_T, counted_T in zip(*(part.split(step) for part in parts), strict=True):
             gated_TKH = output[row_TK].float() * weight[row_TK].unsqueeze(-1)
             products = torch.bmm(gated_TKH, gated_TKH.transpose(1, 2))
             expert_TK = expert[row_TK]
             pair = (expert_TK.unsqueeze(2) * self.experts + expert_TK.unsqueeze(1)).flatten().cpu()
-            exact = products.double().cpu()
+            exact = products.double().cpu() * counted_T.view(-1, 1, 1)
             self.gram.index_add_(0, pair, exact.flatten())
             if self.relative is not None:
                 self.relative.index_add_(0, pair, (exact * scale_T.view(-1, 1, 1)).flatten())
@@ -81,6 +84,7 @@ class OutputMoments(Statistic):
     """
 
     name: ClassVar[str] = "output_moments"
+    weighs_tokens: ClassVar[bool] = True
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
@@ -94,15 +98,16 @@ class _OutputSums(Accumulator):
 
     def update(self, tap: Tap) -> None:
         output_RH, expert_R = tap.output_RH, tap.dispatch.expert_R
-        self.counts += tap.dispatch.counts_E.cpu()
+        counted_R = counted_rows(tap, tap.dispatch)
+        self.counts.index_add_(0, expert_R.cpu(), counted_R.cpu())
         if self.sums is None:
             shape = (2, len(self.counts), output_RH.shape[1])
             self.sums = torch.zeros(shape, dtype=torch.float64, device=output_RH.device)
         step = max(1, _CHUNK_BYTES // (8 * output_RH.shape[1]))
-        for rows, experts in zip(output_RH.split(step), expert_R.split(step), strict=True):
+        for rows, experts, counted in zip(*(r.split(step) for r in (output_RH, expert_R, counted_R)), strict=True):
             exact = rows.double()
-            self.sums[0].index_add_(0, experts, exact)
-            self.sums[1].index_add_(0, experts, exact.square_())
+            self.sums[0].index_add_(0, experts, exact * counted.unsqueeze(1))
+            self.sums[1].index_add_(0, experts, exact.square_() * counted.unsqueeze(1))
 
     def result(self) -> Result:
         assert self.sums is not None, "no batch was seen"
@@ -125,6 +130,7 @@ class TokenContribution(Statistic):
     """
 
     name: ClassVar[str] = "token_contribution"
+    weighs_tokens: ClassVar[bool] = True
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
@@ -143,7 +149,7 @@ class _TurnSums(Accumulator):
                 "the layer, as wide as what the experts put out; this family has none"
             )
         before = behind.double() - tap.output_TH.double()
-        turn_T = (1 - torch.cosine_similarity(before, behind.double(), dim=-1, eps=1e-30)).clamp_min(0)
+        turn_T = (1 - torch.cosine_similarity(before, behind.double(), dim=-1, eps=1e-30)).clamp_min(0) * tap.counted_T
         dispatch = tap.dispatch
         size_R = torch.linalg.vector_norm(tap.output_RH, dim=-1, dtype=torch.float32).double()
         added_R = dispatch.weight_R.double() * size_R * turn_T[dispatch.token_R]

@@ -29,6 +29,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe_compress.errors import DataError, nearest
 
+from .images import found_images
+from .self_sampling import SelfSampling
+
 JSON, PLAIN, PARQUET = (".jsonl", ".json"), (".txt", ".md"), (".parquet",)
 BUFFER_DOCUMENTS, BUFFER_CHARACTERS = 10_000, 64_000_000
 PIECE = 16_384  # characters after which the next blank line of a plain text ends a document
@@ -50,6 +53,10 @@ class TextSource(BaseModel):
         default=None,
         description="Instead of `path`: a name for `datasets.load_dataset`, or a folder in its layout. Streamed, "
         "unless HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set: then it is taken from the cache.",
+    )
+    self_sampling: SelfSampling | None = Field(
+        default=None,
+        description="Instead of either: how the model writes this source's share itself, `{}` for the defaults.",
     )
     subset: str | None = Field(default=None, description="The data set's configuration, e.g. `en`.")
     split: str = Field(default="train", description="The data set's split.")
@@ -75,14 +82,20 @@ class TextSource(BaseModel):
         "the same share, and the others make up for a source that has too little.",
     )
     limit: int | None = Field(default=None, ge=1, description="Use at most this many documents, the source's first.")
+    image_field: str | None = Field(
+        default=None,
+        description="What holds each row's image or list of images: paths relative to the row's file, bytes, or data "
+        "URIs. Each row is a sequence by itself, made by the checkpoint's own processor; rows without an image are "
+        "skipped. Needs pillow (the extra `vision`).",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("a source has either a `path` or a `dataset`")
+        if [self.path, self.dataset, self.self_sampling].count(None) != 2:
+            raise ValueError("a source has either a `path` or a `dataset`, or `self_sampling`")
         for name in ("subset", "split"):  # a recipe that was recorded says the defaults too
-            if self.path is not None and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` belongs to a `dataset`, not to a `path`")
+            if self.dataset is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` belongs to a `dataset`")
         if self.domain is not None and self.domain_field is not None:
             raise ValueError("a source has a `domain` or a `domain_field`, not both")
         return self
@@ -90,7 +103,7 @@ class TextSource(BaseModel):
     @property
     def name(self) -> str:
         """What messages and reports call it."""
-        return self.path or f"dataset {self.dataset}"
+        return self.path or (f"dataset {self.dataset}" if self.dataset is not None else "self-sampling")
 
 
 class Document(NamedTuple):
@@ -99,6 +112,7 @@ class Document(NamedTuple):
     value: str | list[dict[str, Any]]  # text, or messages
     domain: str | None
     where: str
+    images: tuple[Any, ...] = ()  # paths, bytes or pillow's images
 
 
 class Rows:
@@ -132,6 +146,7 @@ class Rows:
         self.read = self.usable = 0
         self.skipped: Counter[str] = Counter()
         self.seen: set[str] = set()
+        self._folder = root  # of the file that is being read
 
     def documents(self) -> Iterator[Document]:
         """In file order, or shuffled with `rng`."""
@@ -163,10 +178,19 @@ class Rows:
                 self.skipped["another domain"] += 1
             elif value is None or value == [] or (isinstance(value, str) and not value.strip()):
                 self.skipped["empty"] += 1
+            elif not (images := self._images(row, where)) and source.image_field is not None:
+                self.skipped["no image"] += 1
             else:
                 _check_value(value, source, where)
                 self.usable += 1
-                yield Document(value, domain, where)
+                yield Document(value, domain, where, images)
+
+    def _images(self, row: Any, where: str) -> tuple[Any, ...]:
+        if self.source.image_field is None:
+            return ()
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: plain text has no field {self.source.image_field!r}")
+        return found_images(_lookup(row, self.source.image_field, where), where, self._folder)
 
     def _raw(self) -> Iterator[tuple[str, Any]]:
         if self.source.dataset is not None:
@@ -175,9 +199,10 @@ class Rows:
         files = self._files()
         if self.rng is not None and self.source.limit is None:
             self.rng.shuffle(files)
-        columns = [name for name in (self.source.field, self.source.domain_field) if name is not None]
+        fields = (self.source.field, self.source.domain_field, self.source.image_field)
+        columns = [name for name in fields if name is not None]
         for file in files:
-            kind = _kind(file)
+            kind, self._folder = _kind(file), file.parent
             if kind in JSON:
                 yield from _json_rows(file)
             elif kind in PARQUET:
@@ -354,7 +379,8 @@ def shuffled(documents: Iterable[Document], rng: random.Random) -> Iterator[Docu
     size = 0
     for document in documents:
         value = document.value
-        buffer.append((len(value if isinstance(value, str) else str(value)), document))
+        pixels = sum(len(image) for image in document.images if isinstance(image, bytes))
+        buffer.append((len(value if isinstance(value, str) else str(value)) + pixels, document))
         size += buffer[-1][0]
         while len(buffer) >= BUFFER_DOCUMENTS or size >= BUFFER_CHARACTERS:
             at = rng.randrange(len(buffer))

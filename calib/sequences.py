@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moe_compress.errors import DataError, nearest
+from moe_compress.errors import DataError, InputError, nearest
 
+from .images import ImageReader
 from .reading import Document, Rows, TextSource, one_line
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from .text import Calibration
@@ -25,10 +27,14 @@ WAITING = 16  # times the wanted number: sequences that wait in memory for a rar
 
 
 class Encoder:
-    """The tokenizer, with what it puts before a text (`prefix`) and what separates documents (`eos`)."""
+    """The tokenizer, with what it puts before a text (`prefix`) and what separates documents (`eos`).
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    `images`: makes sequences of documents with images; None without a processor.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, processor: Any = None) -> None:
         self.tokenizer = tokenizer
+        self.images = None if processor is None else ImageReader(processor, length)
         self.eos: int | None = tokenizer.eos_token_id
         plain, full = self._ids(["a"])[0], self._ids(["a"], special=True)[0]
         self.prefix = full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)]
@@ -79,11 +85,13 @@ class Encoder:
 
 
 class Made(NamedTuple):
-    """A sequence: its tokens, its domain's tag, and the documents of which something is in it."""
+    """A sequence: its tokens, its domain's tag, the documents of which something is in it, and, of one with images,
+    the arguments of the forward."""
 
     ids: list[int]
     domain: str | None
     documents: tuple[str, ...]
+    arguments: Mapping[str, Tensor] | None = None
 
 
 class Stream:
@@ -92,14 +100,16 @@ class Stream:
     def __init__(self, source: TextSource, root: Path, encoder: Encoder, calibration: Calibration, index: int) -> None:
         rng = random.Random(f"{calibration.seed}/{index}") if calibration.shuffle else None
         # One long document mustn't fill the set: when documents are shuffled and joined, its parts are too.
-        cut = calibration.shuffle and calibration.packing
+        cut = calibration.shuffle and calibration.packing and source.image_field is None
         piece = CHARACTERS_PER_TOKEN * calibration.length if cut else None
         self.rows = Rows(source, root, calibration.domains, rng, piece=piece)
         self.taken: list[Made] = []
         self.exhausted = False
         self.tokens = self.longest = 0  # tokens, tokens of the longest document
         self._used: set[str] = set()
-        made = (self._packed if calibration.packing else self._cut)(encoder, calibration.length)
+        text = self._packed if calibration.packing else self._cut
+        make = self._seen if source.image_field is not None else text
+        made = make(encoder, calibration.length)
         self._made = balanced(made, calibration.sequences) if calibration.balance else made
 
     @property
@@ -154,6 +164,19 @@ class Stream:
                 self.rows.skipped["shorter than a sequence"] += 1
             else:
                 yield Made(sequence, document.domain, (document.where,))
+
+    def _seen(self, encoder: Encoder, _length: int) -> Iterator[Made]:
+        if encoder.images is None:
+            raise InputError(f"{self.rows.source.name} has images: they need the checkpoint's processor")
+        for document in self.rows.documents():
+            arguments = encoder.images.sample(document)
+            if arguments is None:
+                self.rows.skipped["images longer than a sequence"] += 1
+                continue
+            ids = arguments["input_ids"][0].tolist()
+            self.tokens += len(ids)
+            self.longest = max(self.longest, len(ids))
+            yield Made(ids, document.domain, (document.where,), arguments)
 
 
 def balanced(made: Iterator[Made], count: int) -> Iterator[Made]:

@@ -57,6 +57,7 @@ class WeightSimilarity(Statistic):
     """
 
     name: ClassVar[str] = "weight_similarity"
+    weighs_tokens: ClassVar[bool] = True  # no token is read
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""

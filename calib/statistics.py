@@ -30,6 +30,11 @@ class Statistic(ABC):
     """Settings of a statistic; `start` gives the accumulator for one block.
 
     Two statistics with equal `key` measure the same and are collected once.
+
+    Attributes:
+        name: of the kind.
+        weighs_tokens: whether every token counts as much as `Tap.token_weight_T` says (docs/calibration.md), or
+            whether tokens make no difference. Where false, a run that weighs tokens says so.
     """
 
     name: ClassVar[str]
@@ -37,6 +42,7 @@ class Statistic(ABC):
     reads_text: ClassVar[bool] = True
     # Whether it is measured on the way back of a GradientSweep: its accumulators then get GradientTaps.
     gradients: ClassVar[bool] = False
+    weighs_tokens: ClassVar[bool] = False
 
     @property
     def key(self) -> str:
@@ -65,6 +71,11 @@ class Accumulator(ABC):
         """What was measured, as tensors on the CPU."""
 
 
+def counted_rows(tap: Tap, dispatch: Dispatch) -> Tensor:
+    """What each row counts: its token's weight, float64, 1 where tokens aren't weighed."""
+    return tap.counted_T[dispatch.token_R]
+
+
 def _sum_rows(values_R: Tensor, dispatch: Dispatch, experts: int) -> Tensor:
     """Σ over each expert's rows, in float64."""
     total = torch.zeros(experts, dtype=torch.float64, device=values_R.device)
@@ -76,10 +87,12 @@ class Routing(Statistic):
     """How often and how strongly each expert is chosen.
 
     Result: `tokens` [] tokens seen; `counts` [E] rows per expert n_e; `gate` [E] Σ g; `gate_squared` [E] Σ g²;
-    with g the weight that the model multiplies with the expert's output (not re-computed from logits).
+    with g the weight that the model multiplies with the expert's output (not re-computed from logits). Each token
+    counts as much as it weighs.
     """
 
     name: ClassVar[str] = "routing"
+    weighs_tokens: ClassVar[bool] = True
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
@@ -89,14 +102,14 @@ class Routing(Statistic):
 class _RoutingSums(Accumulator):
     def __init__(self, experts: int):
         self.experts = experts
-        self.tokens = 0
+        self.tokens: float = 0
         self.sums = torch.zeros(3, experts, dtype=torch.float64)
 
     def update(self, tap: Tap) -> None:
         dispatch = Dispatch.of(tap.index_TK, tap.weight_TK, self.experts)
-        gate = dispatch.weight_R.double()
-        self.tokens += tap.hidden_TH.shape[0]
-        rows = [torch.ones_like(gate), gate, gate**2]
+        gate, counted = dispatch.weight_R.double(), counted_rows(tap, dispatch)
+        self.tokens += len(tap.hidden_TH) if tap.token_weight_T is None else float(tap.counted_T.sum())
+        rows = [counted, counted * gate, counted * gate**2]
         self.sums += torch.stack([_sum_rows(r, dispatch, self.experts) for r in rows]).cpu()
 
     def result(self) -> Result:
@@ -113,6 +126,7 @@ class ChosenLogits(Statistic):
     """
 
     name: ClassVar[str] = "chosen_logits"
+    weighs_tokens: ClassVar[bool] = True
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
@@ -128,7 +142,8 @@ class _LogitSums(Accumulator):
         if tap.logits_TE is None:
             raise UnsupportedModelError(f"layer {tap.layer}: its router returns no logits, which chosen_logits sums")
         dispatch = Dispatch.of(tap.index_TK, tap.weight_TK, self.experts)
-        self.sums += _sum_rows(tap.logits_TE[dispatch.token_R, dispatch.expert_R], dispatch, self.experts).cpu()
+        chosen = tap.logits_TE[dispatch.token_R, dispatch.expert_R].double() * counted_rows(tap, dispatch)
+        self.sums += _sum_rows(chosen, dispatch, self.experts).cpu()
 
     def result(self) -> Result:
         return {"sum": self.sums}
@@ -139,10 +154,12 @@ class OutputNorms(Statistic):
     """Size of each expert's outputs f on the tokens routed to it.
 
     Result, each [E]: `norm` Σ‖f‖₂ (EAN); `gated_norm` Σ g‖f‖₂ (REAP, arXiv 2510.13999, once divided by the counts);
-    `gated_norm_squared` Σ g²‖f‖₂²; `maximum` max |f| over tokens and channels (super experts, arXiv 2507.23279).
+    `gated_norm_squared` Σ g²‖f‖₂²; `maximum` max |f| over tokens and channels (super experts, arXiv 2507.23279). Each
+    token counts in the sums as much as it weighs, and in the maximum if it weighs anything.
     """
 
     name: ClassVar[str] = "output_norms"
+    weighs_tokens: ClassVar[bool] = True
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
@@ -158,9 +175,10 @@ class _NormSums(Accumulator):
     def update(self, tap: Tap) -> None:
         dispatch = tap.dispatch
         norm = torch.linalg.vector_norm(tap.output_RH, dim=-1, dtype=torch.float32).double()
-        gated = norm * dispatch.weight_R.double()
-        self.sums += torch.stack([_sum_rows(r, dispatch, self.experts) for r in (norm, gated, gated**2)]).cpu()
-        largest = torch.linalg.vector_norm(tap.output_RH, ord=float("inf"), dim=-1).double()
+        gated, counted = norm * dispatch.weight_R.double(), counted_rows(tap, dispatch)
+        rows = [counted * r for r in (norm, gated, gated**2)]
+        self.sums += torch.stack([_sum_rows(r, dispatch, self.experts) for r in rows]).cpu()
+        largest = torch.linalg.vector_norm(tap.output_RH, ord=float("inf"), dim=-1).double() * (counted > 0)
         self.maximum.scatter_reduce_(0, dispatch.expert_R.cpu(), largest.cpu(), "amax")
 
     def result(self) -> Result:
@@ -173,10 +191,12 @@ class InputMoments(Statistic):
     """Second moments of what each expert's projections read, over the tokens routed to it.
 
     Result: `counts` [E]; `input` [E, H, H] Σ x xᵀ (read by gate and up alike); `activation` [E, I, I] Σ a aᵀ (read by
-    the down projection). Sums, float32, not divided by the counts. Memory: E·(H² + I²)·4 bytes per layer.
+    the down projection). Sums, float32, not divided by the counts; each token counts as much as it weighs. Memory:
+    E·(H² + I²)·4 bytes per layer.
     """
 
     name: ClassVar[str] = "input_moments"
+    weighs_tokens: ClassVar[bool] = True
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""
@@ -191,8 +211,11 @@ class _MomentSums(Accumulator):
 
     def update(self, tap: Tap) -> None:
         dispatch = tap.dispatch
-        self.counts += dispatch.counts_E.cpu()
+        counted = counted_rows(tap, dispatch)
+        self.counts += _sum_rows(counted, dispatch, self.experts).cpu()
         rows = (tap.input_RH.float(), tap.activation_RI.float())
+        if tap.token_weight_T is not None:
+            rows = (rows[0] * counted.sqrt().float().unsqueeze(1), rows[1] * counted.sqrt().float().unsqueeze(1))
         grams = [grouped_gram(r, r, dispatch.offsets_E) for r in rows]
         if self.sums is None:
             self.sums = (grams[0], grams[1])

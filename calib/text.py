@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 POOL = 4  # times `sequences`: candidates of `expert_balance`, unless it says how many
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FEW = 2  # more sequences per document than this is worth a warning
 
 
@@ -94,7 +95,12 @@ class Calibration(BaseModel):
         description="Add sequences until every expert of every layer sees enough tokens: a ratio, or {ratio, most, "
         "pool}. Costs one sweep over the candidates.",
     )
-    batch_size: int = Field(default=8, ge=1, description="Sequences per forward call.")
+    modality_weights: dict[Literal["text", "image", "video", "audio"], NonNegative] | Literal["auto"] | None = Field(
+        default=None,
+        description="What a token of each modality counts in statistics and Hessians, e.g. {text: 1.0, image: 0.3}; "
+        "those not named count 1. auto: the inverse of the modality's share, so that all modalities count alike.",
+    )
+    batch_size: int = Field(default=8, ge=1, description="Sequences of text per forward call.")
     allow_fewer: bool = Field(
         default=False,
         description="Go on with fewer sequences (never with none) if the sources hold too little text, which by "
@@ -116,7 +122,18 @@ class Calibration(BaseModel):
     def _enough(self) -> Self:
         if self.expert_balance is not None and (self.expert_balance.most or self.sequences) < self.sequences:
             raise ValueError(f"expert_balance.most is less than the {self.sequences} `sequences` that are asked for")
+        written = [source for source in self.sources if source.self_sampling is not None]
+        if len(written) == len(self.sources) and self.expert_balance is not None:
+            raise ValueError("expert_balance chooses among text that is read, and all sources are `self_sampling`")
+        for source in written:
+            if self.domains is not None and source.domain not in self.domains:
+                raise ValueError(f"a source with self_sampling has the domain {source.domain}, not one of `domains`")
         return self
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a source has images."""
+        return any(source.image_field is not None for source in self.sources)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,15 +193,16 @@ def load_batches(
     base_dir: str | Path,
     *,
     vocab_size: int | None = None,
+    processor: Any = None,
 ) -> TokenBatches:
     """`read_draft` for settings that don't ask the model (no `expert_balance`, no `self_sampling`).
 
     Raises `DataError` as it does, and for settings that do: `compress` and recipes take those.
     """
-    draft = read_draft(calibration, tokenizer, base_dir, vocab_size=vocab_size)
+    draft = read_draft(calibration, tokenizer, base_dir, vocab_size=vocab_size, processor=processor)
     if draft.needs_model:
         raise DataError("`expert_balance` and `self_sampling` run the model: give them to `compress` or a run")
-    return draft.text
+    return weighed(calibration, draft.text)
 
 
 def read_draft(
@@ -193,19 +211,22 @@ def read_draft(
     base_dir: str | Path,
     *,
     vocab_size: int | None = None,
+    processor: Any = None,
 ) -> Draft:
     """Read, tokenise and pack what `calibration` asks for; relative paths are relative to `base_dir`, which for
-    recipes is the working directory.
+    recipes is the working directory. Sources with images need the model's `processor`.
 
     Raises `DataError`: missing or unreadable files, rows that aren't what their source says, no usable text, fewer
     sequences than asked for (says how many there are), no EOS to separate documents with, or a token id that
     `vocab_size`, the model's, doesn't include.
     """
     sources, root = calibration.sources, Path(base_dir)
-    encoder = Encoder(tokenizer, calibration.length)
-    if calibration.packing and encoder.eos is None:
+    encoder = Encoder(tokenizer, calibration.length, processor)
+    reads = any(source.self_sampling is None for source in sources)
+    if reads and calibration.packing and encoder.eos is None:
         raise DataError("the tokenizer has no EOS token to separate documents with: set `packing: false`")
-    sampled: dict[int, int] = {}
+    all_shares = quotas([source.weight for source in sources], calibration.sequences)
+    sampled = {i: share for i, share in enumerate(all_shares) if sources[i].self_sampling is not None}
     asked = calibration.sequences - sum(sampled.values())
     streams = [Stream(s, root, encoder, calibration, i) for i, s in enumerate(sources) if i not in sampled]
     weighted = any(source.weight for source in sources)
@@ -237,6 +258,8 @@ def read_draft(
         "separator": encoder.eos if calibration.packing else None,
         "warnings": encoder.warnings + warnings,
     }
+    if text.samples and encoder.images is not None:
+        report["images"] = {"sequences": len(text.samples), **encoder.images.names}
     pool = None
     if (wanted := calibration.expert_balance) is not None:
         before = [len(stream.taken) for stream in streams]
@@ -262,11 +285,28 @@ def _take(streams: list[Stream], count: int, weighted: bool) -> list[int]:
 
 def _sequences(taken: list[Made], length: int, encoder: Encoder, vocab_size: int | None) -> TokenBatches:
     """What was made as tensors. Raises DataError for tokens beyond the model's vocabulary."""
-    ids = torch.from_numpy(np.array([made.ids for made in taken], dtype=np.int64).reshape(-1, length))
     if taken:
-        encoder.check(int(ids.max()), vocab_size)
-    tags = [made.domain for made in taken]
-    return TokenBatches(ids, tags, digest([ids], tags), {})
+        encoder.check(max(max(made.ids) for made in taken), vocab_size)
+    texts, seen = [made for made in taken if not made.arguments], [made for made in taken if made.arguments]
+    ids = torch.from_numpy(np.array([made.ids for made in texts], dtype=np.int64).reshape(-1, length))
+    tags = [made.domain for made in texts + seen]
+    samples = tuple(made.arguments for made in seen if made.arguments)
+    return TokenBatches(ids, tags, digest([ids], tags, samples), {}, samples)
+
+
+def weighed(calibration: Calibration, text: TokenBatches) -> TokenBatches:
+    """The sequences with `modality_weights`, resolved, on their tokens; the report says them and the tokens of each."""
+    wanted, tokens = calibration.modality_weights, text.modalities()
+    if text.samples:
+        text = replace(text, report={**text.report, "tokens_per_modality": tokens})
+    if wanted is None:
+        return text
+    auto = {name: text.tokens / (len(tokens) * count) for name, count in tokens.items()}
+    given = {} if wanted == "auto" else {str(name): weight for name, weight in wanted.items()}
+    weights = auto if wanted == "auto" else {name: given.get(name, 1.0) for name in tokens}
+    if not any(weights.values()):
+        raise DataError(f"modality_weights: all {text.tokens} calibration tokens ({', '.join(tokens)}) weigh nothing")
+    return replace(text.weighed(weights), report={**text.report, "modality_weights": weights})
 
 
 def per_domain(tags: list[str | None], wanted: Sequence[str] = ()) -> dict[str, int]:

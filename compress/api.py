@@ -57,7 +57,7 @@ class CompressedModel:
         folder = Path(folder)
         check_output(folder, overwrite)
         text = self._calibrated.text
-        expected = probe.streamed(self._view, probe.probe_tokens(text.ids if text else None, self._tokenizer))
+        expected = probe.streamed(self._view, probe.probe_tokens(text.ids if text else None, _words(self._tokenizer)))
         monitor = Monitor()
         manifest = {"run": None, "versions": versions(), "recipe": self.report["recipe"], "probe": expected}
         with monitor.stage("save", len(self._view.layers)) as progress:
@@ -100,7 +100,7 @@ def compress(
     Args:
         model: any supported family, also dispatched over devices or offloaded by accelerate (`device_map`).
         passes: as in a recipe: "prune.experts", {"prune.experts": {"keep": 0.75}}, or Pass objects.
-        tokenizer: needed where text is read, and saved with the model.
+        tokenizer: needed where text is read, and saved with the model; where images are read, the model's processor.
         calibration: as in a recipe (a mapping, a path or several), or token ids: int64 tensors [sequences, length].
         evaluate: text to score before and after (tasks: save the model and use `moe-compress evaluate`).
         target: runtime that the result is for.
@@ -206,9 +206,15 @@ def _calibrated(
         return Calibrated(None)
     if tokenizer is None:
         raise InputError("calibration text needs the model's tokenizer: pass `tokenizer=`")
-    draft = read_draft(settings, tokenizer, Path.cwd(), vocab_size=vocabulary)
+    processor = tokenizer if hasattr(tokenizer, "image_processor") else None
+    draft = read_draft(settings, _words(tokenizer), Path.cwd(), vocab_size=vocabulary, processor=processor)
     text = finish(draft, view, lambda data: storage.statistics(_STATE, data), lambda tokens: None, monitor)
     return Calibrated(text, settings.batch_size)
+
+
+def _words(tokenizer: Any) -> Any:
+    """The tokenizer itself, where a processor was given in its place."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def _source(
@@ -262,7 +268,7 @@ def _windows(view: MoEModel, tokenizer: Any, wanted: Evaluation) -> list[WindowB
     if tokenizer is None:
         raise InputError("scoring text needs the model's tokenizer: pass `tokenizer=`")
     feasibility.check_length(view, wanted.length, "length")
-    return load_text(tokenizer, wanted, view.module.config.get_text_config().vocab_size)
+    return load_text(_words(tokenizer), wanted, view.module.config.get_text_config().vocab_size)
 
 
 def _report(

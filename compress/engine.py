@@ -259,6 +259,9 @@ def _plan(
             collect(sweep, lacking, store, progress, NextToken(batches))
     with monitor.stage(f"{step.name}: plan"):
         plan = step.plan(Profile(shape, store, len(model.layers)))
+    unweighed = sorted({s.name for s in step.statistics() if not s.weighs_tokens})
+    if unweighed and calibrated.text is not None and calibrated.text.modality_weights is not None:
+        plan = replace(plan, notes=[*plan.notes, f"modality_weights don't reach {', '.join(unweighed)}"])
     commits.save_plan(plan.to_json())
     return plan
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_compress import feasibility, probe
 from moe_compress.calib.draft import finish
+from moe_compress.calib.images import find_processor
 from moe_compress.calib.text import Draft, read_draft
 from moe_compress.calib.tokenizer import find_tokenizer
 from moe_compress.checkpoint.atomic import write_json, write_text
@@ -27,6 +28,7 @@ from moe_compress.engine import (
     device_and_dtype,
     holding,
     holding_all,
+    memory_limit,
     run_passes,
     slots_after,
 )
@@ -34,9 +36,10 @@ from moe_compress.errors import CheckpointError, InputError
 from moe_compress.evaluate.score import check_scoring, score_folders
 from moe_compress.export.gguf_tokenizer import FileTokenizer, read_tokenizer
 from moe_compress.export.gguf_write import RoundedSource, write_gguf
-from moe_compress.export.verify import Verified, verify
+from moe_compress.export.loader import load
+from moe_compress.export.verify import Verified, loaded_bytes, verify
 from moe_compress.export.write import write_folder
-from moe_compress.model import MoEModel
+from moe_compress.model import MoEModel, hf
 from moe_compress.model.shape import ModelShape, model_shape
 from moe_compress.passes import Pass
 from moe_compress.progress import Monitor
@@ -141,13 +144,20 @@ def run(
         # What is there may be what `overwrite` was said of, unless this run has put it there.
         published = own and (not overwrite or workspace.read(_PUBLISHED) is not None)
 
-        def hold(tokens: int) -> Path | None:
+        def room(tokens: int) -> Path | None:
             return holding(model, tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
 
         calibrated = Calibrated(None)
         if draft is not None:
-            text = finish(draft, model, lambda data: workspace.statistics(fingerprint, data), hold, monitor)
-            calibrated = Calibrated(text, draft.settings.batch_size, hold(text.tokens))
+            text = finish(
+                draft,
+                model,
+                lambda data: workspace.statistics(fingerprint, data),
+                room,
+                monitor,
+                lambda: _whole(model, recipe),
+            )
+            calibrated = Calibrated(text, draft.settings.batch_size, room(text.tokens))
         if any(step.goes_back() for step in expected.passes):
             whole = workspace.scratch("all-hidden")
             calibrated.hold_all = holding_all(model, calibrated.tokens, whole, recipe.compute.hidden_states)
@@ -155,7 +165,7 @@ def run(
         model.overlay = CommittedBlocks(stores)
 
         def source() -> MoEModel:
-            return MoEModel.open(recipe.model, dtype=model.module.dtype, device=model.device)
+            return MoEModel.open(recipe.model, dtype=model.module.dtype, device=model.device, dequantize=True)
 
         before, passes = expected.before, expected.passes
         outcomes = run_passes(model, passes, before, calibrated, workspace, fingerprint, monitor, source)
@@ -231,7 +241,19 @@ def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[D
     if tokenizer is None:
         raise InputError(f"{recipe.model} has no tokenizer that transformers can load, and calibration needs one")
     vocabulary = model.module.config.get_text_config().vocab_size
-    return read_draft(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary), tokenizer
+    processor = find_processor(recipe.model) if recipe.calibration.has_images else None
+    draft = read_draft(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary, processor=processor)
+    return draft, tokenizer
+
+
+def _whole(model: MoEModel, recipe: Recipe) -> MoEModel | None:
+    """The source in memory, if it may be there as a whole."""
+    folder, dtype = Path(recipe.model), model.module.dtype
+    quantized = read_json(folder / "config.json").get("quantization_config")
+    if quantized or loaded_bytes(folder, dtype) > memory_limit(recipe.compute.memory):
+        return None
+    with hf.quiet():
+        return MoEModel.wrap(load(folder, dtype=dtype).to(model.device))
 
 
 def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, draft: Draft | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class WeightGrams(Statistic):
     """
 
     name: ClassVar[str] = "weight_grams"
+    weighs_tokens: ClassVar[bool] = True  # no token is read
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic."""

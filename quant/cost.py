@@ -33,10 +33,12 @@ class QuantizationError(Statistic):
     `squared` [E, B] Σ over tokens of ‖z_t − z'_t‖². `relative` [E, B] Σ over tokens of ‖z_t − z'_t‖² / ‖h_t‖², h the
     hidden state behind the decoder layer; absent where the layer returns none. Quantizer: round-to-nearest on the grid
     that will be used. `per_matrix`: one matrix of an expert alone is quantized instead of all its matrices, and results
-    are [E, M, B], M in the order gate (where there is one), up, down.
+    are [E, M, B], M in the order gate (where there is one), up, down. Each token's squared error counts as much as it
+    weighs.
     """
 
     name: ClassVar[str] = "quantization_error"
+    weighs_tokens: ClassVar[bool] = True
     bits: tuple[float, ...] = (1, 2, 3, 4, 8)
     group_size: int = 64
     symmetric: bool = True
@@ -103,6 +105,8 @@ class _Errors(Accumulator):
                     candidate = ExpertWeights(**(dict(own.items()) | {name: rounded[name] for name in together}))
                     output = self.experts.with_weights(candidate, input_RH, part)[1]
                     change = (exact - output).float().square().sum(-1).double() * part.weight_R.double().square()
+                    if self.inputs.token_weight_T is not None:
+                        change = change * self.inputs.token_weight_T[part.token_R].double()
                     change_R = change.cpu()
                     target_C = squared_MBEQ[m, column, chunk.start : chunk.stop].view(-1)
                     target_C.index_add_(0, (part.expert_R * number + sequence_R).cpu(), change_R)

@@ -31,6 +31,7 @@ class GramError(Statistic):
 
     Every row (token t, expert e) counts with s_te = g_te² / ‖h_t‖², g the routing weight, h the hidden state behind the
     decoder layer: then an error at the down projection counts as `QuantizationError.relative` does. H = Σ_t s_te x xᵀ.
+    A token that weighs something has s_te as much larger.
 
     Result: `error` [E, M, B] tr(ΔW·H·ΔWᵀ); `energy` [E, M] tr(W·H·Wᵀ); `output` [E] Σ_t s_te ‖f_e(x_t)‖². M in the
     order gate (where there is one), up, down. Raises UnsupportedModelError, while measuring, where the layer returns no
@@ -38,6 +39,7 @@ class GramError(Statistic):
     """
 
     name: ClassVar[str] = "gram_error"
+    weighs_tokens: ClassVar[bool] = True
     bits: tuple[float, ...] = (1, 2, 3, 4, 8)
     group_size: int = 64
     symmetric: bool = True
@@ -68,7 +70,7 @@ class _Traces(Accumulator):
                 "`cost: pmq` in quantize.mixed"
             )
         self.inputs.observe(tap)
-        self.scales.append(tap.inverse_residual_T)
+        self.scales.append(tap.inverse_residual_T * tap.counted_T.cpu())
 
     def result(self) -> Result:
         weights, count = self.experts.weights(), self.experts.num_experts

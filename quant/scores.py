@@ -31,6 +31,7 @@ class WeightSpectrum(Statistic):
     """
 
     name: ClassVar[str] = "weight_spectrum"
+    weighs_tokens: ClassVar[bool] = True  # no token is read
     reads_text: ClassVar[bool] = False
     block: int = 128
     sample: int = 256
@@ -89,6 +90,7 @@ class WeightOutliers(Statistic):
     """
 
     name: ClassVar[str] = "weight_outliers"
+    weighs_tokens: ClassVar[bool] = True  # no token is read
     reads_text: ClassVar[bool] = False
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:

@@ -8,16 +8,27 @@ all of it on the oldest and the newest transformers that setup.cfg admits.
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import logging as transformers_logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -30,6 +41,7 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 
@@ -80,6 +92,30 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def load_processor(folder: str | Path) -> Any:
+    """A checkpoint folder's processor. Where torchvision isn't installed, without the part that prepares videos, which
+    alone needs it (images are then resized by pillow). Raises whatever transformers does where that can't be loaded."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return AutoProcessor.from_pretrained(folder)
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind not in PROCESSOR_MAPPING_NAMES:
+        raise ValueError(f"transformers has no processor for {kind}")
+    cls = getattr(transformers, PROCESSOR_MAPPING_NAMES[kind])
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return type(None) if argument is None else cls.check_argument_for_proper_class(self, name, argument)
+
+    lenient = type(cls.__name__, (cls,), {"check_argument_for_proper_class": check})
+    makers = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+    if unknown := set(cls.get_attributes()) - {*makers, "video_processor"}:
+        raise ValueError(f"{cls.__name__} without torchvision: {', '.join(sorted(unknown))} can't be loaded")
+    parts = {n: makers[n].from_pretrained(folder) if n in makers else None for n in cls.get_attributes()}
+    values, _ = cls.get_processor_dict(folder)
+    parts["chat_template"] = values.get("chat_template") or getattr(parts.get("tokenizer"), "chat_template", None)
+    accepted = inspect.signature(cls.__init__).parameters
+    return lenient(**parts, **{k: v for k, v in values.items() if k in accepted and k not in parts})
 
 
 class NameMap:

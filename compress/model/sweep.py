@@ -302,7 +302,10 @@ class _Call:
         module, batch, device = self._work
         try:
             with torch.set_grad_enabled(self._recording):
-                keywords = to_device(dict(batch), device)
+                # Pixels and the like come in the dtype of the modules that read them.
+                keywords = map_tensors(
+                    dict(batch), lambda t: t.to(device, module.dtype if t.is_floating_point() else None)
+                )
                 # Nothing is generated, and a layer that runs twice would read its own keys and values. Many classes
                 # hand the switch on without naming it.
                 accepted = inspect.signature(module.forward).parameters
