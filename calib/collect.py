@@ -12,12 +12,13 @@ from moe_compress.checkpoint.writer import all_finite
 from moe_compress.errors import RunError
 from moe_compress.model import MoEBlock, MoEModel, Tap
 from moe_compress.model.backward import BackwardStep, GradientSweep
+from moe_compress.model.beside import OUTER
 from moe_compress.model.losses import Loss
 from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Step, Sweep
 from moe_compress.progress import Progress
 
-from .statistics import Result, Statistic
+from .statistics import LayerStatistic, Result, Statistic
 
 
 class StatisticStore(Protocol):
@@ -83,11 +84,14 @@ def collect(
     backward = {s.key: s for s in statistics if s.gradients}
     if not backward:
         _collect(sweep.model, sweep, forward, store, progress)
-        return
-    assert isinstance(sweep, GradientSweep)
-    assert loss is not None
-    _collect(sweep.model, sweep, forward, store, progress, to_the_end=True)
-    _collect(sweep.model, sweep.backward(loss), backward, store, progress)
+    else:
+        assert isinstance(sweep, GradientSweep)
+        assert loss is not None
+        _collect(sweep.model, sweep, forward, store, progress, to_the_end=True)
+        _collect(sweep.model, sweep.backward(loss), backward, store, progress)
+    for key, statistic in _lacking(sweep.model, OUTER, [*forward.values()], store).items():
+        if isinstance(statistic, LayerStatistic):
+            _put(sweep.model, store, OUTER, key, statistic.measure_outer(sweep.model, sweep))
 
 
 def _collect(
@@ -98,18 +102,33 @@ def _collect(
     progress: Progress,
     to_the_end: bool = False,
 ) -> None:
-    open_layers = {i for i in model.moe_layers if any(store.get(i, k) is None for k in wanted)}
+    lacking = {
+        i: own for i in (*range(len(model.layers)), OUTER) if (own := _lacking(model, i, [*wanted.values()], store))
+    }
     for step in steps:
-        block = step.layer.block
-        lacking = {k: s for k, s in wanted.items() if store.get(step.index, k) is None} if block is not None else {}
-        if block is None or not lacking:
-            step.advance()
+        own = lacking.pop(step.index, {})
+        for key, statistic in own.items():
+            if isinstance(statistic, LayerStatistic):
+                _put(model, store, step.index, key, statistic.measure(model, step))
+        blocks = {k: s for k, s in own.items() if not isinstance(s, LayerStatistic)}
+        if blocks and step.layer.block is not None:
+            _measure(model, step, step.layer.block, blocks, store)
         else:
-            _measure(model, step, block, lacking, store)
-        open_layers.discard(step.index)
+            step.advance()
         progress.layer(step.index)
-        if not open_layers and not to_the_end:
+        if not lacking and not to_the_end:
             break  # what lies behind is measured already
+
+
+def _lacking(
+    model: MoEModel, layer: int, statistics: Sequence[Statistic], store: StatisticStore
+) -> dict[str, Statistic]:
+    """What the store lacks of a layer."""
+
+    def measures(statistic: Statistic) -> bool:
+        return layer in (statistic.layers(model) if isinstance(statistic, LayerStatistic) else model.moe_layers)
+
+    return {s.key: s for s in statistics if measures(s) and store.get(layer, s.key) is None}
 
 
 def _measure(
@@ -127,7 +146,7 @@ def _measure(
         step.advance(observe)
     with step.readable():
         for key, accumulator in accumulators.items():
-            _keep(model, step.index, key, accumulator.result(), store)
+            _put(model, store, step.index, key, accumulator.result())
 
 
 def collect_from_weights(
@@ -136,17 +155,20 @@ def collect_from_weights(
     """Measure what `store` lacks of statistics that don't read text, one layer after another; nothing runs."""
     for index in model.moe_layers:
         if lacking := [s for s in statistics if store.get(index, s.key) is None]:
-            with model.layer(index) as layer, model.editing(layer) as block:
+            with model.layer(index) as layer, model.editing(layer):
+                assert layer.block is not None
                 for statistic in lacking:
-                    _keep(model, index, statistic.key, statistic.start(block, 0).result(), store)
+                    _put(model, store, index, statistic.key, statistic.start(layer.block, 0).result())
         progress.layer(index)
 
 
-def _keep(model: MoEModel, index: int, key: str, result: Result, store: StatisticStore) -> None:
+def _put(model: MoEModel, store: StatisticStore, layer: int, key: str, result: Result) -> None:
     for name, value in result.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise RunError(f"layer {index}: {key}.{name} is not finite: {_culprit(model, index)}")
-    store.put(index, key, result)
+            where = f"layer {layer}" if layer != OUTER else "embeddings and head"
+            last = layer if layer != OUTER else len(model.layers) - 1
+            raise RunError(f"{where}: {key}.{name} is not finite: {_culprit(model, last)}")
+    store.put(layer, key, result)
 
 
 def _culprit(model: MoEModel, index: int) -> str:
@@ -163,4 +185,5 @@ def _culprit(model: MoEModel, index: int) -> str:
 
 def missing(model: MoEModel, statistics: Sequence[Statistic], store: StatisticStore) -> list[Statistic]:
     """Those statistics that the store lacks for some layer."""
-    return [s for s in statistics if any(store.get(i, s.key) is None for i in model.moe_layers)]
+    everywhere = (*range(len(model.layers)), OUTER)
+    return [s for s in statistics if any(_lacking(model, i, [s], store) for i in everywhere)]

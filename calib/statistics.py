@@ -13,13 +13,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import MoEBlock, Tap
+from moe_compress.model import MoEBlock, MoEModel, Tap
 from moe_compress.model.dispatch import Dispatch, grouped_gram
 
 Result = dict[str, Tensor]
@@ -57,6 +57,29 @@ class Statistic(ABC):
     def parameters(self, block: MoEBlock) -> Sequence[str]:
         """With `gradients`: parameters, named relative to the layer, whose gradients taps are to hold."""
         return ()
+
+
+class LayerStatistic(Statistic):
+    """What is measured of a decoder layer as a whole, or of what lies outside the layers, not of a block's taps.
+
+    A `step` or `sweep` is what compress/model/sweep.py calls so.
+    """
+
+    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
+        """It has no accumulator."""
+        raise TypeError(f"{self.name} measures decoder layers, not blocks")
+
+    @abstractmethod
+    def layers(self, model: MoEModel) -> list[int]:
+        """The layers that it measures, `beside.OUTER` among them if it measures what lies outside."""
+
+    @abstractmethod
+    def measure(self, model: MoEModel, step: Any) -> Result:
+        """Measure a live layer with all batches waiting in front of it; none of them moves."""
+
+    @abstractmethod
+    def measure_outer(self, model: MoEModel, sweep: Any) -> Result:
+        """Measure what lies outside the layers, all batches waiting behind the last."""
 
 
 class Accumulator(ABC):

@@ -24,7 +24,7 @@ from moe_compress.evaluate.text import TextScores, WindowBatch, load_text, score
 from moe_compress.export.registration import attach
 from moe_compress.export.targets import find_target
 from moe_compress.export.write import result_config, write_memory
-from moe_compress.model import MoEModel
+from moe_compress.model import MoEModel, beside
 from moe_compress.model.shape import ModelShape, model_shape
 from moe_compress.model.sweep import Sweep
 from moe_compress.passes import Pass
@@ -137,7 +137,8 @@ def compress(
         scored = None
         logs = [RoutingLog(sum(w.ids.numel() for w in windows)) for _ in range(2)]
         if windows:
-            # The original's calls wait behind its last layer while the layers change: norm and head stay as they are.
+            # The original's calls wait behind its last layer while the layers change, and end with the original's head.
+            head = view.module.get_output_embeddings()
             scored = stack.enter_context(Sweep(view, [{"input_ids": w.ids} for w in windows]))
             with monitor.stage("score: original", len(view.layers)) as progress:
                 _to_the_end(scored, progress, logs[0])
@@ -149,7 +150,7 @@ def compress(
             with monitor.stage("score: result", len(view.layers)) as progress:
                 result = stack.enter_context(Sweep(view, [{"input_ids": w.ids} for w in windows]))
                 _to_the_end(result, progress, logs[1])
-                scores = score_batches(windows, result.outputs(), scored.outputs())
+                scores = score_batches(windows, result.outputs(), _through(view, head, scored.outputs()))
             scores.routing = routing_drift(logs[0], logs[1], slots_after(outcomes, before))
     report = _report(view, steps, target, before, outcomes, calibrated, scores, monitor)
     return CompressedModel(view, tokenizer, report, calibrated)
@@ -160,6 +161,23 @@ def _to_the_end(sweep: Sweep, progress: Any = None, log: RoutingLog | None = Non
         step.advance(None if log is None else log.observe)
         if progress is not None:
             progress.layer(step.index)
+
+
+def _through(view: MoEModel, head: Any, outputs: Iterator[Any]) -> Iterator[Any]:
+    """Outputs of calls that wait behind the last layer, each finished with `head` in its place."""
+    now = view.module.get_output_embeddings()
+    path = next((p for p, m in view.module.named_modules() if m is now), "")
+    while True:
+        if head is not now:
+            beside.replace(view.module, path, head)
+        try:
+            output = next(outputs, None)
+        finally:
+            if head is not now:
+                beside.replace(view.module, path, now)
+        if output is None:
+            return
+        yield output
 
 
 @contextmanager
@@ -180,7 +198,7 @@ def _saying_what_is_left(storage: MemoryStorage) -> Iterator[None]:
 
 def _settle(view: MoEModel) -> None:
     """Make the model's own config say what it is now."""
-    values, form = result_config(view, {i: view.block(i).state()[1] for i in view.moe_layers})
+    values, form = result_config(view, view.descriptions())
     for path in view.count_paths:
         config: Any = view.module.config
         for key in path[:-1]:

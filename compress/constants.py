@@ -1,7 +1,8 @@
 """Names that are written into files, and read back by parts that mustn't import each other."""
 
 QUANT_METHOD = "moe_compress"
-FORMAT_VERSION = 1
+# The newest that this package reads; written where matrices beside the experts are packed, 1 where none are.
+FORMAT_VERSION = 2
 
 # What servers read, and what its own field `quant_method` calls it.
 COMPRESSED_TENSORS = "compressed-tensors"

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from moe_compress.calib.collect import MemoryStore, Profile, StatisticStore, collect, collect_from_weights, missing
 from moe_compress.calib.inputs import BlockInputs
+from moe_compress.calib.linear_inputs import LinearMoments
 from moe_compress.calib.routing import RoutingChange
 from moe_compress.calib.statistics import Result
 from moe_compress.calib.text import TokenBatches
+from moe_compress.changing import after, change_linears, change_outer
 from moe_compress.checkpoint.workspace import short_digest
 from moe_compress.errors import InputError, RecipeError, RunError
 from moe_compress.model import Layer, MoEBlock, MoEModel
 from moe_compress.model.backward import GradientSweep
+from moe_compress.model.beside import OUTER, packed_state
 from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Batch, Sweep
@@ -54,7 +57,7 @@ class Commits(Protocol):
     def commit(
         self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]
     ) -> None:
-        """Keep a changed block: all of it or nothing."""
+        """Keep a changed layer (OUTER: what lies outside): all of it or nothing. See Overlay."""
 
     def report(self, layer: int) -> dict[str, Any]:
         """What was reported of a finished layer."""
@@ -113,7 +116,7 @@ class Outcome:
     Attributes:
         name, options: of the pass.
         plan: what it decided.
-        reports: decoder layer → what was done.
+        reports: decoder layer, or OUTER → what was done.
         shape: of the model afterwards.
     """
 
@@ -154,12 +157,16 @@ def run_passes(
             slots = slots_after(outcomes, before)
             step.learned = _learned(model, step, source, slots, calibrated, storage, state, monitor)
         plan = _plan(model, step, shape, calibrated, storage, commits, state, monitor)
-        unfinished = [i for i in model.moe_layers if not commits.has(i)]
+        concerned = sorted({*model.moe_layers, *plan.beside})
+        unfinished = [i for i in concerned if not commits.has(i)]
         if unfinished:
             with monitor.stage(f"{step.name}: apply", len(model.layers)) as progress:
                 earlier = [storage.pass_store(n, p.name) for n, p in enumerate(passes[:number])]
                 applying = _Applying(model, step, plan, commits, earlier)
-                if step.needs_inputs():
+                if OUTER in unfinished:
+                    applying.outside()
+                    unfinished.remove(OUTER)
+                if step.needs_inputs() and unfinished:
                     with Sweep(model, calibrated.batches(), calibrated.hold) as sweep:
                         for at in sweep:
                             applying.with_inputs(at)
@@ -168,10 +175,11 @@ def run_passes(
                     for index in unfinished:
                         applying.alone(index)
                         progress.layer(index)
-        reports = {i: commits.report(i) for i in model.moe_layers}
+        reports = {i: commits.report(i) for i in concerned}
+        shape = after(shape, reports)
         shape = replace(
             shape.with_layers({i: _measured(shape, i, reports[i]) for i in model.moe_layers}),
-            other_bytes=shape.other_bytes + sum(report["other_bytes_change"] for report in reports.values()),
+            other_bytes=shape.other_bytes + sum(report.get("other_bytes_change", 0) for report in reports.values()),
         )
         shape = step.settle(shape)
         options = step.options.model_dump(mode="json")
@@ -276,32 +284,66 @@ class _Applying:
     commits: Commits
     earlier: list[Commits]
 
+    def outside(self) -> None:
+        """Change what lies outside the decoder layers. First of all: what the layers read comes from there."""
+        tensors, description, report = change_outer(self.model, self.step, self.plan.beside[OUTER]["first"])
+        self.commits.commit(OUTER, {n: t.cpu() for n, t in tensors.items()}, description, {"beside": report})
+        self.model.refresh_outer()
+        for before in self.earlier:
+            before.drop(OUTER)
+
     def alone(self, index: int) -> None:
         """Change a layer that needn't run."""
+        linears = self.plan.beside.get(index, {})
         with self.model.layer(index, stored=True) as layer, self.model.editing(layer) as block:
-            beside = self._beside(layer, block)
-            report = self.step.apply(block, self.plan.layers[index], None)
-            report["other_bytes_change"] = self._beside(layer, block) - beside
-            self._commit(layer, block, report)
+            report: dict[str, Any] = {}
+            if block is not None:
+                report = self._block(layer, block, None)
+            for part in linears.values():
+                report.setdefault("beside", {}).update(change_linears(self.model, self.step, layer, part, None))
+            self._commit(layer, report)
 
     def with_inputs(self, at: Any) -> None:
         """Change a layer with all calibration batches waiting before it, and let them go on through the change."""
         layer: Layer = at.layer
-        if layer.block is None or self.commits.has(at.index):
+        linears = self.plan.beside.get(at.index, {})
+        if (layer.block is None and not linears) or self.commits.has(at.index):
             at.advance()
             return
+        report: dict[str, Any] = {}
+        # What comes before the block is changed first: the block's inputs are then those that it will really read.
+        first, then = linears.get("first", {}), linears.get("then", {})
+        if first:
+            with LinearMoments(layer.module, first) as moments:
+                at.run()
+            with self.model.editing(layer):
+                report["beside"] = change_linears(self.model, self.step, layer, first, moments)
         inputs = BlockInputs()
-        at.run(inputs.observe)
-        with self.model.editing(layer) as block:
-            beside = self._beside(layer, block)
-            report = self.step.apply(block, self.plan.layers[at.index], inputs)
-            report["other_bytes_change"] = self._beside(layer, block) - beside
+        if then or layer.block is not None:
+            with LinearMoments(layer.module, then) as moments:
+                at.run(inputs.observe)
+            with self.model.editing(layer):
+                if layer.block is not None:
+                    report |= self._block(layer, layer.block, inputs)
+                if then:
+                    done = change_linears(self.model, self.step, layer, then, moments)
+                    report["beside"] = report.get("beside", {}) | done
+        if layer.block is None:
+            at.advance()
+        else:
+            change = RoutingChange(inputs, report.get("slots"))
+            at.advance(change.observe)
+            report["routing"] = change.result()
+        with self.model.editing(layer):
+            self._commit(layer, report)
+
+    def _block(self, layer: Layer, block: MoEBlock, inputs: BlockInputs | None) -> dict[str, Any]:
+        beside = self._beside(layer, block)
+        report = self.step.apply(block, self.plan.layers[layer.index], inputs)
+        report["other_bytes_change"] = self._beside(layer, block) - beside
+        if inputs is not None:
             self._round(layer, block)
-        change = RoutingChange(inputs, report.get("slots"))
-        at.advance(change.observe)
-        report["routing"] = change.result()
-        with self.model.editing(layer) as block:
-            self._commit(layer, block, report)
+        return report
 
     def _beside(self, layer: Layer, block: MoEBlock) -> int:
         """Bytes that the block's router takes where it is stored."""
@@ -316,8 +358,22 @@ class _Applying:
             stored = self.model.stored_dtypes(layer.index)
             block.assign({n: t.to(stored.get(n, t.dtype)).to(t.dtype) for n, t in tensors.items()})
 
-    def _commit(self, layer: Layer, block: MoEBlock, report: dict[str, Any]) -> None:
+    def _commit(self, layer: Layer, report: dict[str, Any]) -> None:
         stored = self.model.stored_dtypes(layer.index)
+        tensors: dict[str, Tensor] = {}
+        description: dict[str, Any] = {}
+        if layer.block is not None:
+            tensors, description = self._block_state(layer.block, stored, report)
+        linears, matrices = packed_state(layer.module)
+        if matrices:
+            tensors, description = tensors | linears, {**description, "matrices": matrices}
+        self.commits.commit(layer.index, {n: t.cpu() for n, t in tensors.items()}, description, report)
+        for before in self.earlier:
+            before.drop(layer.index)
+
+    def _block_state(
+        self, block: MoEBlock, stored: dict[str, torch.dtype], report: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if block.kind != "fused":
             # Packed weights are what they are. Biases have names of their own there, and the dtype that they came with.
             biases = [n for n in block.weight_names() if n.endswith("_bias")]
@@ -331,9 +387,7 @@ class _Applying:
         stored_bytes = sum(tensors[n].numel() * tensors[n].element_size() for n in block.weight_names())
         beside = self.step.target.beside_layer(description["layout"]) if "layout" in description else 0
         report["expert_bytes"] = stored_bytes + beside
-        self.commits.commit(layer.index, {n: t.cpu() for n, t in tensors.items()}, description, report)
-        for before in self.earlier:
-            before.drop(layer.index)
+        return tensors, description
 
 
 def _measured(shape: ModelShape, index: int, report: dict[str, Any]) -> Any:

@@ -121,10 +121,11 @@ def _existing(folder: Path) -> Path:
 def check_disk(output: Path, workspace: Path, before: ModelShape, shapes: Sequence[ModelShape]) -> None:
     """Raise InputError when the result and the work on the way to it won't fit on the disk.
 
-    The workspace holds one changed copy of the experts at any time (a pass's layers replace the former pass's).
+    The workspace holds one changed copy of the experts, and of what is packed beside them, at any time (a pass's layers
+    replace the former pass's).
     """
     result = shapes[-1].total_bytes
-    work = max(shape.expert_bytes for shape in shapes)
+    work = max(shape.work_bytes for shape in shapes)
     folder = _existing(settled(output))
     free = shutil.disk_usage(folder).free
     if result + work > free:

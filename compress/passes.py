@@ -15,13 +15,14 @@ import importlib.util
 import pkgutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
@@ -49,6 +50,8 @@ class Plan:
     Attributes:
         name: of the pass.
         layers: decoder layer → its decision (JSON values only).
+        beside: decoder layer, or OUTER → what happens to matrices beside the experts: module path → decision, those
+            under "first" before the block's inputs are read, those under "then" with the block.
         summary: what is worth reading at a glance.
         notes: what the user should know (protected experts, fall-backs, limits that were hit).
     """
@@ -57,15 +60,18 @@ class Plan:
     layers: dict[int, dict[str, Any]]
     summary: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    beside: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {**asdict(self), "layers": {str(i): d for i, d in self.layers.items()}}
+        keyed = {name: {str(i): d for i, d in getattr(self, name).items()} for name in ("layers", "beside")}
+        return {**asdict(self), **keyed}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Plan:
         """Back from `to_json`."""
-        return cls(**{**values, "layers": {int(i): d for i, d in values["layers"].items()}})
+        keyed = {name: {int(i): d for i, d in values[name].items()} for name in ("layers", "beside")}
+        return cls(**{**values, **keyed})
 
 
 @dataclass
@@ -161,6 +167,36 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Change one block. Returns what was done and why, per layer and expert, as JSON values."""
+
+    def apply_beside(
+        self, weights: Mapping[str, Tensor], decision: dict[str, Any], moments: Mapping[str, Tensor] | None
+    ) -> dict[str, Changed]:
+        """Pack matrices beside the experts, where `plan` says something of them (`Plan.beside`).
+
+        Args:
+            weights: module path → dense matrix [O, K].
+            decision: module path → what was decided of it.
+            moments: module path → Σ x xᵀ [K, K] over what the module reads, float32, the same tensor for those that
+                read the same; None where inputs aren't read, and outside the decoder layers.
+
+        Returns module path → what takes the matrix's place.
+        """
+        raise RuntimeError(f"{self.name} plans for matrices beside the experts and doesn't say how they change")
+
+
+@dataclass
+class Changed:
+    """A matrix beside the experts, packed.
+
+    Attributes:
+        bits: of its codes.
+        module: what takes the dense module's place, given that module and the dtype that its weights compute in.
+        report: what was done and why, as JSON values.
+    """
+
+    bits: float
+    module: Callable[[nn.Module, torch.dtype], nn.Module]
+    report: dict[str, Any]
 
 
 _REGISTRY: dict[str, type[Pass]] = {}

@@ -97,6 +97,8 @@ def program(choices: dict[int, Choices], budget: int, cover: int = 0) -> Allocat
     program without the condition, which no plan with it can beat.
     """
     layers = list(choices)
+    widths = max(c.cost_UB.shape[1] for c in choices.values())
+    choices = {i: _padded(c, widths) for i, c in choices.items()}
     held = {i: c.mask_UB.copy() for i, c in choices.items()}
     cost, size = (np.concatenate([getattr(c, name) for c in choices.values()]) for name in ("cost_UB", "size_UB"))
     ends = np.cumsum([len(c.cost_UB) for c in choices.values()])[:-1]
@@ -114,6 +116,15 @@ def program(choices: dict[int, Choices], budget: int, cover: int = 0) -> Allocat
     gap = 0.0 if solution.cost == free.bound else (solution.cost - free.bound) / max(abs(solution.cost), 1e-300)
     summary = {"solver": solution.solver, "gap": max(0.0, float(gap)), "cost": float(solution.cost)}
     return Allocation(column_U, summary, (solution.note,) if solution.note else ())
+
+
+def _padded(choices: Choices, widths: int) -> Choices:
+    """With more columns, which nobody may take."""
+    more = ((0, 0), (0, widths - choices.cost_UB.shape[1]))
+    cost_UB: Floats = np.pad(choices.cost_UB, more)
+    size_UB: Ints = np.pad(choices.size_UB, more)
+    mask_UB: Bools = np.pad(choices.mask_UB, more)
+    return Choices(choices.unit_EM, cost_UB, size_UB, mask_UB)
 
 
 def _covered(column_U: Ints, choices: Choices, cover: int) -> bool:

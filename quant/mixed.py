@@ -7,11 +7,12 @@ method that needs no data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from moe_compress.budget.integer import Floats, Ints
 from moe_compress.calib.collect import Profile
@@ -20,11 +21,12 @@ from moe_compress.calib.statistics import OutputNorms, Statistic
 from moe_compress.errors import BudgetError, RecipeError
 from moe_compress.model import MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
-from moe_compress.passes import Pass, Plan, register
+from moe_compress.passes import Changed, Pass, Plan, register
 from moe_compress.prune.super_experts import super_experts
 from moe_compress.units import parse_bytes, show_bytes
 
 from .allocate import LOADED, Allocation, Choices, Unit, by_layer, greedy, program, uniform, unit_of
+from .beside import Beside, quantize_matrices
 from .costs import COSTS, Asked, find_cost
 from .experts import quantize_experts
 from .options import MixedOptions
@@ -53,6 +55,8 @@ class QuantizeMixed(Pass):
             found += find_cost(self.options.cost).statistics(self.options, self._per_matrix)
         if self.options.protect_super_experts:
             found.append(OutputNorms())
+        if (matrix_error := self._beside.statistic) is not None:
+            found.append(matrix_error)
         return list({s.key: s for s in found}.values())
 
     def needs_inputs(self) -> bool:
@@ -85,15 +89,19 @@ class QuantizeMixed(Pass):
                         f"quantize.mixed: group_size {self.options.group_size} doesn't divide the {what} {length} of "
                         f"layer {index}; {self._group_that_fits(layer)}"
                     )
+        self._beside.check(self.name, shape)
         budget = self._budget(shape)
         least, most = ({i: self._layer_bytes(la, b) for i, la in shape.layers.items()} for b in self._extremes)
-        if sum(least.values()) > budget:
+        fewest, largest = (self._beside.total(shape, pick(options.dense_widths)) for pick in (self._least_dense, max))
+        if sum(least.values()) + fewest > budget:
+            beside = f", what is included beside them {show_bytes(fewest)}" if fewest else ""
             raise BudgetError(
-                f"quantize.mixed: the budget is {show_bytes(budget)} for all experts, and at "
-                f"{min(self.options.widths)} bits with groups of {self.options.group_size} they take "
-                f"{show_bytes(sum(least.values()))}: allow more, smaller widths or larger groups"
+                f"quantize.mixed: the budget is {show_bytes(budget)} for all {' and '.join(options.include)}, and at "
+                f"{min(self.options.widths)} bits with groups of {self.options.group_size} experts take "
+                f"{show_bytes(sum(least.values()))}{beside}: allow more, smaller widths or larger groups"
             )
-        share = min(1.0, budget / sum(most.values()))
+        share = min(1.0, budget / (sum(most.values()) + largest))
+        shape = self._beside.forecast(shape, share)
         return shape.with_layers(
             {i: replace(layer, bytes=int(most[i] * share), kind="packed") for i, layer in shape.layers.items()}
         )
@@ -107,7 +115,7 @@ class QuantizeMixed(Pass):
             protected = super_experts(maxima, profile.decoder_layers)
         choices = {i: self._choices(profile, i, protected.get(i, [])) for i in shape.layers}
         try:
-            found = self._allocated(choices, shape)
+            found, beside = self._allocated(choices, profile)
         except BudgetError as error:
             raise BudgetError(f"quantize.mixed: {error}") from error
         layers: dict[int, dict[str, Any]] = {}
@@ -125,9 +133,12 @@ class QuantizeMixed(Pass):
             "budget_bytes": self._budget(shape),
             "matrices_per_width": {str(w): sum(row[f"at {w}"] for row in table) for w in widths},
             "layers": table,
+            **self._beside.summary(shape, beside),
         }
         notes = [f"layer {i}: super experts {e} get {max(widths)} bits" for i, e in protected.items()]
-        return Plan(self.name, layers, summary, [self._said(found), *notes, *found.notes])
+        return Plan(
+            self.name, layers, summary, [self._said(found), *notes, *found.notes, *self._beside.notes(shape)], beside
+        )
 
     def _row(self, own: Choices, column_U: Ints, width_EM: Any, layer: LayerShape) -> dict[str, Any]:
         """A layer of the plan for people: matrices at each width, and what the layer would cost all at one width."""
@@ -160,6 +171,12 @@ class QuantizeMixed(Pass):
             values["protected"] = expert in decision["protected"]
         return {"experts": report}
 
+    def apply_beside(
+        self, weights: Mapping[str, Tensor], decision: dict[str, Any], moments: Mapping[str, Tensor] | None
+    ) -> dict[str, Changed]:
+        """Quantize and pack matrices beside the experts."""
+        return quantize_matrices(weights, decision, self.options, moments)
+
     # --- plan --------------------------------------------------------------------------------------------------
 
     @property
@@ -177,6 +194,15 @@ class QuantizeMixed(Pass):
         return self._unit in ("matrix", "projection")
 
     @property
+    def _beside(self) -> Beside:
+        return Beside(self.options, self.target)
+
+    @property
+    def _least_dense(self) -> Callable[[list[float]], float]:
+        """Which of `dense_widths` the least budget is reckoned with."""
+        return max if self.options.allocation == "uniform" else min
+
+    @property
     def _extremes(self) -> tuple[float, float]:
         return min(self.options.widths), max(self.options.widths)
 
@@ -186,9 +212,10 @@ class QuantizeMixed(Pass):
 
     def _budget(self, shape: ModelShape) -> int:
         if self.options.bits is not None:
-            return int(self.options.bits * sum(layer.weights for layer in shape.layers.values()) / 8)
+            weights = sum(layer.weights for layer in shape.layers.values()) + self._beside.weights(shape)
+            return int(self.options.bits * weights / 8)
         assert self.options.size is not None
-        return parse_bytes(self.options.size) - shape.other_bytes
+        return parse_bytes(self.options.size) - shape.other_bytes + self._beside.dense_bytes(shape)
 
     def _group_that_fits(self, layer: LayerShape) -> str:
         """Which group size, no larger than the one asked for, divides both sides of an expert."""
@@ -230,8 +257,23 @@ class QuantizeMixed(Pass):
         costs: Floats = chosen.of(measured, asked).double().numpy()
         return costs
 
-    def _allocated(self, choices: dict[int, Choices], shape: ModelShape) -> Allocation:
-        budget, options = self._budget(shape), self.options
+    def _allocated(
+        self, choices: dict[int, Choices], profile: Profile
+    ) -> tuple[Allocation, dict[int, dict[str, dict[str, Any]]]]:
+        """Widths of experts' units, and `Plan.beside`."""
+        shape, options = profile.shape, self.options
+        budget = self._budget(shape)
+        if self._beside.statistic is None:  # what is beside, if anything, has the largest width, experts the rest
+            fixed = self._beside.total(shape, max(options.dense_widths))
+            return self._ruled(choices, shape, budget - fixed), self._beside.decided(profile, None)
+        # Layers' numbers are taken: what is beside the experts of layer i is number −2 − i.
+        others = {-2 - i: own for i, own in self._beside.choices(profile).items()}
+        found = self._ruled({**choices, **others}, shape, budget)
+        columns = {-2 - i: found.column_U[i] for i in others}
+        return found, self._beside.decided(profile, columns)
+
+    def _ruled(self, choices: dict[int, Choices], shape: ModelShape, budget: int) -> Allocation:
+        options = self.options
 
         def rule(own: dict[int, Choices], most: int) -> Allocation:
             if options.allocation == "uniform":

@@ -54,11 +54,19 @@ class MixedOptions(SolverOptions):
         default=None,
         gt=0,
         le=16,
-        description="Budget: average bits per expert weight; scales, zero points and padding count",
+        description="Budget: average bits per weight of all that is included; scales, zero points and padding count",
     )
     size: str | None = Field(default=None, description='Instead of `bits`: size of the whole checkpoint, e.g. "12 GB"')
     widths: list[float] = Field(
         default=[1, 2, 3, 4, 8], min_length=1, description="Widths that a unit may get: 1 to 8, and 1.58 for ternary"
+    )
+    include: list[Literal["experts", "attention", "shared_experts", "dense_mlp", "embeddings", "head"]] = Field(
+        default=["experts"],
+        description="What is quantized, under the one budget: experts, and beside them attention projections, shared "
+        "experts, the MLPs of layers without experts, embeddings, head. Routers, gates and convolutions never are",
+    )
+    dense_widths: list[float] = Field(
+        default=[4, 6, 8], min_length=1, description="Widths that a matrix beside the experts may get"
     )
     unit: Unit | None = Field(
         default=None,
@@ -116,7 +124,14 @@ class MixedOptions(SolverOptions):
         find_cost(value)
         return value
 
-    @field_validator("widths")
+    @field_validator("include")
+    @classmethod
+    def _experts(cls, value: list[str]) -> list[str]:
+        if "experts" not in value:
+            raise ValueError("`include` names what is quantized beside the experts: keep `experts` in it")
+        return list(dict.fromkeys(value))
+
+    @field_validator("widths", "dense_widths")
     @classmethod
     def _known_widths(cls, value: list[float]) -> list[float]:
         if not set(value) <= set(WIDTHS):
@@ -129,6 +144,22 @@ class MixedOptions(SolverOptions):
             raise ValueError(
                 'give either `bits` (average per weight, e.g. 2.5) or `size` (of the checkpoint, e.g. "12 GB")'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        """Beside the experts, costs are errors relative to the hidden state."""
+        if set(self.include) == {"experts"} or self.allocation == "uniform":
+            return self
+        for option, value, allowed in (
+            ("cost", self.cost, "relative"),
+            ("scope", self.scope, "global"),
+            ("cover", self.cover, 0),
+        ):
+            if value != allowed:
+                raise ValueError(
+                    f"`{option}: {value}` is of experts alone: with {self.include} set `{option}: {allowed}`"
+                )
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,8 @@ from moe_compress.quant.trits import TERNARY
 
 PROJECTIONS = ("gate", "up", "down")
 
+_EVERY = slice(None)
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -102,7 +104,8 @@ class Stack(nn.Module):
 
     def __init__(self, encoding: Encoding, count: int, out_features: int, in_features: int, device: str = "meta"):
         super().__init__()
-        self.encoding, self.in_features = encoding, in_features
+        self.encoding = encoding
+        self.out_features, self.in_features = out_features, in_features
 
         def tensor(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(count, *shape, dtype=dtype, device=device), requires_grad=False)
@@ -146,14 +149,20 @@ class Stack(nn.Module):
         return stack
 
     def forward(
-        self, slots: list[int], work: Tensor | torch.dtype, counts: list[int] | None = None, backward: bool = False
+        self,
+        slots: list[int],
+        work: Tensor | torch.dtype,
+        counts: list[int] | None = None,
+        backward: bool = False,
+        rows: slice | Tensor = _EVERY,
     ) -> Tensor:
-        """The matrices in some slots in a dtype, [len(slots), O, K]; or, given rows [R, K] and how many are each
-        slot's, these times the slots' matrices, [R, O] (`backward`: [R, O] → [R, K]). A call, so that offloading hooks
-        see it."""
+        """The matrices in some slots in a dtype (of each, some rows), [len(slots), O, K]; or, given rows [R, K] and how
+        many are each slot's, these times the slots' matrices, [R, O] (`backward`: [R, O] → [R, K]). A call, so that
+        offloading hooks see it."""
         if isinstance(work, Tensor):
             return multiply(self, work, slots, counts or [], backward)
-        return dense(self, torch.tensor(slots, device=next(self.parameters()).device), slice(None), work)
+        index = torch.tensor(slots, device=next(self.parameters()).device)
+        return dense(self, index[:, None] if isinstance(rows, Tensor) else index, rows, work)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(keeping_dtype(fn), recurse)
@@ -416,7 +425,7 @@ def _joined(parts: list[tuple[int, Stack, int]]) -> Stack:
     first = parts[0][1]
     if all(stack is first for _, stack, _ in parts) and [slot for _, _, slot in parts] == list(range(len(parts))):
         return first
-    joined = Stack(first.encoding, 0, 0, first.in_features)
+    joined = Stack(first.encoding, 0, first.out_features, first.in_features)
     for name in first._parameters:
         pieces = [stack._parameters[name][slot] for _, stack, slot in parts]  # type: ignore[index]
         joined._parameters[name] = nn.Parameter(torch.stack(pieces), requires_grad=False)

@@ -144,7 +144,7 @@ def multiply(stack: Stack, input_RK: Tensor, slots: list[int], counts: list[int]
     return output.to(input_RK.dtype)
 
 
-def dense(stack: Stack, index: Tensor | slice, rows: slice, dtype: torch.dtype) -> Tensor:
+def dense(stack: Stack, index: Tensor | slice, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
     """Some rows of the matrices in some slots, columns in their own order: [N, O, K]."""
     if stack.encoding.blocks:
         return gguf_blocks.dequantize(stack.blocks[index, rows], gguf_blocks.TYPES[stack.encoding.blocks]).to(dtype)

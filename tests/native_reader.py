@@ -70,16 +70,18 @@ class Native:
     """A native checkpoint folder.
 
     Attributes:
-        config: config.json. tensors: see read_tensors. used: names of the packed tensors that were read.
+        config: config.json. tensors: see read_tensors. used: names of the packed tensors that were read. columns: of
+        matrices beside the experts, by path; to be filled by who knows the architecture.
     """
 
     def __init__(self, folder: Path):
         self.config = json.loads((folder / "config.json").read_text())
         self.quantization = self.config["quantization_config"]
         assert self.quantization["quant_method"] == "moe_compress"
-        assert self.quantization["format_version"] == 1
+        assert self.quantization["format_version"] == (2 if "matrices" in self.quantization else 1)
         self.tensors = read_tensors(folder)
         self.used: set[str] = set()
+        self.columns: dict[str, int] = {}
 
     def prefix(self, layer: str) -> str:
         """P of a layer."""
@@ -109,6 +111,18 @@ class Native:
             assert stored[0] == STORED[dtype]
             result[name] = as_float(*stored)
         return result
+
+    def matrix(self, path: str) -> np.ndarray:
+        """A matrix beside the experts, float32 [O, K]."""
+        encoding = {k: v for k, v in self.quantization["matrices"][path].items() if k != "head"}
+        bits, size = encoding["bits"], encoding["group_size"]
+        name = f"b{bits}{'row' if size == -1 else f'g{size}'}{'' if encoding['symmetric'] else 'z'}"
+        rows = self.tensors[f"{path}.{name}.scale"][1][1]
+        # The number of columns isn't in the file: it follows from config.json. Here, from the source's shape.
+        columns = self.columns[path]
+        stack = self._stack(f"{path}.{name}.", encoding, name, (1, rows, columns))
+        assert stack.shape == (1, rows, columns)
+        return stack[0]
 
     def _stack(self, prefix: str, encoding: dict, name: str, shape: tuple[int, int, int]) -> np.ndarray:
         bits, columns = encoding["bits"], shape[2]

@@ -227,10 +227,10 @@ class PassStore:
         self._tensors(layer).unlink(missing_ok=True)
 
     def _tensors(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:04d}.safetensors"
+        return self.folder / f"{_name(layer)}.safetensors"
 
     def _report(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:04d}.json"
+        return self.folder / f"{_name(layer)}.json"
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,12 @@ class DiskStatistics:
 
     def _path(self, layer: int, key: str) -> Path:
         name = key.partition("(")[0]
-        return self.folder / f"{name}-{short_digest(key)}" / f"layer-{layer:04d}.safetensors"
+        return self.folder / f"{name}-{short_digest(key)}" / f"{_name(layer)}.safetensors"
+
+
+def _name(layer: int) -> str:
+    """Of a layer's files; numbers below 0 are for what lies outside the decoder layers."""
+    return f"layer-{layer:04d}" if layer >= 0 else "outer"
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -1,8 +1,9 @@
-"""Reading `compressed-tensors` checkpoints whose experts are quantized, by the format's own description.
+"""Reading `compressed-tensors` checkpoints whose experts, and linear layers beside them, are quantized.
 
 The numbers in the file are the ones that quantized experts hold in memory, so nothing is computed: the experts' tensors
-are presented stacked, and the model's blocks are described as packed or scaled. What the file holds is what runs, bit
-for bit. transformers' own loader instead unpacks everything, and takes one scheme for all layers (docs/targets.md).
+are presented stacked, packed linear layers as stacks of one, and both are described as packed or scaled. What the file
+holds is what runs, bit for bit. transformers' own loader instead unpacks everything, and takes one scheme for all
+layers (docs/targets.md).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.stacked import StackedCheckpoint
@@ -44,7 +46,12 @@ class Presented:
     turned: list[str] = field(default_factory=list)
 
 
-def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
+# The folder presented anew; decoder layer → description for `MoEBlock.restructure`; module path → description for
+# `beside.restructure`.
+Seen = tuple[Checkpoint, dict[int, dict[str, Any]], dict[str, dict[str, Any]]]
+
+
+def present(model: MoEModel, source: Checkpoint) -> Seen:
     """A checkpoint as the native format would hold it.
 
     Args:
@@ -52,10 +59,10 @@ def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, 
         source: the folder.
 
     Returns:
-        The folder with its quantized experts stacked, and decoder layer → description for `MoEBlock.restructure`.
+        See `Seen`.
 
     Raises:
-        UnsupportedModelError: something else than experts is quantized, or in another way.
+        UnsupportedModelError: something else than experts and linear layers is quantized, or in another way.
         CheckpointError: tensors and config don't belong together.
     """
     config = source.config["quantization_config"]
@@ -70,7 +77,10 @@ def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, 
     def read(names: ExpertNames, count: int) -> Presented:
         return _layer(source, view, names, count)
 
-    return present_experts(model, source, modules, parts, read)
+    def linear(module: str, runtime: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        return _linear(source, view, module, runtime)
+
+    return present_experts(model, source, modules, parts, read, linear)
 
 
 def present_experts(
@@ -79,7 +89,8 @@ def present_experts(
     modules: set[str],
     parts: set[str],
     read: Callable[[ExpertNames, int], Presented],
-) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
+    linear: Callable[[str, str], tuple[dict[str, Any], dict[str, list[str]]]] | None = None,
+) -> Seen:
     """What `present` returns, for any format that stores experts one by one.
 
     Args:
@@ -88,6 +99,8 @@ def present_experts(
         modules: paths of all modules that are quantized in it.
         parts: names that their tensors may have.
         read: names of a layer's experts and their number → the layer.
+        linear: path of another linear layer in the folder, and in the model → its encoding, and name of a stack → names
+            of its parts; None where the format's other modules are not read.
     """
     names = hf.NameMap(model.module, [n for n in source.tensors if n not in parts] + [f"{m}.weight" for m in modules])
     stacks: dict[str, list[str]] = {}
@@ -111,11 +124,17 @@ def present_experts(
             "experts": block.path,
             "layout": layer.layout,
         }
-    if left:
-        raise UnsupportedModelError(
-            f"{source.folder} is already quantized ({min(left)!r} and more that isn't an expert); {_ALREADY}"
-        )
-    return StackedCheckpoint(source.folder, stacks, sorted(parts & source.tensors.keys()), turned), descriptions
+    matrices = {}
+    for module in sorted(left):
+        runtime = names.runtime[f"{module}.weight"].removesuffix(".weight")
+        if linear is None or not _is_linear(model, runtime):
+            raise UnsupportedModelError(
+                f"{source.folder} is already quantized ({module!r} and more that isn't an expert); {_ALREADY}"
+            )
+        matrices[runtime], own = linear(module, runtime)
+        stacks |= own
+    seen = StackedCheckpoint(source.folder, stacks, sorted(parts & source.tensors.keys()), turned)
+    return seen, descriptions, matrices
 
 
 def uniform(config: Mapping[str, Any]) -> bool:
@@ -168,6 +187,38 @@ def _layer(source: Checkpoint, view: ServerView, names: ExpertNames, count: int)
         layout = {"scheme": scheme.to_json(), "scale_dtype": dtypes.pop(), "num_experts": count}
         return Presented("scaled", {**layout, "projections": projections, "biases": {}}, stacks)
     return Presented("packed", packed_layout(scheme, dtypes.pop(), projections, count), stacks)
+
+
+def _is_linear(model: MoEModel, path: str) -> bool:
+    try:
+        return type(model.module.get_submodule(path)) is nn.Linear
+    except AttributeError:
+        return False
+
+
+def _linear(
+    source: Checkpoint, view: ServerView, module: str, runtime: str
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """A packed linear layer's encoding, and name of the stack of one → names of its parts in the file."""
+    group = view.group(module)
+    scheme = None if group is None else Scheme.of_group(group)
+    if scheme is None or scheme.name != "wna16":
+        raise UnsupportedModelError(
+            f"{source.folder} is already quantized ({module!r} isn't packed integers in groups); {_ALREADY}"
+        )
+    check_parts(source, module, _PACKED_PARTS, _UNREAD)
+    rows, columns = _shape(source, module, True)
+    codes, scale = (source.tensors[f"{module}.{part}"] for part in _PACKED_PARTS[:2])
+    fits = scheme.misfit(rows, columns) is None and codes.shape == (rows, columns * scheme.bits // 32)
+    if not fits or scale.shape != scheme.scale_shape(rows, columns) or codes.dtype != torch.int32:
+        raise CheckpointError(
+            f"{source.folder}: {module!r} is [{rows}, {columns}] in the scheme {scheme.to_json()}, but holds codes "
+            f"{list(codes.shape)} and scales {list(scale.shape)}"
+        )
+    dtype = str(scale.dtype).removeprefix("torch.")
+    stack = f"{runtime}.b{scheme.bits}g{scheme.group_size}"
+    values = {"bits": scheme.bits, "dtype": dtype, "group_size": scheme.group_size, "symmetric": True}
+    return values, {f"{stack}.codes": [f"{module}.weight_packed"], f"{stack}.scale": [f"{module}.weight_scale"]}
 
 
 def packed_layout(scheme: Scheme, dtype: str, projections: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The `compressed-tensors` format: quantized experts as servers read them, one linear layer per expert and projection.
+"""The `compressed-tensors` format: quantized experts as servers read them, one linear layer per expert and projection,
+and packed linear layers beside them.
 
 Promise: what is written is exactly what the in-memory model holds (codes and scales are the same numbers, only under
 other names), and every rule that a server relies on (rules.py) is checked before anything is given to the writer.
@@ -11,6 +12,7 @@ compressed-tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,10 +20,11 @@ from torch import Tensor
 
 from moe_compress.constants import COMPRESSED_TENSORS
 from moe_compress.errors import RunError
+from moe_compress.model.beside import Matrix
 from moe_compress.model.expert_names import ExpertNames
 
-from .matching import ServerView, WrittenLayer, dense_patterns, layer_patterns
-from .rules import check_alike, check_format, check_reading, packed_scheme, scaled_scheme
+from .matching import ServerView, WrittenLayer, dense_patterns, layer_patterns, linear_patterns
+from .rules import PACKING, WHOLE, WIDTHS, check_alike, check_format, check_reading, packed_scheme, scaled_scheme
 from .schemes import MIXED, Scheme
 
 # The first version of the library that packs like this.
@@ -78,6 +81,31 @@ def layer_tensors(
     return named_tensors(index, linears, names)
 
 
+def linear_scheme(matrix: Matrix, encoding: Mapping[str, Any]) -> Scheme:
+    """The scheme of a packed linear layer beside the experts, from what its `describe` says.
+
+    Raises RunError when a server would misread it (rules 2 and 6).
+    """
+    scheme = Scheme(int(encoding["bits"]), int(encoding.get("group_size", -1)))
+    if scheme.bits not in WIDTHS or scheme.bits != encoding["bits"] or scheme.group_size < 1:
+        raise PACKING.broken(f"{matrix.disk}: not 2 to 8 bits in groups")
+    if not encoding["symmetric"]:
+        raise WHOLE.broken(f"{matrix.disk} has zero points")
+    if reason := scheme.misfit(matrix.rows, matrix.columns):
+        raise WHOLE.broken(f"{matrix.disk}: {reason}")
+    return scheme
+
+
+def linear_tensors(matrix: Matrix, tensors: Mapping[str, Tensor], scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """A packed linear layer's tensors as the file has them, from those that run ("b4g128.codes" [1, O, W], …)."""
+    codes_1OW, scale_1OG = (next(t for n, t in tensors.items() if n.endswith(end)) for end in (".codes", ".scale"))
+    return {
+        f"{matrix.disk}.weight_packed": codes_1OW[0],
+        f"{matrix.disk}.weight_scale": exactly(scale_1OG, scale_dtype, f"a scale of {matrix.disk}")[0],
+        f"{matrix.disk}.weight_shape": torch.tensor([matrix.rows, matrix.columns], dtype=torch.int64),
+    }
+
+
 def named_tensors(index: int, linears: Mapping[str, list[dict[str, Tensor]]], names: ExpertNames) -> dict[str, Tensor]:
     """Projection → per expert its tensors, as tensors by full name. Raises RunError when experts aren't alike."""
     check_alike(index, linears)
@@ -105,7 +133,10 @@ def scale_dtype(config: Mapping[str, Any], stored: torch.dtype) -> torch.dtype:
 
 
 def quantization_config(
-    layers: Mapping[int, WrittenLayer], dense: Iterable[str], target: str | None = None
+    layers: Mapping[int, WrittenLayer],
+    dense: Iterable[str],
+    target: str | None = None,
+    linears: Mapping[int, Mapping[str, Scheme]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """`quantization_config` of config.json.
 
@@ -113,15 +144,19 @@ def quantization_config(
         layers: decoder layer → what was written of it.
         dense: module paths, as in the file, of everything with a matrix that stays dense.
         target: name of the target, for rules of its own.
+        linears: decoder layer → module path, as in the file → scheme of packed linear layers beside the experts.
 
     Raises RunError if a server that reads it would take a dense layer for a quantized one, or the other way round.
     """
     groups = {}
-    for number, scheme in enumerate(sorted({layer.scheme for layer in layers.values()})):
+    beside = {module: scheme for own in linears.values() for module, scheme in own.items()}
+    for number, scheme in enumerate(sorted({*(layer.scheme for layer in layers.values()), *beside.values()})):
         members = {i: layer for i, layer in layers.items() if layer.scheme == scheme}
-        groups[f"group_{number}"] = scheme.group([f"re:{pattern}" for pattern in layer_patterns(members, r"\..*")])
+        own = {i: [m for m, s in modules.items() if s == scheme] for i, modules in linears.items()}
+        patterns = [*layer_patterns(members, r"\..*"), *linear_patterns(own)]
+        groups[f"group_{number}"] = scheme.group([f"re:{pattern}" for pattern in patterns])
     formats = {group["format"] for group in groups.values()}
-    quantized = [module for layer in layers.values() for module in layer.modules()]
+    quantized = [*(module for layer in layers.values() for module in layer.modules()), *beside]
     dense = list(dict.fromkeys(dense))
     config = {
         "quant_method": COMPRESSED_TENSORS,
@@ -140,6 +175,7 @@ def quantization_config(
         return None if group is None else Scheme.of_group(group)
 
     check_reading(read, {m: layer.scheme for layer in layers.values() for m in layer.modules()})
+    check_reading(read, beside)
     check_reading(read, dict.fromkeys(dense))
     check_format(config, target)
     return config

@@ -17,12 +17,12 @@ from moe_compress.errors import CheckpointError, UnsupportedModelError
 from moe_compress.model import MoEModel
 from moe_compress.model.expert_names import ExpertNames
 
-from .compressed_reader import Presented, check_parts, packed_layout, present_experts, same_shape
+from .compressed_reader import Presented, Seen, check_parts, packed_layout, present_experts, same_shape
 from .gptq_format import PARTS, WIDTHS, module_bits, zero_points
 from .schemes import Scheme
 
 
-def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
+def present(model: MoEModel, source: Checkpoint) -> Seen:
     """A checkpoint as the native format would hold it; like the reader of compressed-tensors."""
     config = source.config["quantization_config"]
     if not config.get("sym", True) or config.get("desc_act") or config.get("checkpoint_format", "gptq") != "gptq":

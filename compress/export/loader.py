@@ -42,7 +42,7 @@ def _of_others(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     """A folder in a format of others, loaded as the native or dense checkpoint that it amounts to."""
     view = MoEModel.open(folder)
     assert view.weights is not None
-    described = result_config(view, {i: view.block(i).state()[1] for i in view.moe_layers})[0]
+    described = result_config(view, view.descriptions())[0]
     config = AutoConfig.from_pretrained(folder)
     config.__dict__.pop("quantization_config", None)
     if "quantization_config" in described:

@@ -78,6 +78,23 @@ def layer_patterns(layers: Mapping[int, WrittenLayer], tail: str) -> list[str]:
     ]
 
 
+def linear_patterns(linears: Mapping[int, Iterable[str]]) -> list[str]:
+    """One pattern for all layers with a packed linear layer of that name; open as to what stands before the layers.
+
+    Args:
+        linears: decoder layer → module paths, as in the file.
+    """
+    found: dict[tuple[str, str], list[int]] = {}
+    for index, paths in linears.items():
+        for path in paths:
+            before, after = _around(path, index)
+            found.setdefault((before.rpartition(".")[2], after), []).append(index)
+    return [
+        rf".*{re.escape(stack)}\.({'|'.join(map(str, sorted(numbers)))})\.{re.escape(name)}$"
+        for (stack, name), numbers in found.items()
+    ]
+
+
 def _around(path: str, index: int) -> tuple[str, str]:
     """What stands before and after the number of the layer in a path."""
     before, number, after = f".{path}.".partition(f".{index}.")

@@ -32,6 +32,7 @@ class MoeCompressConfig(QuantizationConfigMixin):
         stack: str = "",
         axes: list[dict[str, Any]] | None = None,
         blocks: dict[str, Any] | None = None,
+        matrices: dict[str, Any] | None = None,
         **_: Any,
     ):
         self.quant_method = QUANT_METHOD
@@ -39,6 +40,8 @@ class MoeCompressConfig(QuantizationConfigMixin):
         self.stack = stack
         self.axes = axes or []
         self.blocks = blocks or {}
+        if matrices:
+            self.matrices = matrices
 
     def restructure(self, model: Any) -> None:
         """Reshape the blocks of a skeleton.
@@ -65,6 +68,26 @@ class MoeCompressConfig(QuantizationConfigMixin):
                 ) from error
             # The file fills all of it; some families' initialisation would look for the fused parameters.
             block.parent._is_hf_initialized = True  # type: ignore[assignment]
+        self._restructure_beside(model)
+
+    def _restructure_beside(self, model: Any) -> None:
+        from moe_compress.errors import CheckpointError, InputError
+        from moe_compress.model import beside
+
+        try:
+            beside.restructure(model, self.matrices_in(model), model.dtype)
+        except (AttributeError, TypeError, InputError) as error:
+            raise CheckpointError(
+                f"quantization_config describes packed matrices that don't fit {type(model).__name__}: {error}"
+            ) from error
+
+    def matrices_in(self, model: Any) -> dict[str, dict[str, Any]]:
+        """Packed matrices beside the experts, by their module paths in a model: a base model lacks head and prefix."""
+        matrices: dict[str, dict[str, Any]] = getattr(self, "matrices", {})
+        prefix = f"{model.base_model_prefix}."
+        if hasattr(model, model.base_model_prefix):
+            return matrices
+        return {p.removeprefix(prefix): v for p, v in matrices.items() if p.startswith(prefix)}
 
     def stack_in(self, model: Any) -> str:
         """Module path of the decoder layers in a model: a base model lacks the prefix of the one with a head."""
@@ -115,6 +138,7 @@ class MoeCompressQuantizer(HfQuantizer):
         config = self.quantization_config
         stack, state = config.stack_in(model), model.state_dict().keys()
         packed = tuple(f"{stack}.{i}.{b['experts']}." for i, b in config.blocks.items() if b["kind"] != "fused")
+        packed += tuple(f"{path}." for path in config.matrices_in(model))
         for name, runtime in sorted(names.runtime.items()):
             if runtime.startswith(packed) and runtime not in state:
                 raise CheckpointError(f"{folder} holds {name!r}, which its quantization_config doesn't describe")

@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from moe_compress.errors import VerificationError
 from moe_compress.model import FusedExperts, hf
+from moe_compress.model.beside import is_packed
 
 from .compressed_reader import uniform
 from .compressed_tensors import VERSION
@@ -30,7 +31,7 @@ _CONVERTED = ("wna16", "fp8")
 
 
 def second_reading(folder: Path, model: PreTrainedModel, room: int) -> str:
-    """Load a folder by transformers' own loader and compare all experts with those of `model`, bit for bit.
+    """Load a folder by transformers' own loader and compare all that is packed with `model`, bit for bit.
 
     Args:
         folder: the checkpoint.
@@ -46,7 +47,10 @@ def second_reading(folder: Path, model: PreTrainedModel, room: int) -> str:
     weights = sum(
         p.out_features * p.in_features * m.num_experts for m in packed.values() for p in m.projections.values()
     )
-    others = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(tuple(f"{m}." for m in packed)))
+    linears: dict[str, Any] = {n: m for n, m in model.named_modules() if is_packed(m)}
+    weights += sum(m.shape[0] * m.shape[1] for m in linears.values())
+    inside = tuple(f"{m}." for m in (*packed, *linears))
+    others = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(inside))
     config = AutoConfig.from_pretrained(folder)
     if reason := _unable(config.quantization_config):
         return f"transformers' own loader was not asked: {reason}"
@@ -56,6 +60,9 @@ def second_reading(folder: Path, model: PreTrainedModel, room: int) -> str:
     try:
         with hf.quiet(), contextlib.redirect_stderr(io.StringIO()):  # the library draws bars of its own
             theirs: Any = type(model).from_pretrained(folder, dtype=dtype)
+            if linears:  # unpacked by the first forward only
+                with torch.no_grad():
+                    theirs(input_ids=torch.zeros(1, 1, dtype=torch.int64))
     except Exception as error:  # whatever it trips over is its own; the file is judged by the reader alone
         return f"transformers' own loader can't load this family ({type(error).__name__})"
     for path, module in packed.items():
@@ -68,7 +75,13 @@ def second_reading(folder: Path, model: PreTrainedModel, room: int) -> str:
                         f"{folder}: transformers' own loader reads the {name} projection of expert {expert} in {path} "
                         "as other weights than were written"
                     )
-    return "transformers' own loader (compressed-tensors) arrives at the same experts, bit for bit"
+    for path, module in linears.items():
+        if not torch.equal(module.rows(slice(None), dtype).cpu(), theirs.get_submodule(path).weight):
+            raise VerificationError(
+                f"{folder}: transformers' own loader reads {path} as other weights than were written"
+            )
+    what = "experts and linear layers" if linears else "experts"
+    return f"transformers' own loader (compressed-tensors) arrives at the same {what}, bit for bit"
 
 
 def _unable(config: Any) -> str:

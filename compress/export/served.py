@@ -20,7 +20,8 @@ from moe_compress.model.axes import ConfigPath
 
 from . import compressed_tensors, gptq_format
 from .matching import WrittenLayer
-from .rules import check_complete, check_dtypes, check_kernels, check_routing
+from .rules import ONE_SCHEME, check_complete, check_dtypes, check_kernels, check_routing
+from .schemes import Scheme
 from .targets import Target
 
 # Format → the module that writes it: `layer_scheme`, `layer_tensors`, `quantization_config`.
@@ -34,7 +35,7 @@ class Served:
         model: what is written.
         config: config.json of the result, without what is said of quantized layers.
         form: format; for any that isn't in `SERVED` nothing is checked or kept.
-        descriptions: decoder layer → how its block is described.
+        descriptions: decoder layer → how its block, and what is packed beside it, are described (see Overlay).
         target: runtime that has to load it; None checks what all have in common.
 
     Raises RunError for a rule that is broken.
@@ -54,8 +55,11 @@ class Served:
         self._names: set[str] = set()
         self._dense: list[str] = []
         self._reduced: dict[int, int] = {}  # layers whose experts stay dense, but fewer
+        self._linears: dict[int, dict[str, Scheme]] = {}
         if self._format is None:
             return
+        self._linears = {i: self._schemes(i, own) for i, d in descriptions.items() if (own := d.get("matrices"))}
+        descriptions = {i: description for i, description in descriptions.items() if "experts" in description}
         counts = {i: int(description["num_experts"]) for i, description in descriptions.items()}
         blocks = {i: model.block(i) for i in counts}
         infeasible = {i: reason for i, block in blocks.items() if (reason := block.infeasible(counts[i]))}
@@ -72,6 +76,7 @@ class Served:
             self._layers[index] = WrittenLayer(scheme, names, counts[index])
         if target is not None:
             schemes = {layer.scheme for layer in self._layers.values()}
+            schemes |= {scheme for own in self._linears.values() for scheme in own.values()}
             check_kernels(target.name, target.schemes, target.bits, sorted(schemes))
 
     def foreseen(self) -> dict[str, Any]:
@@ -97,11 +102,15 @@ class Served:
         tied = [n.removesuffix(".weight") for n in getattr(self._model.module, "all_tied_weights_keys", None) or {}]
         named = [*(self._dense if dense is None else dense), *tied]
         name = None if self._target is None else self._target.name
-        return self._format.quantization_config(self._layers, named, name)  # type: ignore[no-any-return]
+        linears = {"linears": self._linears} if self._linears else {}
+        return self._format.quantization_config(self._layers, named, name, **linears)  # type: ignore[no-any-return]
 
     def tensors(self, index: int, packed: Mapping[str, Tensor], description: Mapping[str, Any]) -> dict[str, Tensor]:
         """A quantized layer's tensors as servers read them, from those that run (by full name)."""
         assert self._format is not None
+        linears, packed = self._parted(index, packed, description)
+        if not packed:
+            return linears
         block = self._model.block(index)
         inside = f"{self._model.stack}.{index}.{block.path}."
         experts = {name.removeprefix(inside): tensor for name, tensor in packed.items()}
@@ -110,7 +119,38 @@ class Served:
         written: dict[str, Tensor] = self._format.layer_tensors(
             index, experts, description["layout"], self._layers[index].names, dtype
         )
-        return written
+        return written | linears
+
+    def _parted(
+        self, index: int, packed: Mapping[str, Tensor], description: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Linear layers beside the experts as servers read them, and the experts' tensors as they run."""
+        prefix = self._model.prefix(index)
+        known = {m.path: m for m in self._model.matrices[index]}
+        rest = dict(packed)
+        written: dict[str, Tensor] = {}
+        for path in description.get("matrices") or {}:
+            start = f"{prefix}{path}."
+            own = {n.removeprefix(start): rest.pop(n) for n in packed if n.startswith(start)}
+            stored = next(t.dtype for n, t in own.items() if n.endswith(".scale"))
+            written |= compressed_tensors.linear_tensors(
+                known[path], own, compressed_tensors.scale_dtype(self._source, stored)
+            )
+        return written, rest
+
+    def _schemes(self, index: int, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Scheme]:
+        """Module path, as in the file → scheme. Raises RunError where what servers join to one differs (rule 1)."""
+        if self._format is not compressed_tensors:
+            raise RunError(f"layer {index}: the format has no place for packed linear layers beside the experts")
+        known = {m.path: m for m in self._model.matrices[index]}
+        if foreign := sorted(described.keys() - known.keys()):
+            raise RunError(f"{self._model.prefix(index)}{foreign[0]} can't be told by its name in the checkpoint")
+        found = {path: compressed_tensors.linear_scheme(known[path], values) for path, values in described.items()}
+        for path, scheme in found.items():
+            first = known[path].together
+            if found.get(first, scheme) != scheme:
+                raise ONE_SCHEME.broken(f"layer {index}: {path!r} and {first!r} are joined, and differ in their scheme")
+        return {known[path].disk: scheme for path, scheme in found.items()}
 
     def leave(self, names: Collection[str]) -> None:
         """Remember what was copied from the source."""
@@ -139,7 +179,7 @@ class Served:
         for index in (*self._layers, *self._reduced):
             inside = self._model.block(index).path + "."
             found |= {name for name, runtime in weights.layer_names(index).items() if runtime.startswith(inside)}
-        return found
+        return found | {f"{module}.weight" for own in self._linears.values() for module in own}
 
 
 def matrices(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

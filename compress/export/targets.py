@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ
 from moe_compress.errors import RecipeError, nearest
+from moe_compress.model.beside import KINDS
 from moe_compress.quant.trits import TERNARY
 
 from . import gptq_format
@@ -37,6 +38,7 @@ class Target:
         matrix_bytes: what the format stores with each packed matrix beside codes and scales, whatever its size.
         schemes: of `quantize.scheme`, those that it has kernels for.
         hidden_multiple: what the hidden size of experts must be a multiple of where they are packed.
+        packs: kinds of matrices beside the experts (compress/model/beside.py) that it loads packed.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Target:
     matrix_bytes: int = 0
     schemes: tuple[str, ...] = ()
     hidden_multiple: int = 1
+    packs: tuple[str, ...] = ()
 
     def beside(self, bits: float, group_size: int, rows: int, columns: int) -> int:
         """Bytes that the file has for a packed matrix beside codes and scales."""
@@ -81,7 +84,9 @@ class Target:
             f"{step}: the target {self.name!r} has no kernel for {scheme} experts ({has}); {_list(others)} have"
         )
 
-    def check_grid(self, step: str, widths: Sequence[float], group_size: int, symmetric: bool) -> None:
+    def check_grid(
+        self, step: str, widths: Sequence[float], group_size: int, symmetric: bool, option: str = "widths"
+    ) -> None:
         """Raise RecipeError when it doesn't load such quantized weights.
 
         Args:
@@ -89,6 +94,7 @@ class Target:
             widths: bits that experts may get.
             group_size: weights that share a scale, -1 for a whole row.
             symmetric: no zero points.
+            option: what the widths were given as.
         """
         who = f"{step}: the target {self.name!r}"
         if self.quantized_format is None:
@@ -96,7 +102,7 @@ class Target:
         if self.quantized_format == GGUF:
             raise RecipeError(f"{who} loads blocks of GGUF types, not integers in groups: take quantize.gguf")
         if foreign := sorted(set(widths) - set(self.bits)):
-            raise RecipeError(f"{who} loads {_list(self.bits)} bits, not {_list(foreign)}: set `widths`")
+            raise RecipeError(f"{who} loads {_list(self.bits)} bits, not {_list(foreign)}: set `{option}`")
         if self.group_sizes is not None and group_size not in self.group_sizes:
             row = ", not whole rows" if group_size == -1 else f", not {group_size}"
             raise RecipeError(f"{who} loads groups of {_list(self.group_sizes)} weights{row}: set `group_size`")
@@ -119,6 +125,7 @@ _SERVED = {
     "biases": False,
     "per_expert": True,
     "matrix_bytes": SHAPE_BYTES,
+    "packs": ("attention", "shared_experts", "dense_mlp"),
 }
 
 TARGETS: dict[str, Target] = {
@@ -133,6 +140,7 @@ TARGETS: dict[str, Target] = {
             bits_per="matrix",
             bits=(1, TERNARY, 2, 3, 4, 5, 6, 8),
             schemes=SCALED,
+            packs=KINDS,
         ),
         Target(
             "transformers",
@@ -164,7 +172,7 @@ TARGETS: dict[str, Target] = {
             bits=gptq_format.WIDTHS,
             gateless=False,
             hidden_multiple=128,  # else vLLM falls back to a kernel that looks at no rule of `dynamic`
-            **{**_SERVED, "quantized_format": GPTQ, "matrix_bytes": 0},  # type: ignore[arg-type]
+            **{**_SERVED, "quantized_format": GPTQ, "matrix_bytes": 0, "packs": ()},  # type: ignore[arg-type]
         ),
         Target(
             "llama.cpp",

@@ -23,6 +23,8 @@ from moe_compress.constants import FORMAT_VERSION, GGUF, QUANT_METHOD
 from moe_compress.errors import RunError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
+from moe_compress.model.beside import OUTER, is_bias
+from moe_compress.model.disk import replaced
 from moe_compress.progress import Progress
 
 from .served import SERVED, Served
@@ -59,10 +61,12 @@ def write_folder(
     """
     source = model.source
     assert model.weights is not None
-    changed = {i: model.overlay.get(i) if model.overlay is not None else None for i in model.moe_layers}
-    descriptions = {i: c[1] for i, c in changed.items() if c is not None}
+    places = (OUTER, *range(len(model.layers)))
+    changed = {i: c for i in places if model.overlay is not None and (c := model.overlay.get(i)) is not None}
+    descriptions = {i: c[1] for i, c in changed.items()}
     config, form = result_config(model, descriptions, quantized)
-    served = Served(model, config, form, {i: descriptions.get(i) or model.description(i) for i in changed}, target)
+    whole = {i: model.description(i) for i in model.moe_layers} | descriptions
+    served = Served(model, config, form, whole, target)
     if form in SERVED:
         config["quantization_config"] = served.foreseen()
     writer = CheckpointWriter(output, overwrite=overwrite)
@@ -72,20 +76,21 @@ def write_folder(
         served.leave(names)
 
     inside = {name for i in range(len(model.layers)) for name in model.weights.layer_names(i)}
-    copy([name for name in source.tensors if name not in inside])
-    for index in range(len(model.layers)):
-        names = model.weights.layer_names(index)
-        block = changed.get(index)
-        if block is not None:
-            replaced = model.own_names(index)
-            names = {disk: runtime for disk, runtime in names.items() if runtime not in replaced}
+    outside = {name: model.weights.names.runtime[name] for name in source.tensors if name not in inside}
+    for index in places:
+        names = outside if index == OUTER else model.weights.layer_names(index)
+        change = changed.get(index)
+        if change is not None:
+            own = model.own_names(index)
+            names = {disk: runtime for disk, runtime in names.items() if not replaced(runtime, change[1], own)}
         copy(names)
-        if block is not None:
-            packed, dense = on_disk(model, index, *block)
-            writer.add(served.tensors(index, packed, block[1]) if packed and form in SERVED else packed)
+        if change is not None:
+            packed, dense = on_disk(model, index, *change)
+            writer.add(served.tensors(index, packed, change[1]) if packed and form in SERVED else packed)
             writer.add(dense)
             served.add(dense)
-        progress.layer(index)
+        if index != OUTER:
+            progress.layer(index)
     served.finish()
     writer.finish(config, sidecar_files(source.folder), manifest)
     return form
@@ -105,23 +110,23 @@ def write_memory(
 
     Tokenizer and generation config are the caller's to add.
     """
-    descriptions = {i: model.block(i).state()[1] for i in model.moe_layers}
+    descriptions = model.descriptions()
     config, form = result_config(model, descriptions, quantized)
     served = Served(model, config, form, descriptions, target)
     writer = CheckpointWriter(output, overwrite=overwrite)
     tied = set(getattr(model.module, "all_tied_weights_keys", None) or {})
-    for index in (None, *range(len(model.layers))):
-        with model.reading(index) as tensors:
-            names = _packed_names(model, index)
+    for index in (OUTER, *range(len(model.layers))):
+        with model.reading(None if index == OUTER else index) as tensors:
+            names = _packed_names(model, index, descriptions.get(index, {}))
             packed = {n: t for n, t in tensors.items() if n in names}
-            if packed and index is not None and form in SERVED:
+            if packed and form in SERVED:
                 packed = served.tensors(index, packed, descriptions[index])
             writer.add(packed)
             dense = {n: t for n, t in tensors.items() if n not in names and n not in tied}
             dense = model.to_disk(dense) if form in SERVED else hf.to_disk_default(model.module, dense)
             writer.add(dense)
             served.add(dense)
-        if index is not None:
+        if index != OUTER:
             progress.layer(index)
     if form in SERVED:
         config["quantization_config"] = served.config()
@@ -134,6 +139,8 @@ def result_config(
 ) -> tuple[dict[str, Any], str]:
     """config.json of the result, and its format.
 
+    `descriptions`: decoder layer, or OUTER → description of what changed there (see Overlay).
+
     Equal numbers of dense experts everywhere need nothing but another number: "hf". Anything else is `quantized`; what
     a served format says of the layers is known when they are written.
     """
@@ -141,13 +148,17 @@ def result_config(
     if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:  # described anew
         del config["quantization_config"]
         config.pop("experts_implementation", None)
-    descriptions = {i: descriptions.get(i) or model.description(i) for i in model.moe_layers}
+    matrices = dict(model.packed_matrices)
+    for index, description in descriptions.items():
+        prefix = model.prefix(index)
+        matrices |= {prefix + path: values for path, values in (description.get("matrices") or {}).items()}
+    descriptions = {i: _block(descriptions.get(i, {})) or model.description(i) for i in model.moe_layers}
     counts = {int(d["num_experts"]) for d in descriptions.values()}
     uniform = len(counts) == 1
     if uniform:
         config = with_count(config, model.count_paths, next(iter(counts)))
     dense = all(d["kind"] == "fused" for d in descriptions.values())
-    if dense and uniform:
+    if dense and uniform and not matrices:
         return config, "hf"
     if quantized in SERVED:
         return config, quantized  # different numbers of experts break a rule of it
@@ -165,33 +176,46 @@ def result_config(
         blocks[str(index)] = {**descriptions[index], "axes": kinds.index(axes)}
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        # Nothing but experts: what a reader of the first version knows.
+        "format_version": FORMAT_VERSION if matrices else 1,
         "stack": model.stack,
         "axes": kinds,
         "blocks": blocks,
+        **({"matrices": dict(sorted(matrices.items()))} if matrices else {}),
     }
     config["experts_implementation"] = hf.IMPLEMENTATION  # without the package: an error, not experts at random
     return config, "native"
 
 
+def _block(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layer's description says of its block; nothing where it has none."""
+    return {k: v for k, v in description.items() if k != "matrices"}
+
+
 def on_disk(
     model: MoEModel, index: int, tensors: dict[str, Tensor], description: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A changed block's tensors by full name: packed experts as they run, everything else as the file will have it."""
+    """A changed layer's tensors by full name: what is packed as it runs, everything else as the file will have it."""
     assert model.weights is not None
-    prefix = f"{model.stack}.{index}."
-    experts = model.block(index).path + "."
-    packed = description["kind"] != "fused"
-    stacks = {prefix + n: t for n, t in tensors.items() if packed and n.startswith(experts)}
+    prefix = model.prefix(index)
+    experts = f"{description['experts']}." if description.get("kind", "fused") != "fused" else "\0"
+    matrices = description.get("matrices") or {}
+    stacks = {prefix + n: t for n, t in tensors.items() if n.startswith(experts) or _of_matrix(n, matrices)}
     dense = {prefix + n: t for n, t in tensors.items() if prefix + n not in stacks}
-    return stacks, model.weights.names.to_disk(dense)
+    return stacks, model.weights.names.to_disk(dense) if dense else {}
 
 
-def _packed_names(model: MoEModel, index: int | None) -> set[str]:
-    """Full names of a layer's tensors that are stored as they run."""
-    if index is None or index not in model.moe_layers:
-        return set()
-    block = model.block(index)
-    if block.kind == "fused":
-        return set()
-    return {f"{model.stack}.{index}.{n}" for n in block.own_names() if n.startswith(block.path + ".")}
+def _of_matrix(name: str, matrices: Mapping[str, Any]) -> bool:
+    """Whether a tensor (relative to its layer) is part of a packed matrix beside the experts."""
+    return name.startswith(tuple(f"{path}." for path in matrices)) and not is_bias(name)
+
+
+def _packed_names(model: MoEModel, index: int, description: Mapping[str, Any]) -> set[str]:
+    """Full names of a layer's tensors that are stored as they run, OUTER for those outside the layers."""
+    prefix = model.prefix(index)
+    root = model.module if index == OUTER else model.layers[index]
+    matrices = description.get("matrices") or {}
+    names = {prefix + n for n in root.state_dict() if _of_matrix(n, matrices)} if matrices else set()
+    if index in model.moe_layers and (block := model.block(index)).kind != "fused":
+        names |= {prefix + n for n in block.own_names() if n.startswith(block.path + ".")}
+    return names

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
 from moe_compress.errors import CheckpointError
 
-from . import hf
+from . import beside, hf
 from .block import MoEBlock
 from .tensors import set_tensor, to_meta
 
@@ -27,10 +27,14 @@ KEEP_OUTER = 1 << 20
 
 
 class Overlay(Protocol):
-    """Changed blocks that replace the source's, by layer."""
+    """What replaces the source's, by layer."""
 
     def get(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors (named relative to the decoder layer) and description of the layer's block, or None."""
+        """Tensors (named relative to the decoder layer) and description of what changed in a layer, or None.
+
+        The description is that of the block (`MoEBlock.state`), if the layer has one, with the packed matrices beside
+        it under "matrices" (`beside.packed_state`). Layer `beside.OUTER` is what lies outside the decoder layers.
+        """
 
 
 class DiskWeights:
@@ -41,11 +45,14 @@ class DiskWeights:
         unowned: tensors of the folder that the model class doesn't own (multi-token-prediction heads, …).
     """
 
-    def __init__(self, module: PreTrainedModel, source: Checkpoint, stack: str, device: torch.device):
+    def __init__(
+        self, module: PreTrainedModel, source: Checkpoint, stack: str, device: torch.device, dtype: torch.dtype
+    ):
         self.module = module
         self.source = source
         self.stack = stack
         self.device = device
+        self.dtype = dtype
         self.names = hf.NameMap(module, source.tensors)
         state = module.state_dict()
         self.unowned = sorted(n for n, runtime in self.names.runtime.items() if runtime not in state)
@@ -55,12 +62,13 @@ class DiskWeights:
                 self._check_tensor(name, state[runtime])
         # Parameters take this dtype when they compute; a few are kept in float32 by their family.
         compute = {n: p.dtype for n, p in module.named_parameters()}
-        keep = re.compile("|".join(p.replace("*", ".*") for p in hf.kept_in_float32(module, module.dtype)) or r"(?!)")
+        keep = re.compile("|".join(p.replace("*", ".*") for p in hf.kept_in_float32(module, dtype)) or r"(?!)")
         self._compute = {n: torch.float32 if d.is_floating_point and keep.search(n) else d for n, d in compute.items()}
         self._disk_names: dict[str, list[str]] = {}
         for name, runtime in self.names.runtime.items():
             self._disk_names.setdefault(runtime, []).append(name)
         self._tied: dict[str, str] = dict(getattr(module, "all_tied_weights_keys", None) or {})
+        self._changed_outer: dict[str, Tensor] = {}
         self._watch_outer()
 
     def _check_tensor(self, name: str, wanted: Tensor) -> None:
@@ -91,6 +99,13 @@ class DiskWeights:
         """Runtime name, relative to the layer → dtype in the folder."""
         return {runtime: self.source.tensors[name].dtype for name, runtime in self.layer_names(index).items()}
 
+    def stored_as(self, name: str) -> tuple[str, int] | None:
+        """Path on disk and bytes of a matrix ("….weight") that the folder holds as it is; None where it doesn't."""
+        found = self._disk_names.get(name, [])
+        if len(found) != 1 or found[0] in self.names.converted or not found[0].endswith(".weight"):
+            return None
+        return found[0].removesuffix(".weight"), self.source.tensors[found[0]].nbytes
+
     def tensors(self, index: int, only: set[str] | None = None) -> dict[str, TensorInfo]:
         """Disk name → info of a layer's tensors, of those with runtime names in `only` if given."""
         names = self.layer_names(index)
@@ -116,9 +131,10 @@ class DiskWeights:
         layer = self.module.get_submodule(f"{self.stack}.{index}")
         names = self.layer_names(index)
         if changed is not None:
-            assert block is not None
-            names = {n: runtime for n, runtime in names.items() if runtime not in own}
-            block.restructure(changed[1])
+            names = {n: r for n, r in names.items() if not replaced(r, changed[1], own)}
+            if block is not None and "experts" in changed[1]:
+                block.restructure(changed[1])
+            beside.restructure(layer, changed[1].get("matrices") or {}, self.dtype)
         dtypes = self.stored_dtypes(index) if stored else {}
         for name, parameter in list(layer.named_parameters()):
             dtype = dtypes.get(name) or self._compute.get(f"{self.stack}.{index}.{name}", parameter.dtype)
@@ -126,9 +142,9 @@ class DiskWeights:
                 set_tensor(layer, name, torch.empty(parameter.shape, dtype=dtype, device="meta"))
         hf.load_into(self.module, {n: self.source.slice(n) for n in names})
         if changed is not None:
-            assert block is not None
             wanted = {n: p.dtype for n, p in layer.named_parameters()}
-            block.assign({n: t if stored else t.to(wanted.get(n, t.dtype)) for n, t in changed[0].items()})
+            for name, tensor in changed[0].items():
+                set_tensor(layer, name, tensor if stored else tensor.to(wanted.get(name, tensor.dtype)))
         hollow = [n for n, t in layer.state_dict().items() if t.is_meta]
         if hollow:
             raise CheckpointError(f"{self.source.folder}: nothing fills {self.stack}.{index}.{hollow[0]}")
@@ -142,6 +158,18 @@ class DiskWeights:
         """Let go of large tensors outside the decoder layers; they come back when their module runs."""
         for path in self._outer:
             to_meta(self.module.get_submodule(path), recurse=False, above=KEEP_OUTER)
+
+    def change_outer(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+        """Give what lies outside the decoder layers other matrices (named from the model's root); see Overlay."""
+        matrices = description["matrices"]
+        beside.restructure(self.module, matrices, self.dtype)
+        self._changed_outer = dict(tensors)
+        self._tied = dict(getattr(self.module, "all_tied_weights_keys", None) or {})
+        for path in [*matrices, *(v["head"] for v in matrices.values() if "head" in v)]:
+            for inner, module in self.module.get_submodule(path).named_modules(prefix=path):
+                if module._parameters and inner not in self._outer:
+                    self._outer.append(inner)
+                module.register_forward_pre_hook(functools.partial(self._before_outer, inner))
 
     def load_all_outer(self) -> None:
         """Bring everything outside the decoder layers to life."""
@@ -179,10 +207,14 @@ class DiskWeights:
         prefix = path + "." if path else ""
         names: list[str] = []
         for leaf in hollow:
+            if (changed := self._changed_outer.get(prefix + leaf)) is not None:
+                set_tensor(module, leaf, changed)
+                continue
             self._prepare(prefix + leaf)
             names += self._sources(prefix + leaf)
-        hf.load_into(self.module, {n: self.source.slice(n) for n in dict.fromkeys(names)})
-        self._tie()
+        if names:
+            hf.load_into(self.module, {n: self.source.slice(n) for n in dict.fromkeys(names)})
+            self._tie()
         if self.device.type != "cpu":
             module.to(self.device)
 
@@ -205,6 +237,21 @@ class DiskWeights:
             tensor = self.module.get_parameter(origin)
             path, _, leaf = name.rpartition(".")
             self.module.get_submodule(path)._parameters[leaf] = tensor
+
+
+def replaced(name: str, description: dict[str, Any], own: frozenset[str]) -> bool:
+    """Whether a tensor of the source gives way to what changed.
+
+    Args:
+        name: runtime name, relative to the decoder layer (or to the model, outside the layers).
+        description: of what changed; see Overlay.
+        own: names of the block's tensors in the source.
+    """
+    if "experts" in description and name in own:
+        return True
+    matrices = description.get("matrices") or {}
+    heads = (f"{values['head']}.weight" for values in matrices.values() if "head" in values)
+    return name in heads or (name.startswith(tuple(f"{path}." for path in matrices)) and not beside.is_bias(name))
 
 
 def check_complete(module: PreTrainedModel, filled: set[str], where: Path) -> None:

@@ -188,6 +188,14 @@ def save_as_it_runs(model: PreTrainedModel) -> None:
     model.config.experts_implementation = IMPLEMENTATION
 
 
+def untie(model: PreTrainedModel, path: str) -> None:
+    """Nothing in the module at `path` shares a parameter with others any more, also when ties are looked up anew."""
+    for owner in (model, *(m for m in model.modules() if isinstance(m, PreTrainedModel))):
+        for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+            tied = getattr(owner, attribute, None) or {}
+            setattr(owner, attribute, {n: o for n, o in tied.items() if not n.startswith(f"{path}.")})
+
+
 def choose_implementation(model: PreTrainedModel) -> None:
     """Where config.json names this package's implementation (the guard), run what transformers itself would choose."""
     for module in model.modules():

@@ -11,7 +11,7 @@ import functools
 import importlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,9 @@ from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
 from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ, QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
 
-from . import families, hf, offload
+from . import beside, families, hf, offload
 from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index
+from .beside import OUTER, Matrix
 from .block import MoEBlock, check_version
 from .disk import DiskWeights, Overlay
 from .expert_names import ExpertNames, find_expert_names
@@ -35,8 +36,8 @@ from .tensors import release_freed, to_meta
 # What presents a folder in another quantized format as a dense one: "module:function". By name, like PRESENTED.
 DECODER = "moe_compress.quant.sources:decode"
 # Formats of others that are read as if they were native: quant_method → "module:function", called with a model and its
-# folder, giving the folder presented anew and the description of each layer. By name, because the view of a model
-# imports no format.
+# folder, giving the folder presented anew, the description of each layer, and of matrices beside the experts. By name,
+# because the view of a model imports no format.
 PRESENTED: dict[str, str] = {
     COMPRESSED_TENSORS: "moe_compress.export.compressed_reader:present",
     GPTQ: "moe_compress.export.gptq_reader:present",
@@ -66,7 +67,7 @@ class MoEModel:
         module: the transformers model (skeleton or live).
         config_values: its config as a dict (config.json as it stands, for a folder).
         weights: where its tensors come from; None for a model in memory.
-        overlay: changed blocks that replace the folder's.
+        overlay: changed layers that replace the folder's.
         device: where inputs go.
         stack: module path of the decoder layers that are compressed.
         count_paths: keys of the config that hold the number of experts.
@@ -77,7 +78,7 @@ class MoEModel:
         self.module = module
         self.config_values = values
         self.weights: DiskWeights | None = None
-        self.overlay: Overlay | None = None
+        self._overlay: Overlay | None = None
         self.device = torch.device("cpu")
         self._conversions = hf.conversions(module)
         self.stack = _find_stack(module)
@@ -130,6 +131,7 @@ class MoEModel:
         quantized = source.config.get("quantization_config") or {}
         if quantized.get("quant_method") == QUANT_METHOD:
             check_version(quantized.get("format_version"))
+            model._restructure(quantized.get("matrices") or {}, dtype)
             for index, description in quantized["blocks"].items():
                 block = model.block(int(index))
                 if description["experts"] != block.path:
@@ -139,13 +141,14 @@ class MoEModel:
                     )
                 block.restructure(description)
         elif quantized.get("quant_method") in PRESENTED:
-            source, descriptions = _named(PRESENTED[quantized["quant_method"]])(model, source)
+            source, descriptions, matrices = _named(PRESENTED[quantized["quant_method"]])(model, source)
             for number, description in descriptions.items():
                 model.block(number).restructure(description)
+            model._restructure(matrices, dtype)
         model._remember()
-        model.overlay = overlay
         model.device = torch.device(device)
-        model.weights = DiskWeights(module, source, model.stack, model.device)
+        model.weights = DiskWeights(module, source, model.stack, model.device, dtype)
+        model.overlay = overlay
         return model
 
     @classmethod
@@ -158,8 +161,8 @@ class MoEModel:
         values = json.loads(module.config.to_json_string(use_diff=False))
         quantized = values.pop("quantization_config", None) or {}
         values.pop("experts_implementation", None)
-        blocks = quantized.get("blocks", {}).values()
-        if quantized and (quantized.get("quant_method") != QUANT_METHOD or any(b["kind"] != "fused" for b in blocks)):
+        packed = [b for b in quantized.get("blocks", {}).values() if b["kind"] != "fused"] or quantized.get("matrices")
+        if quantized and (quantized.get("quant_method") != QUANT_METHOD or packed):
             raise UnsupportedModelError(
                 f"this {type(module).__name__} is quantized already ({quantized.get('quant_method')}): start from the "
                 "model in full precision"
@@ -176,6 +179,22 @@ class MoEModel:
         if self.weights is None:
             raise ValueError("this model is in memory, not read from a folder")
         return self.weights.source
+
+    @property
+    def overlay(self) -> Overlay | None:
+        """Changed layers that replace the folder's."""
+        return self._overlay
+
+    @overlay.setter
+    def overlay(self, overlay: Overlay | None) -> None:
+        self._overlay = overlay
+        self.refresh_outer()
+
+    def refresh_outer(self) -> None:
+        """Let what lies outside the decoder layers be as the overlay has it (folders only)."""
+        changed = self._overlay.get(OUTER) if self._overlay is not None else None
+        if changed is not None and self.weights is not None:
+            self.weights.change_outer(*changed)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -203,17 +222,102 @@ class MoEModel:
         return {i: self.weights.tensors(i, set(self._own[i])) for i in self.moe_layers}
 
     def own_names(self, index: int) -> frozenset[str]:
-        """Names, relative to the layer, that a block's tensors have in the source."""
-        return self._own[index]
+        """Names, relative to the layer, that a block's tensors have in the source; none where there is no block."""
+        return self._own.get(index, frozenset())
+
+    def prefix(self, index: int) -> str:
+        """What stands before the names of a decoder layer's tensors, or (OUTER) of those outside the layers."""
+        return "" if index == OUTER else f"{self.stack}.{index}."
+
+    def descriptions(self) -> dict[int, dict[str, Any]]:
+        """What blocks and packed matrices are now: decoder layer, or OUTER → description (see Overlay)."""
+        found = {i: self.block(i).state()[1] for i in self.moe_layers}
+        for path, values in beside.packed_state(self.module)[1].items():
+            number = layer_index(path, self.stack)
+            index = OUTER if number is None else number
+            own = found.setdefault(index, {})
+            own.setdefault("matrices", {})[path.removeprefix(self.prefix(index))] = values
+        return found
 
     def description(self, index: int) -> dict[str, Any]:
         """A block's description (`MoEBlock.state`) as the source holds it."""
         return self._descriptions[index]
 
     def _remember(self) -> None:
-        """Names and descriptions of blocks before anything changes them."""
+        """Names and descriptions of blocks and packed matrices before anything changes them."""
         self._own = {i: frozenset(self.block(i).own_names()) for i in self.moe_layers}
         self._descriptions = {i: self.block(i).state()[1] for i in self.moe_layers}
+        self.packed_matrices = beside.packed_state(self.module)[1]
+
+    def _restructure(self, matrices: Mapping[str, dict[str, Any]], dtype: torch.dtype) -> None:
+        try:
+            beside.restructure(self.module, matrices, dtype)
+        except (AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"quantization_config describes packed matrices that don't fit {type(self.module).__name__}: {error}"
+            ) from error
+
+    @functools.cached_property
+    def _beside(self) -> tuple[dict[int, list[Matrix]], dict[str, str]]:
+        """Matrices of every layer, and full path → why a linear layer isn't among them."""
+        found: dict[int, list[Matrix]] = {}
+        kept: dict[str, str] = {}
+        hidden = self.module.config.get_text_config().hidden_size
+        seen: set[int] = set()
+        for index in (OUTER, *range(len(self.layers))):
+            if index == OUTER:
+                parts, reasons = beside.outer_matrices(self.module)
+            else:
+                block = self.block(index) if index in self._paths else None
+                parts, reasons = beside.layer_linears(self.layers[index], block, hidden)
+            prefix = self.prefix(index)
+            kept |= {prefix + path: reason for path, reason in reasons.items()}
+            stored = self._stored_as({prefix + p.path: p.module.weight for p in parts})
+            found[index] = []
+            for part in parts:
+                full = prefix + part.path
+                if id(part.module) in seen:
+                    kept[full] = "several layers share it"
+                elif full not in stored:
+                    kept[full] = "the checkpoint doesn't store it as a matrix of its own"
+                elif part.head and self.weights is not None and self.weights.stored_as(f"{part.head}.weight"):
+                    kept[full] = f"config.json ties {part.head} to it, and the checkpoint holds both"
+                else:
+                    disk, size = stored[full]
+                    rows, columns = part.module.weight.shape
+                    found[index].append(
+                        Matrix(part.path, part.kind, rows, columns, size, part.together, disk, part.head)
+                    )
+                seen.add(id(part.module))
+        return found, kept
+
+    def _stored_as(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, int]]:
+        """Full path of a module → path on disk and bytes of its matrix, where it is one tensor there, as it is here."""
+        if self.weights is not None:
+            return {p: found for p in weights if (found := self.weights.stored_as(f"{p}.weight")) is not None}
+        # Small matrices, each with a number of its own, through the conversion: what comes out whole is stored as such.
+        numbered = {f"{path}.weight": torch.full((2, 3), i, dtype=torch.float32) for i, path in enumerate(weights)}
+        try:
+            there = self.to_disk(numbered)
+        except (RuntimeError, ValueError, KeyError, IndexError):
+            return {}
+        names = {int(t[0, 0]): n for n, t in there.items() if t.shape == (2, 3) and len(t.unique()) == 1}
+        size = {path: w.numel() * w.element_size() for path, w in weights.items()}
+        return {
+            path: (names[i].removesuffix(".weight"), size[path])
+            for i, path in enumerate(weights)
+            if names.get(i, "").endswith(".weight")
+        }
+
+    @property
+    def matrices(self) -> dict[int, list[Matrix]]:
+        """Decoder layer, or OUTER → what can be packed beside its experts, as the source has it."""
+        return self._beside[0]
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Full path of linear layers and embeddings that are never packed → why."""
+        return self._beside[1]
 
     def axes(self, index: int) -> ExpertAxes:
         """What counts experts in a layer's block."""
@@ -250,7 +354,7 @@ class MoEModel:
         if self.weights is None:
             yield Layer(index, module, block)
             return
-        changed = self.overlay.get(index) if self.overlay is not None else None
+        changed = self._overlay.get(index) if self._overlay is not None else None
         self.weights.load_layer(index, block, self._own.get(index, frozenset()), changed, stored)
         try:
             yield Layer(index, module, block)
@@ -259,14 +363,37 @@ class MoEModel:
             release_freed()
 
     @contextmanager
-    def editing(self, layer: Layer) -> Iterator[MoEBlock]:
-        """Within the context the tensors of a live layer's block may be read and changed (it must not run there)."""
-        assert layer.block is not None
+    def editing(self, layer: Layer) -> Iterator[MoEBlock | None]:
+        """Within the context the tensors of a live layer may be read and changed (it must not run there).
+
+        Gives the layer's block, if it has one.
+        """
         if self.weights is not None:
             yield layer.block
             return
         with offload.editable(layer.module):
             yield layer.block
+
+    @contextmanager
+    def outer_weights(self, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """Dense matrices of embeddings and head by path, as the source stores them."""
+        if self.weights is not None:
+            disk = {m.path: f"{m.disk}.weight" for m in self.matrices[OUTER]}
+            yield {path: self.source.get(disk[path]) for path in paths}
+            return
+        modules: dict[str, Any] = {path: self.module.get_submodule(path) for path in paths}
+        with offload.real(modules.values()):
+            yield {path: module.weight.detach() for path, module in modules.items()}
+
+    def put_outer(self, path: str, module: nn.Module, head: str = "") -> None:
+        """Put a packed module in place of embeddings or head; `head` is what shares the embeddings' weights."""
+        before = self.module.get_submodule(path)
+        beside.replace(self.module, path, module)
+        offload.inherit(before, module)
+        if head:
+            before = self.module.get_submodule(head)
+            beside.share(self.module, path, head)
+            offload.inherit(before, self.module.get_submodule(head))
 
     @contextmanager
     def reading(self, index: int | None) -> Iterator[dict[str, Tensor]]:

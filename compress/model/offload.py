@@ -50,6 +50,17 @@ def editable(layer: nn.Module) -> Iterator[None]:
             add_hook_to_module(module, AlignDevicesHook(device, offload=True))
 
 
+def inherit(before: nn.Module, after: nn.Module) -> None:
+    """Let a module that takes the place of another run where that ran, and wait where that waited between calls."""
+    hook = _align(getattr(before, "_hf_hook", None))
+    if hook is None:
+        return
+    for module in after.modules():
+        if module is after or any(True for _ in module.parameters(recurse=False)):
+            own = AlignDevicesHook(hook.execution_device, offload=hook.offload, io_same_device=module is after)
+            add_hook_to_module(module, own)
+
+
 @contextmanager
 def runnable(module: nn.Module) -> Iterator[None]:
     """What is in `module` runs on its tensors as they are: within `editable`, where hooks would load old values."""

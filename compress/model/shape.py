@@ -5,9 +5,11 @@ A shape says nothing about weights, only how many there are and what they take o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .beside import Matrix
 from .model import MoEModel
 
 
@@ -72,12 +74,16 @@ class ModelShape:
         other_bytes: bytes of all tensors that are not experts (attention, embeddings, routers, shared experts, …).
         others: their names on disk → shapes. Empty for a model in memory.
         config: of the model as transformers has it, defaults filled in.
+        matrices: decoder layer, or OUTER → the matrices among them that can be packed, or are.
+        kept: path → why a matrix is never packed.
     """
 
     layers: dict[int, LayerShape]
     other_bytes: int
     others: dict[str, tuple[int, ...]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    matrices: Mapping[int, list[Matrix]] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def expert_bytes(self) -> int:
@@ -97,6 +103,17 @@ class ModelShape:
     def with_layers(self, layers: dict[int, LayerShape]) -> ModelShape:
         """The same with some layers replaced."""
         return replace(self, layers={**self.layers, **layers})
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of what passes have changed, or could have: all experts, and what is packed beside them."""
+        return self.expert_bytes + sum(m.bytes for own in self.matrices.values() for m in own if m.bits)
+
+    def with_matrices(self, matrices: Mapping[int, list[Matrix]]) -> ModelShape:
+        """The same with some layers' matrices replaced, and what they take."""
+        before = sum(m.bytes for i in matrices for m in self.matrices[i])
+        after = sum(m.bytes for own in matrices.values() for m in own)
+        return replace(self, matrices={**self.matrices, **matrices}, other_bytes=self.other_bytes + after - before)
 
 
 def model_shape(model: MoEModel) -> ModelShape:
@@ -130,4 +147,5 @@ def model_shape(model: MoEModel) -> ModelShape:
         own = {id(t): t for t in model.module.state_dict(keep_vars=True).values()}  # tied ones once
         total = sum(t.numel() * t.element_size() for t in own.values())
     config = model.module.config.to_dict()
-    return ModelShape(layers, total - sum(layer.bytes for layer in layers.values()), others, config)
+    other_bytes = total - sum(layer.bytes for layer in layers.values())
+    return ModelShape(layers, other_bytes, others, config, model.matrices, model.kept)

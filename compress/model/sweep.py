@@ -29,7 +29,7 @@ from moe_compress.errors import RunError
 
 from . import hf, offload
 from .model import Layer, MoEModel
-from .tap import Observer, Tap, observe
+from .tap import Observer, Tap, hidden_behind, observe
 from .tensors import release_freed
 
 # Arguments of one forward. Beside them, for whoever observes and not for the model: what every token is of and counts.
@@ -54,6 +54,7 @@ class Sweep:
 
     def __init__(self, model: MoEModel, batches: Sequence[Batch], hold: Path | None = None):
         self.model = model
+        self.batches = batches
         beside = (MODALITY, TOKEN_WEIGHT)
         arguments = [{k: v for k, v in batch.items() if k not in beside} for batch in batches]
         self._calls = [_Call(model.module, batch, model.device, self._recording) for batch in arguments]
@@ -119,6 +120,31 @@ class Sweep:
             output, call.output = call.output, None
             yield number, output
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches."""
+        return sum(len(sequence) for sequence in self._sequences)
+
+    def reaching(self, module: nn.Module, number: int) -> Tensor:
+        """What a module behind the last layer reads in one batch's call, which ends there; call after the last layer.
+
+        Raises RuntimeError when it isn't reached.
+        """
+        seen: list[Tensor] = []
+
+        def stop(_module: nn.Module, arguments: Any) -> None:
+            seen.append(arguments[0])
+            raise _Aborted
+
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            self._resume(self._calls[number])
+        finally:
+            handle.remove()
+        if not seen:
+            raise RuntimeError(f"batch {number} doesn't reach {type(module).__name__}")
+        return seen[0]
+
     def _hold_embedded(self, _module: nn.Module, _arguments: Any, output: Any) -> Any:
         return self.held(output, f"embedded-{next(self._numbers)}")
 
@@ -177,7 +203,17 @@ class Step:
     @property
     def tokens(self) -> int:
         """Tokens of all batches."""
-        return sum(len(sequence) for sequence in self._sweep._sequences)
+        return self._sweep.tokens
+
+    def sample(self, tokens: int) -> tuple[list[int], int]:
+        """The first batches that have so many tokens together, or all; and how many they have."""
+        numbers, total = [], 0
+        for number, sequence in enumerate(self._sweep._sequences):
+            if total >= tokens:
+                break
+            numbers.append(number)
+            total += len(sequence)
+        return numbers, total
 
     @property
     def device(self) -> torch.device:
@@ -223,6 +259,15 @@ class Step:
             call.value = self._sweep.pass_on(number, self.index, output)
             if not last:  # behind the last layer come norm and head: only when somebody asks for outputs
                 self._sweep._resume(call)
+
+    def behind(self, number: int) -> Tensor | None:
+        """Hidden states [T, H] behind the layer of one batch, every stream of them; None where it returns none.
+
+        The batch goes on waiting in front of the layer.
+        """
+        tokens = len(self._sweep._sequences[number])
+        hidden = hidden_behind(self._forward(number, None), tokens)
+        return None if hidden is None else hidden.reshape(tokens, -1)
 
     def _forward(self, number: int, observer: Observer | None) -> Any:
         call = self._sweep._calls[number]

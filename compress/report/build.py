@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moe_compress.engine import Outcome
+from moe_compress.model.beside import OUTER
 from moe_compress.model.shape import ModelShape
 
 SCHEMA = 1
@@ -60,7 +61,8 @@ def layer_entries(before: ModelShape, outcomes: Sequence[Outcome]) -> list[dict[
             moved = report.get("slots")
             if moved is not None:
                 slot = [moved[p] if p >= 0 else -1 for p in slot]
-            steps.append({"pass": outcome.name, **{k: v for k, v in report.items() if k not in ("experts", "slots")}})
+            own = {k: v for k, v in report.items() if k not in ("experts", "slots", "beside")}
+            steps.append({"pass": outcome.name, **own})
         for entry, position in zip(experts, slot, strict=True):
             entry["slot"] = position if position >= 0 else None
         after = outcomes[-1].shape.layers[index] if outcomes else layer
@@ -76,6 +78,23 @@ def layer_entries(before: ModelShape, outcomes: Sequence[Outcome]) -> list[dict[
             }
         )
     return entries
+
+
+def beside_entries(before: ModelShape, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Every matrix beside the experts that a pass packed: where it is, what it takes, what was done to it and why."""
+    sizes_before = {(i, m.path): m.bytes for i, own in before.matrices.items() for m in own}
+    return [
+        {
+            "layer": index if index != OUTER else None,
+            "matrix": path,
+            "pass": outcome.name,
+            "bytes_before": sizes_before[index, path],
+            **values,
+        }
+        for outcome in outcomes
+        for index, report in sorted(outcome.reports.items())
+        for path, values in (report.get("beside") or {}).items()
+    ]
 
 
 def build(
@@ -117,4 +136,5 @@ def build(
         "calibration": calibration,
         "stages": stages,
         "layers": layer_entries(before, outcomes),
+        "beside": beside_entries(before, outcomes),
     }

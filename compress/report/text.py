@@ -18,6 +18,9 @@ def headline(report: dict[str, Any]) -> Rows:
         ("experts", show_bytes(before["expert_bytes"]), show_bytes(after["expert_bytes"])),
         ("bits per expert weight", f"{before['bits_per_weight']:.3g}", f"{after['bits_per_weight']:.3g}"),
     ]
+    if beside := report.get("beside"):
+        old_bytes, new_bytes = (show_bytes(sum(m[key] for m in beside)) for key in ("bytes_before", "bytes"))
+        rows.append(("packed beside the experts", old_bytes, new_bytes))
     for name, value in after["perplexity"].items():
         old = before["perplexity"].get(name)
         rows.append((f"perplexity {name}", "" if old is None else f"{old:.4g}", f"{value:.4g}"))
@@ -60,6 +63,9 @@ def markdown(report: dict[str, Any]) -> str:
             for layer in report["layers"]
         ],
     )
+    if beside := report.get("beside"):
+        lines += ["", "## Beside the experts", ""]
+        lines += _table(("layer", "matrices and their bits", "bytes before", "bytes"), _by_place(beside))
     if report.get("calibration"):
         lines += ["", "## Calibration", ""]
         lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in report["calibration"].items()]
@@ -78,6 +84,22 @@ def markdown(report: dict[str, Any]) -> str:
     )
     lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()), ""]
     return "\n".join(lines)
+
+
+def _by_place(beside: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """One row per layer."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for matrix in beside:
+        places.setdefault("outside" if matrix["layer"] is None else str(matrix["layer"]), []).append(matrix)
+    return [
+        (
+            place,
+            ", ".join(f"{m['matrix']} {m['bits']}" for m in own),
+            show_bytes(sum(m["bytes_before"] for m in own)),
+            show_bytes(sum(m["bytes"] for m in own)),
+        )
+        for place, own in places.items()
+    ]
 
 
 def _kept_choices(layer: dict[str, Any]) -> str:
