@@ -35,8 +35,6 @@ from moe_compress.progress import Progress
 
 # Folders whose modules are searched for passes.
 _HOMES = ("moe_compress.quant", "moe_compress.prune", "moe_compress.merge", "moe_compress.heal")
-# Modules there that hold no pass, and can't be imported without what is optional.
-_NOT_SEARCHED = frozenset({"triton_moe"})
 
 
 class PassOptions(BaseModel):
@@ -222,8 +220,7 @@ def all_passes() -> dict[str, type[Pass]]:
         for home in _HOMES:
             package = importlib.import_module(home)
             for module in pkgutil.iter_modules(package.__path__):
-                if module.name not in _NOT_SEARCHED:
-                    importlib.import_module(f"{home}.{module.name}")
+                importlib.import_module(f"{home}.{module.name}")
     return dict(sorted(_REGISTRY.items()))
 
 

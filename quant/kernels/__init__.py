@@ -1,0 +1,1 @@
+"""Kernels that need more than torch: imported only where they run."""
