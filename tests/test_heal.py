@@ -78,7 +78,7 @@ def test_a_spoilt_router_finds_back(name, mode):
             assert kl[1] < 0.5 * kl[0]
         assert 0 <= result["router_agreement"][0] <= 1
         if mode != "model":
-            assert result["objective"][1] < result["objective"][0]
+            assert result["objective"][1] <= result["objective"][0]
         names = [n.removeprefix("router/") for n in result if n.startswith("router/")]
         assert names == list(lessons.parameters(view.block(layer)))
         assert all("expert" not in n.rpartition(".")[0].rpartition(".")[2] for n in names)
