@@ -223,7 +223,7 @@ def _learned(
             Lesson(
                 model=model,
                 source=source(),
-                ids=calibrated.text.ids,
+                text=calibrated.text,
                 batch_size=calibrated.batch_size,
                 slots=slots,
                 hold=calibrated.hold,

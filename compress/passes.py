@@ -24,6 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from moe_compress.calib.batches import TokenBatches
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Result, Statistic
@@ -81,7 +82,7 @@ class Lesson:
     Attributes:
         model: as the passes before have left it; as it was when `learn` returns.
         source: the original.
-        ids: calibration text [sequences, length].
+        text: calibration text.
         batch_size: sequences of one forward.
         slots: layer → the place in `model` of each expert of the original, −1 if it is gone.
         hold, hold_all: folders for hidden states of a sweep, and of one that goes back; None for memory.
@@ -90,7 +91,7 @@ class Lesson:
 
     model: MoEModel
     source: MoEModel
-    ids: Tensor
+    text: TokenBatches
     batch_size: int
     slots: dict[int, list[int]]
     hold: Path | None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moe_compress.calib.batches import TokenBatches
 from moe_compress.calib.routing import RoutingLog, carried, distribution, router_divergence, routing_drift
 from moe_compress.errors import InputError, UnsupportedModelError
 from moe_compress.model import Layer, MoEBlock, MoEModel, Tap
@@ -52,6 +53,7 @@ class Routers:
         if layer.block is None:
             return
         with self.model.editing(layer) as block:
+            assert block is not None
             own = parameters(block)
             if layer.index not in self._first:
                 self._first[layer.index] = self.rounded(layer.index, {n: p.detach() for n, p in own.items()})
@@ -85,19 +87,13 @@ def parameters(block: MoEBlock) -> dict[str, nn.Parameter]:
     return {n: p for n, p in block.module.named_parameters() if n.startswith(inside) and p.is_floating_point()}
 
 
-def split(ids: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def split(text: TokenBatches, share: float) -> tuple[TokenBatches, TokenBatches]:
     """Sequences to learn from, and those held out: every n-th. Raises InputError where there is only one."""
-    count = max(1, round(share * len(ids)))
-    if len(ids) < 2:
+    if len(text) < 2:
         raise InputError("heal.router holds sequences out to judge by: calibrate with at least 2 `sequences`")
-    held = torch.zeros(len(ids), dtype=torch.bool)
-    held[torch.linspace(0, len(ids) - 1, min(count, len(ids) - 1)).round().long()] = True
-    return ids[~held], ids[held]
-
-
-def batches(ids: Tensor, size: int) -> list[Batch]:
-    """Arguments of each forward."""
-    return [{"input_ids": part} for part in ids.split(size)]
+    count = min(max(1, round(share * len(text))), len(text) - 1)
+    held = set(torch.linspace(0, len(text) - 1, count).round().long().tolist())
+    return text.chosen([i for i in range(len(text)) if i not in held]), text.chosen(sorted(held))
 
 
 @contextmanager
@@ -112,10 +108,10 @@ def both(lesson: Lesson, inputs: Sequence[Batch], back: bool = False) -> Iterato
         yield own, theirs
 
 
-def judge(lesson: Lesson, ids: Tensor, routers: Routers) -> Judged:
+def judge(lesson: Lesson, text: TokenBatches, routers: Routers) -> Judged:
     """The model with these routers beside the original."""
-    inputs = batches(ids, lesson.batch_size)
-    logs = [RoutingLog(ids.numel()) for _ in range(2)]
+    inputs = text.forwards(lesson.batch_size)
+    logs = [RoutingLog(text.tokens) for _ in range(2)]
     with both(lesson, inputs) as (own, theirs):
         for step in theirs:
             step.advance(logs[0].observe)
@@ -133,7 +129,7 @@ def judge(lesson: Lesson, ids: Tensor, routers: Routers) -> Judged:
 
 
 def teach_layers(
-    lesson: Lesson, taught: Tensor, held: Tensor, routers: Routers, options: RouterOptions
+    lesson: Lesson, taught: TokenBatches, held: TokenBatches, routers: Routers, options: RouterOptions
 ) -> dict[int, tuple[float, float]]:
     """One sweep of the model and one of the original beside it; each router is trained where both wait.
 
@@ -142,10 +138,10 @@ def teach_layers(
     Returns:
         Layer → objective on the held-out sequences before and after.
     """
-    inputs = batches(taught, lesson.batch_size)
+    inputs = taught.forwards(lesson.batch_size)
     lessons = len(inputs)
     found: dict[int, tuple[float, float]] = {}
-    with both(lesson, inputs + batches(held, lesson.batch_size)) as (own, theirs):
+    with both(lesson, inputs + held.forwards(lesson.batch_size)) as (own, theirs):
         for step, other in zip(own, theirs, strict=True):
             routers.put(step.layer)
             if step.layer.block is not None:
@@ -225,7 +221,7 @@ def _teach(
 
 
 def teach_model(
-    lesson: Lesson, taught: Tensor, held: Tensor, routers: Routers, options: RouterOptions, first: float
+    lesson: Lesson, taught: TokenBatches, held: TokenBatches, routers: Routers, options: RouterOptions, first: float
 ) -> None:
     """Steps of AdamW on all routers at once; the gradient of each is one sweep forth and back, beside the original's.
 
@@ -236,7 +232,7 @@ def teach_model(
     students: dict[int, _Student] = {}
     for _ in range(options.epochs):
         for rows in torch.randperm(len(taught), generator=order).split(options.sequences_per_step):
-            inputs = batches(taught[rows], lesson.batch_size)
+            inputs = taught.chosen(sorted(rows.tolist())).forwards(lesson.batch_size)
             with both(lesson, inputs, back=True) as (own, theirs):
                 for step in theirs:
                     step.advance()

@@ -38,13 +38,13 @@ class RouterOptions(PassOptions):
         default="hidden",
         description="Layer by layer: the hidden state behind the layer, or the router's distribution over the experts",
     )
-    epochs: int = Field(default=4, ge=1, description="Times that the text is gone through")
+    epochs: int = Field(default=3, ge=1, description="Times that the text is gone through")
     rate: float = Field(
-        default=0.01, gt=0, description="AdamW's step, relative to the root mean square of the router's parameters"
+        default=0.02, gt=0, description="AdamW's step, relative to the root mean square of the router's parameters"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's, per step and rate")
     sequences_per_step: int = Field(
-        default=16, ge=1, description="All routers together: sequences of one step, each step is a sweep forth and back"
+        default=4, ge=1, description="All routers together: sequences of one step, each step is a sweep forth and back"
     )
     temperature: float = Field(default=1.0, gt=0, description="All routers together: of both next-token distributions")
     held_out: float = Field(default=0.125, gt=0, lt=1, description="Share of the sequences that judges, never teaches")
@@ -76,7 +76,7 @@ class HealRouter(Pass):
 
     def learn(self, lesson: Lesson) -> dict[int, Result]:
         """New values of the routers' parameters, and how far routing and predictions were and are from the original."""
-        taught, held = split(lesson.ids, self.options.held_out)
+        taught, held = split(lesson.text, self.options.held_out)
         routers = Routers(lesson.model)
         try:
             before = judge(lesson, held, routers)

@@ -270,7 +270,7 @@ def run_differentiably(step: Step, number: int, *, catch: bool = True, through: 
     positional, keywords = map_tensors(step.arguments(number), enter)
     with torch.enable_grad(), ExitStack() as stack:
         if catch and step.layer.block is not None:
-            stack.enter_context(observe(step.layer.block, watch, step.sequences(number)))
+            stack.enter_context(observe(step.layer.block, watch, *step.labels(number)))
         output = step.layer.module(*positional, **keywords)
     return DifferentiableRun(output, inputs, caught)
 

@@ -229,10 +229,9 @@ class Step:
         """(positional arguments, keywords) with which batch `number` waits before the layer."""
         return self._sweep._calls[number].arguments
 
-    def sequences(self, number: int) -> Tensor:
-        """Number of the sequence that each token of a batch belongs to."""
-        sequence_T: Tensor = self._sweep._sequences[number]
-        return sequence_T
+    def labels(self, number: int) -> tuple[Tensor | None, ...]:
+        """What taps of a batch say of its tokens: sequence, modality, weight (see `observe`)."""
+        return (self._sweep._sequences[number], *self._sweep._labels[number])
 
     @contextmanager
     def readable(self) -> Iterator[None]:
@@ -276,8 +275,7 @@ class Step:
         with torch.no_grad():
             with ExitStack() as stack:
                 if observer is not None and self.layer.block is not None:
-                    labels = (self._sweep._sequences[number], *self._sweep._labels[number])
-                    stack.enter_context(observe(self.layer.block, taps.append, *labels))
+                    stack.enter_context(observe(self.layer.block, taps.append, *self.labels(number)))
                 output = self.layer.module(*arguments, **keywords)
             # Handed on only now: what a change of the block weighs depends on the hidden state behind the layer. Some
             # observers run the experts again, and offloaded weights have left by now.
