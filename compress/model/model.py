@@ -363,7 +363,7 @@ class MoEModel:
             release_freed()
 
     @contextmanager
-    def editing(self, layer: Layer) -> Iterator[MoEBlock | None]:
+    def editing(self, layer: Layer) -> Iterator[Any]:
         """Within the context the tensors of a live layer may be read and changed (it must not run there).
 
         Gives the layer's block, if it has one.

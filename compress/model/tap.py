@@ -105,7 +105,9 @@ class Tap:
     def counted_T(self) -> Tensor:
         """What each token counts in sums over tokens, float64: `token_weight_T`, or ones."""
         weight = self.token_weight_T
-        return torch.ones_like(self.hidden_TH[:, 0], dtype=torch.float64) if weight is None else weight.double()
+        if weight is not None:
+            return weight.double()
+        return torch.ones(len(self.hidden_TH), dtype=torch.float64, device=self.hidden_TH.device)
 
 
 @dataclass
