@@ -4,7 +4,7 @@ Each projection (gate, up, down) of all experts of a layer is held in stacks. A 
 several experts in one encoding: packed integers with group scales (and zero points), or dense. Which expert is in
 which stack is a list, so any mixture of widths is just several stacks, and the tensors in memory are the tensors in the
 file. While running, only experts that got tokens are unpacked, a few at a time (run_packed.py), or inside the matrix
-product on a GPU (triton_moe.py); a dense copy of the layer never exists.
+product on a GPU (gpu/triton_moe.py); a dense copy of the layer never exists.
 
 docs/format.md specifies the tensors byte by byte.
 

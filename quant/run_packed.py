@@ -57,7 +57,7 @@ def fused_kernel(device: str) -> Any:
     """The module with the kernel for a kind of device, or None: for a GPU there is one where Triton is."""
     if device != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("moe_compress.quant.triton_moe")
+    return importlib.import_module("moe_compress.quant.gpu.triton_moe")
 
 
 @dataclass(frozen=True)
