@@ -94,6 +94,25 @@ def test_moments_of_weighed_rows(name, weighing, monkeypatch):
     torch.testing.assert_close(layer.means()[1].double(), mean, rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("weighing", POWERS)
+def test_tokens_that_count_nothing_are_not_there(weighing):
+    """Token weights (calibration's `modality_weights`): 0 leaves a token out, and only ratios matter to means."""
+    block = first_block("qwen3_moe")
+    inputs, experts = read(block), FusedExperts(block.experts_module)
+    hidden_TH, index_TK, weight_TK = inputs._parts[0]
+    kept = torch.arange(len(hidden_TH)) % 3 > 0
+    inputs._counted, inputs._weighed = [torch.where(kept, 0.25, 0.0)], True
+    alone = BlockInputs()
+    alone._parts.append((hidden_TH[kept], index_TK[kept], weight_TK[kept]))
+    weighed, without = (list(LayerRows(experts, own, weighing).parts(1 << 30)) for own in (inputs, alone))
+    for found, expected in zip(weighed, without, strict=True):
+        torch.testing.assert_close(found.evidence_C, expected.evidence_C)
+        torch.testing.assert_close(found.moment(found.input_RH), expected.moment(expected.input_RH))
+    means = [LayerRows(experts, own, weighing).means()[0] for own in (inputs, alone)]
+    torch.testing.assert_close(means[0], means[1])
+
+
 @pytest.mark.parametrize("tokens", [3, 200])
 def test_compensation_is_the_least_squares_solution(tokens):
     generator = torch.Generator().manual_seed(tokens)

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -281,3 +283,17 @@ def test_copies_stand_alone(name, tmp_path):
     assert not torch.equal(module(hidden, index, weight), output)
     for one in [*copies, rebuilt]:
         assert torch.equal(one(hidden, index, weight), output)
+
+
+def test_nothing_but_a_gpu_asks_for_triton():
+    """All passes are found, and packed experts run on a CPU, where Triton can't be imported."""
+    code = """
+import sys
+sys.modules["triton"] = None
+from moe_compress.passes import all_passes
+from moe_compress.quant import run_packed
+assert "quantize.mixed" in all_passes()
+assert "moe_compress.quant.kernels.triton_moe" not in sys.modules
+assert run_packed.fused_kernel("cpu") is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
