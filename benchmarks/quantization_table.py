@@ -32,11 +32,22 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "moe-demo"
 GROUP = 64
 
-# Bits a weight really takes at group 64: codes, and a 16-bit scale per group (asymmetric ones also a zero point).
-COLUMNS: dict[str, float] = {"8": 8.25, "4": 4.25, "3": 3.25, "2": 2.25, "1.58": 1.85, "1": 1.25}
+# Bits a weight really takes at group 64: codes, and a 16-bit scale per group. Ternary rows are whole words of 20 codes.
+COLUMNS: dict[str, float] = {"8": 8.25, "4": 4.25, "3": 3.25, "2": 2.25, "1.58": 1.92, "1": 1.25}
 WIDTHS: dict[str, float] = {"8": 8, "4": 4, "3": 3, "2": 2, "1.58": 1.58, "1": 1}
-PLAIN = {"correct_down": False, "passes": 1}  # GPTQ as its paper has it
-SOLVERS: dict[str, dict[str, Any]] = {}
+# GPTQ as its paper has it, but for the scales, which are fitted (see gptq.py).
+PLAIN: dict[str, Any] = {"hessian": "plain", "compensate": False, "sweeps": 0}
+SOLVERS: dict[str, dict[str, Any]] = {
+    f"{name}{', rotated' if rotate else ''}": {**options, "rotate": "down" if rotate else "none"}
+    for name, options in (
+        ("RTN", {"method": "rtn"}),
+        ("HQQ", {"method": "hqq"}),
+        ("GPTQ", PLAIN),
+        ("GPTQ, gate-weighted (MoEQuant)", {**PLAIN, "hessian": "gate"}),
+        ("GPTQ, g², compensated, polished (default)", {}),
+    )
+    for rotate in (False, True)
+}
 ALLOCATORS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "random": {"cost": "random"},
@@ -59,6 +70,7 @@ ALLOCATORS: dict[str, dict[str, Any]] = {
     "relative, no gain": {"solver_gain": "none"},
     "relative, per layer": {"scope": "layer"},
     "relative (default)": {},
+    "relative (default), rotated": {"rotate": "down"},
     "relative, gate and up free": {"tie_gate_up": False},
     "relative, widths 1 to 6 and 8": {"widths": [1, 2, 3, 4, 5, 6, 8]},
     "relative, greedy": {"allocation": "greedy"},
@@ -183,6 +195,8 @@ def main() -> None:
         for seed in range(arguments.seeds):
             data = calibration(seed, tokenizer)
             for (row, column), options in wanted.items():
+                if seed and options.get("method", "gptq") != "gptq" and options["allocation"] == "uniform":
+                    continue  # nothing of it depends on the text
                 key = json.dumps([row, column, seed, arguments.tokens, arguments.tasks, options])
                 if key in done:
                     continue

@@ -1,9 +1,10 @@
 """What a layer's experts read on the calibration text, as the second moments that solvers need, a chunk at a time.
 
 Contract: nothing is kept of a chunk of experts when the next begins. Rows (token, expert) count what their token does
-(calibration's `modality_weights`), and may count by their routing weight. In the squared error of the block's output, Σ_t ‖Σ_e g_te Δ_e(x_t)‖², an expert's own part weighs its rows by g²
-("gate_squared"); MoEQuant's AGQ (ICML 2025) takes g ("gate"). On the demo checkpoint both took 3 % off the squared
-error of held-out block outputs at 2 bits, and g² 2 % at 3; g² was ahead of g by less than 0.3 %.
+(calibration's `modality_weights`), and may count by their routing weight. In the squared error of the block's output,
+Σ_t ‖Σ_e g_te Δ_e(x_t)‖², an expert's own part weighs its rows by g² ("gate_squared"); MoEQuant's AGQ (ICML 2025) takes
+g ("gate"). On the demo checkpoint both took 3 % off the squared error of held-out block outputs at 2 bits, and g² 2 %
+at 3; g² was ahead of g by less than 0.3 %.
 
 Weighing makes rows count for less evidence than they are: the number that shrinking goes by is (Σ w)² / Σ w².
 

@@ -135,9 +135,9 @@ def multiply(stack: Stack, input_RK: Tensor, slots: list[int], counts: list[int]
             else:
                 weight_NOK = _ordered(stack, order, index, part, scratch).to(dtype)
             if backward:
-                output[chunk] += _product(rows_RK[chunk, part], weight_NOK.transpose(-2, -1), own)
+                output[chunk] += product(rows_RK[chunk, part], weight_NOK.transpose(-2, -1), own)
             else:
-                output[chunk, part] = _product(rows_RK[chunk], weight_NOK, own)
+                output[chunk, part] = product(rows_RK[chunk], weight_NOK, own)
     _idle.append(scratch)
     if backward and order is not None:
         output = order.columns_back(output)
@@ -189,7 +189,7 @@ def _ordered(stack: Stack, order: Order, index: Tensor | slice, rows: slice, scr
     return values_NOPQ.view(*shape_NOPQ[:2], features)
 
 
-def _product(input_RK: Tensor, weight_NOK: Tensor, counts: list[int]) -> Tensor:
+def product(input_RK: Tensor, weight_NOK: Tensor, counts: list[int]) -> Tensor:
     """Each matrix's rows times it → [R, O]."""
     if len(counts) == 1:
         return input_RK @ weight_NOK[0].T

@@ -25,6 +25,7 @@ from moe_compress.model.dispatch import Dispatch
 
 from .float8 import decode_float8, quantized_inputs, spread_scales
 from .packed import PackedExperts, PackedProjection, fused_module, keeping_dtype
+from .run_packed import product, weights_at_once
 
 
 class ScaledProjection(PackedProjection):
@@ -56,6 +57,21 @@ class ScaledProjection(PackedProjection):
         """Each expert's rows, quantized, times its own matrix → [R, O]; in float32, as servers accumulate."""
         read = quantized_inputs(input_RK, self.scheme.inputs_share, self.scheme.is_float)
         return super().linear(read, dispatch).to(input_RK.dtype)
+
+    def products(self, input_RK: Tensor, dispatch: Dispatch, backward: bool = False) -> Tensor:
+        """Rows times matrices as they are (`backward`: transposed); of experts with rows, some at a time, in float32."""
+        counts = dispatch.counts_E.tolist()
+        visited = [expert for expert, count in enumerate(counts) if count]
+        output = input_RK.new_empty(len(input_RK), self.in_features if backward else self.out_features)
+        size, start = max(1, weights_at_once() // (self.out_features * self.in_features)), 0
+        for first in range(0, len(visited), size):
+            experts = visited[first : first + size]
+            own = [counts[e] for e in experts]
+            rows = slice(start, start + sum(own))
+            weight_NOK = self.matrices(experts, input_RK.dtype)
+            output[rows] = product(input_RK[rows], weight_NOK.transpose(-2, -1) if backward else weight_NOK, own)
+            start = rows.stop
+        return output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, keeping_dtype(fn), recurse)

@@ -30,7 +30,7 @@ def pack_trits(codes: Tensor) -> Tensor:
         raise InputError(f"a code of {int(codes.max())} isn't ternary: 0, 1 or 2")
     rows, words = codes.shape[:-1], trit_words(codes.shape[-1])
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % PER_WORD)).view(*rows, words * 4, PER_BYTE)
-    packed = padded[..., PER_BYTE - 1].clone()
+    packed = padded[..., PER_BYTE - 1].clone(memory_format=torch.contiguous_format)
     for digit in reversed(range(PER_BYTE - 1)):
         packed.mul_(3).add_(padded[..., digit])
     return packed.view(torch.int32)

@@ -20,6 +20,7 @@ from moe_compress.errors import CheckpointError
 from moe_compress.model import MoEModel
 from moe_compress.quant.gguf_blocks import dequantize, find_type
 
+from .compressed_reader import Seen
 from .gguf_architectures import PROJECTIONS, Tensors, find_architecture
 
 
@@ -87,7 +88,7 @@ class GGUFCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.folder / GGUF_FILE}: {part!r} is not {list(shape)}, which {name!r} is")
 
 
-def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, dict[str, Any]]]:
+def present(model: MoEModel, source: Checkpoint) -> Seen:
     """The folder as the native format would hold it.
 
     Args:
@@ -95,7 +96,8 @@ def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, 
         source: the folder.
 
     Returns:
-        The folder presented anew, and decoder layer → description for `MoEBlock.restructure`.
+        The folder presented anew, decoder layer → description for `MoEBlock.restructure`, and no matrices beside the
+        experts: those are decoded when they are read.
 
     Raises CheckpointError when file and config don't belong together.
     """
@@ -139,4 +141,4 @@ def present(model: MoEModel, source: Checkpoint) -> tuple[Checkpoint, dict[int, 
         for name, tensor in model.module.state_dict().items()
         if not name.startswith(inside) and not (name in tied and "output.weight" not in source.tensors)
     }
-    return GGUFCheckpoint(source.folder, tensors, dense, stacks), descriptions
+    return GGUFCheckpoint(source.folder, tensors, dense, stacks), descriptions, {}

@@ -459,7 +459,7 @@ def test_a_compressed_checkpoint_is_a_dense_source(written, tmp_path):
                 {"model.layers.0.self_attn.q_proj.weight_packed": t.pop("model.layers.0.self_attn.q_proj.weight")}
             ),
             UnsupportedModelError,
-            "isn't an expert",
+            "isn't packed integers in groups",
         ),
     ],
 )

@@ -242,7 +242,7 @@ def test_another_scheme_is_not_taken_for_one_of_ours(scheme, change):
         (
             lambda t, c, m: t.update({"model.layers.0.self_attn.q_proj.weight_scale": torch.ones(1)}),
             UnsupportedModelError,
-            "isn't an expert",
+            "isn't packed integers in groups",
         ),
     ],
 )

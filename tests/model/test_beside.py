@@ -144,10 +144,10 @@ def test_packed_and_loaded_by_transformers(name, tmp_path):
             dense.get_submodule(path).weight.copy_(value)
         loaded = cls.from_pretrained(output, dtype=torch.float32).eval()
         expected, got = (m(**input_batch(m)).logits for m in (dense, loaded))
-    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=3e-5)  # sums in another order
     assert sum(beside.is_packed(m) for m in loaded.modules()) == len(overlay.values)
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     with torch.no_grad():
         back = cls.from_pretrained(again, dtype=torch.float32).eval()
-        assert torch.allclose(back(**input_batch(back)).logits, expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(back(**input_batch(back)).logits, expected, rtol=1e-4, atol=3e-5)
