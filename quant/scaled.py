@@ -59,7 +59,7 @@ class ScaledProjection(PackedProjection):
         return super().linear(read, dispatch).to(input_RK.dtype)
 
     def products(self, input_RK: Tensor, dispatch: Dispatch, backward: bool = False) -> Tensor:
-        """Rows times matrices as they are (`backward`: transposed); of experts with rows, some at a time, in float32."""
+        """Rows times matrices (`backward`: transposed); of the experts with rows, some at a time."""
         counts = dispatch.counts_E.tolist()
         visited = [expert for expert, count in enumerate(counts) if count]
         output = input_RK.new_empty(len(input_RK), self.in_features if backward else self.out_features)
