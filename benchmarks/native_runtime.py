@@ -8,8 +8,9 @@ beside dense experts in bfloat16 and float32, with where the time goes and two l
 weights over the measured memory bandwidth, operations over the measured rate of a large product. Best of several calls.
 
 `model`: quantizes a checkpoint (the demo's, or one of synthetic_checkpoint.py) round-to-nearest to a uniform mixture,
-loads original and result, each in a process of its own, and generates greedily. Memory is anonymous resident memory
-(page cache and mapped files don't count), sampled every 5 ms.
+loads original and result, each in a process of its own, and generates greedily. Memory is anonymous resident memory,
+sampled every 5 ms; `mapped` are resident pages of files beyond those before loading, weights that are used where they
+lie among them (the system may drop and read them again).
 """
 
 from __future__ import annotations
@@ -170,30 +171,30 @@ def layer() -> None:
             row(f"{str(dtype)[6:]} {implementation}", dense_experts(dtype, implementation=implementation), size, dtype)
 
 
-def anonymous() -> int:
-    """Bytes of this process that no file backs."""
+def resident(kind: str) -> int:
+    """Bytes of this process in memory: RssAnon, which no file backs, or RssFile."""
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) * 1024
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(kind)) * 1024
 
 
 def measure(folder: str, dtype: str) -> None:
     """Load a folder and generate; prints JSON. In a process of its own."""
-    before = peak = anonymous()
+    before = peak = resident("RssAnon")
+    mapped = resident("RssFile")
     done = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, anonymous())
+            peak = max(peak, resident("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     loaded = time.perf_counter() - start
-    held, highest = anonymous(), peak
+    held, highest = resident("RssAnon"), peak
     result: dict[str, Any] = {"held": held - before, "peak": highest - before, "seconds": loaded}
-    result["parameters"] = sum(p.numel() * p.element_size() for p in model.parameters())
     for batch in (1, 32):
         ids = torch.randint(3, 4000, (batch, 16), generator=torch.Generator().manual_seed(batch))
         taken = {}
@@ -204,13 +205,14 @@ def measure(folder: str, dtype: str) -> None:
         result[f"first {batch}"] = taken[1]
         result[f"tokens/s {batch}"] = 8 * batch / (taken[9] - taken[1])
     result["running"] = peak - before
+    result["mapped"] = resident("RssFile") - mapped
     done.set()
     watcher.join()
     print(json.dumps(result))
 
 
 def model(checkpoint: Path, bits: float, threads: int) -> None:
-    print(f"{'':28}{'file GB':>9}{'held GB':>9}{'peak, loading':>15}{'running':>9}{'load s':>8}", end="")
+    print(f"{'':28}{'file GB':>9}{'held GB':>9}{'peak, loading':>15}{'running':>9}{'mapped':>8}{'load s':>8}", end="")
     print(f"{'tokens/s, batch 1':>19}{'batch 32':>10}", flush=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.resolve().parent) as scratch:
         packed_folder = Path(scratch) / "native"
@@ -237,7 +239,7 @@ def model(checkpoint: Path, bits: float, threads: int) -> None:
             )
             size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
             print(f"{name:28}{size / 1e9:9.3f}{found['held'] / 1e9:9.3f}{found['peak'] / 1e9:15.3f}", end="")
-            print(f"{found['running'] / 1e9:9.3f}{found['seconds']:8.1f}", end="")
+            print(f"{found['running'] / 1e9:9.3f}{found['mapped'] / 1e9:8.3f}{found['seconds']:8.1f}", end="")
             print(f"{found['tokens/s 1']:19.2f}{found['tokens/s 32']:10.2f}", flush=True)
 
 
