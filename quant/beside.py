@@ -115,7 +115,7 @@ class MatrixError(LayerStatistic):
 
     @property
     def _grids(self) -> list[Grid]:
-        return [Grid(b, self.group_size, self.symmetric or b < 2) for b in self.bits]
+        return [Grid.of_width(b, self.group_size, self.symmetric) for b in self.bits]
 
     def _included(self, matrices: list[Matrix]) -> list[Matrix]:
         return included(matrices, frozenset(self.kinds), self.group_size)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
-from moe_compress.calib.statistics import Accumulator, Result, Statistic
-from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock, Tap
+from moe_compress.calib.statistics import Accumulator, Result
+from moe_compress.model import ExpertWeights, FusedExperts, Tap
 from moe_compress.model.dispatch import Dispatch
 
-from .grid import Grid, dequantize
+from .at_widths import AtWidths
+from .grid import dequantize
 from .rtn import round_to_nearest
 
 # Bytes of rows and re-quantized weights at a time.
@@ -25,7 +25,7 @@ _CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class QuantizationError(Statistic):
+class QuantizationError(AtWidths):
     """Error at the block's output when one expert alone is quantized, all others and the router exact.
 
     Result: `error` [E, B] ε_eb = Σ over sequences of ‖Z − Z_{e←b bits}‖_F, Z the block's output on a sequence (PMQ,
@@ -39,20 +39,11 @@ class QuantizationError(Statistic):
 
     name: ClassVar[str] = "quantization_error"
     weighs_tokens: ClassVar[bool] = True
-    bits: tuple[float, ...] = (1, 2, 3, 4, 8)
-    group_size: int = 64
-    symmetric: bool = True
     per_matrix: bool = False
 
-    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
-        """See Statistic."""
-        if block.kind != "fused":
-            raise UnsupportedModelError(f"layer {block.layer} is quantized already")
-        return _Errors(self, FusedExperts(block.experts_module))
-
-    def grid(self, bits: float) -> Grid:
-        """The grid of a width."""
-        return Grid(bits, self.group_size, self.symmetric or bits < 2)
+    def accumulator(self, experts: FusedExperts) -> Accumulator:
+        """See AtWidths."""
+        return _Errors(self, experts)
 
 
 class _Errors(Accumulator):

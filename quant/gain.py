@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs
-from moe_compress.calib.statistics import Accumulator, Result, Statistic
-from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import FusedExperts, MoEBlock, Tap
+from moe_compress.calib.statistics import Accumulator, Result
+from moe_compress.model import FusedExperts, Tap
 
+from .at_widths import AtWidths
 from .gptq import foreseen_share, gptq, shrink_hessians
 from .grid import Grid, Quantized, dequantize
 from .rtn import output_error, round_to_nearest
@@ -30,7 +30,7 @@ _CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class SolverGain(Statistic):
+class SolverGain(AtWidths):
     """Share of round-to-nearest's error tr(ΔW·H·ΔWᵀ) that GPTQ leaves, on the grids that will be used.
 
     Result: `share` [E, M, B], M in the order gate (where there is one), up, down; 1 for experts that saw no token.
@@ -40,22 +40,13 @@ class SolverGain(Statistic):
     """
 
     name: ClassVar[str] = "solver_gain"
-    bits: tuple[float, ...] = (1, 2, 3, 4, 8)
-    group_size: int = 64
-    symmetric: bool = True
     damping: float = 0.01
     shrinkage: float | None = None
     solve: bool = False
 
-    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
-        """See Statistic."""
-        if block.kind != "fused":
-            raise UnsupportedModelError(f"layer {block.layer} is quantized already")
-        return _Shares(self, FusedExperts(block.experts_module))
-
-    def grid(self, bits: float) -> Grid:
-        """The grid of a width."""
-        return Grid(bits, self.group_size, self.symmetric or bits < 2)
+    def accumulator(self, experts: FusedExperts) -> Accumulator:
+        """See AtWidths."""
+        return _Shares(self, experts)
 
 
 class _Shares(Accumulator):

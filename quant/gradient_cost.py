@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
-from moe_compress.calib.statistics import Accumulator, Result, Statistic
-from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import ExpertWeights, FusedExperts, GradientTap, MoEBlock, Tap
+from moe_compress.calib.statistics import Accumulator, Result
+from moe_compress.model import ExpertWeights, FusedExperts, GradientTap, Tap
 from moe_compress.model.dispatch import Dispatch
 
+from .at_widths import AtWidths
 from .grid import Grid, dequantize
 from .rtn import round_to_nearest
 
@@ -26,7 +26,7 @@ _CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class GradientError(Statistic):
+class GradientError(AtWidths):
     """Error at the block's output when one expert alone is quantized, by what it does to the next token's loss.
 
     With δ_t the change of the experts module's output at token t (as everything else is exact, the expert's own change
@@ -46,20 +46,11 @@ class GradientError(Statistic):
 
     name: ClassVar[str] = "gradient_error"
     gradients: ClassVar[bool] = True
-    bits: tuple[float, ...] = (1, 2, 3, 4, 8)
-    group_size: int = 64
-    symmetric: bool = True
     per_matrix: bool = False
 
-    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
-        """See Statistic."""
-        if block.kind != "fused":
-            raise UnsupportedModelError(f"layer {block.layer} is quantized already")
-        return _Errors(self, FusedExperts(block.experts_module))
-
-    def grid(self, bits: float) -> Grid:
-        """The grid of a width."""
-        return Grid(bits, self.group_size, self.symmetric or bits < 2)
+    def accumulator(self, experts: FusedExperts) -> Accumulator:
+        """See AtWidths."""
+        return _Errors(self, experts)
 
 
 class _Errors(Accumulator):

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
-from moe_compress.calib.statistics import Accumulator, Result, Statistic
+from moe_compress.calib.statistics import Accumulator, Result
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import FusedExperts, MoEBlock, Tap
+from moe_compress.model import FusedExperts, Tap
 from moe_compress.model.dispatch import Dispatch, grouped_gram
 
-from .grid import Grid, dequantize
+from .at_widths import AtWidths
+from .grid import dequantize
 from .rtn import output_error, round_to_nearest
 
 # Moments, rows and re-quantized weights made at a time.
@@ -26,7 +27,7 @@ _CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class GramError(Statistic):
+class GramError(AtWidths):
     """Error of each matrix' own output when it is rounded to nearest: tr(ΔW·H·ΔWᵀ), H the second moment of its input.
 
     Every row (token t, expert e) counts with s_te = g_te² / ‖h_t‖², g the routing weight, h the hidden state behind the
@@ -40,19 +41,10 @@ class GramError(Statistic):
 
     name: ClassVar[str] = "gram_error"
     weighs_tokens: ClassVar[bool] = True
-    bits: tuple[float, ...] = (1, 2, 3, 4, 8)
-    group_size: int = 64
-    symmetric: bool = True
 
-    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
-        """See Statistic."""
-        if block.kind != "fused":
-            raise UnsupportedModelError(f"layer {block.layer} is quantized already")
-        return _Traces(self, FusedExperts(block.experts_module))
-
-    def grid(self, bits: float) -> Grid:
-        """The grid of a width."""
-        return Grid(bits, self.group_size, self.symmetric or bits < 2)
+    def accumulator(self, experts: FusedExperts) -> Accumulator:
+        """See AtWidths."""
+        return _Traces(self, experts)
 
 
 class _Traces(Accumulator):

@@ -63,6 +63,11 @@ class Grid:
     symmetric: bool = True
     signed_scale: bool | None = None
 
+    @classmethod
+    def of_width(cls, bits: float, group_size: int, symmetric: bool) -> Grid:
+        """The grid of a width where several are in use: 1 bit and ternary are symmetric whatever the others are."""
+        return cls(bits, group_size, symmetric or bits < 2)
+
     def __post_init__(self) -> None:
         if self.bits not in WIDTHS:
             raise RecipeError(f"bits must be 1 to 8 or {TERNARY} (ternary), not {self.bits}")

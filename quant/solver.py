@@ -55,4 +55,4 @@ class SolverOptions(PassOptions):
 
     def grid(self, bits: float) -> Grid:
         """The grid of a width."""
-        return Grid(bits, self.group_size, self.symmetric or bits < 2)
+        return Grid.of_width(bits, self.group_size, self.symmetric)
