@@ -5,7 +5,7 @@ rotation changes nothing but what quantizing loses. Q = D S: signs D, then a blo
 matrices, of the largest power of two that divides the size (768: three blocks of 256). As S is symmetric, the same
 function rotates the rows of a matrix and an input: v → (v ∘ d) S.
 
-A Hadamard matrix of 2^m is a Kronecker product, so a row of it is two small matrix products instead of one large.
+A Hadamard matrix of 2^m is a Kronecker product: where it is large, two small matrix products take its place.
 
 Source: QuaRot (Ashkboos et al. 2024, arXiv 2404.00456), there for down projections' inputs too; incoherence by random
 signs from QuIP# (Tseng et al. 2024, arXiv 2402.04396).
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+AT_ONCE = 256  # blocks up to this size are one product: for more, two of about the root of the size are less work
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,13 @@ def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(value: Tensor) -> Tensor:
-    """Every block of the last dimension times its Hadamard matrix."""
+    """Every block of the last dimension times its Hadamard matrix: as one product, or two of factors of a large one."""
     size = value.shape[-1] & -value.shape[-1]
-    left = 1 << (size.bit_length() // 2)
+    left = 1 if size <= AT_ONCE else 1 << (size.bit_length() // 2)
     right = size // left
-    parts = value.reshape(*value.shape[:-1], -1, left, right)
-    rotated: Tensor = _hadamard(left, value.device, value.dtype) @ parts @ _hadamard(right, value.device, value.dtype)
+    # Plain products of many rows: batches of small matrices take several times as long.
+    rotated: Tensor = value.reshape(-1, right) @ _hadamard(right, value.device, value.dtype)
+    if left > 1:
+        swapped = rotated.view(-1, left, right).transpose(1, 2).reshape(-1, left)
+        rotated = (swapped @ _hadamard(left, value.device, value.dtype)).view(-1, right, left).transpose(1, 2)
     return rotated.reshape(value.shape)

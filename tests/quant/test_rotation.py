@@ -16,7 +16,7 @@ from moe_compress.quant.rotation import Rotation
 from moe_compress.quant.solver import SolverOptions
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 8, 12, 24, 96, 256, 768])
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 12, 24, 96, 256, 768, 1024])
 def test_is_the_documented_matrix(size):
     rotation = Rotation.random(size, seed=3)
     matrix = torch.from_numpy(rotation_of(**rotation.to_json())).float()
