@@ -31,11 +31,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_compress
 from moe_compress.checkpoint.reader import sidecar_files
-from moe_compress.engine import device_and_dtype
 from moe_compress.evaluate.score import score_folders
 from moe_compress.model import MoEModel
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation
+from moe_compress.resources import device_and_dtype
 
 PEER = Path(__file__).with_name("llm_compressor_peer.py")
 

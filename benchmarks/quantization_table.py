@@ -1,7 +1,7 @@
 """Quantizers and allocators on the demo checkpoint: the same bytes in each column, several calibration seeds.
 
     python benchmarks/quantization_table.py solvers|allocators|all [--seeds 3] [--tokens 20000] [--tasks 100]
-                                            [--only TEXT] [--cells out/quantization.jsonl] [--print]
+                                            [--only TEXT …] [--columns C …] [--cells out/quantization.jsonl] [--print]
 
 Every cell is a fresh copy of the demo model, compressed by what `moe_compress.compress` offers, scored on the six
 held-out texts (and, with --tasks N, on the first N items of the six tasks). Cells are kept in a file as they are done,
@@ -180,11 +180,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--tasks", type=int, default=0, help="items of each task; 0 leaves tasks out")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="rows whose name contains one of these")
+    parser.add_argument("--columns", nargs="*", help="of these columns: 8, 4, 3, 2, 1.58, 1, '2.5 bits', …")
     parser.add_argument("--cells", type=Path, default=ROOT / "out" / "quantization.jsonl")
     parser.add_argument("--print", action="store_true", help="measure nothing, print what is there")
     arguments = parser.parse_args()
-    wanted = {key: options for key, options in cells(arguments.table).items() if arguments.only in key[0]}
+    wanted = {
+        (row, column): options
+        for (row, column), options in cells(arguments.table).items()
+        if any(part in row for part in arguments.only) and column in (arguments.columns or [column])
+    }
     done: dict[str, dict[str, Any]] = {}
     if arguments.cells.is_file():
         done = {(v := json.loads(line))["key"]: v for line in arguments.cells.read_text().splitlines()}

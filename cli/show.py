@@ -155,10 +155,10 @@ def evaluated(model: str, against: str | None, tasks: str | None, device: str, *
     """Scores of a checkpoint in the shape of a report's `after`."""
     import tempfile
 
-    from moe_compress.engine import device_and_dtype
     from moe_compress.evaluate.score import check_scoring, score_folders
     from moe_compress.progress import Monitor
     from moe_compress.report.build import sizes
+    from moe_compress.resources import device_and_dtype
 
     where, dtype = device_and_dtype(device, "auto")
     names = [t for t in (tasks or "").split(",") if t]

@@ -18,7 +18,7 @@ from moe_compress.calib.draft import finish
 from moe_compress.calib.routing import RoutingLog, routing_drift
 from moe_compress.calib.text import Calibration, TokenBatches, read_draft
 from moe_compress.checkpoint.writer import check_output
-from moe_compress.engine import Calibrated, MemoryStorage, Outcome, holding_all, run_passes, slots_after
+from moe_compress.engine import Calibrated, Outcome, run_passes, slots_after
 from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
 from moe_compress.evaluate.text import TextScores, WindowBatch, load_text, score_batches
 from moe_compress.export.registration import attach
@@ -32,6 +32,8 @@ from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation, make_part, make_passes
 from moe_compress.report.build import build, versions
 from moe_compress.report.text import headline
+from moe_compress.resources import holding_all
+from moe_compress.storage import MemoryStorage
 
 # What statistics in memory are kept under: of the model as it came.
 _STATE = "in memory"

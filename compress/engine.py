@@ -7,17 +7,15 @@ and commit each. A pass that reads inputs sees, in every layer, what the layers 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from moe_compress.calib.collect import MemoryStore, Profile, StatisticStore, collect, collect_from_weights, missing
+from moe_compress.calib.collect import Profile, collect, collect_from_weights, missing
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.linear_inputs import LinearMoments
 from moe_compress.calib.routing import RoutingChange
@@ -25,7 +23,7 @@ from moe_compress.calib.statistics import Result
 from moe_compress.calib.text import TokenBatches
 from moe_compress.changing import after, change_linears, change_outer
 from moe_compress.checkpoint.workspace import short_digest
-from moe_compress.errors import InputError, RecipeError, RunError
+from moe_compress.errors import InputError, RunError
 from moe_compress.model import Layer, MoEBlock, MoEModel
 from moe_compress.model.backward import GradientSweep
 from moe_compress.model.beside import OUTER, packed_state
@@ -34,46 +32,7 @@ from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Batch, Sweep
 from moe_compress.passes import Lesson, Pass, Plan
 from moe_compress.progress import Monitor
-from moe_compress.units import parse_bytes, show_bytes
-
-# Share of the free memory that hidden states may take before they go to disk.
-_HIDDEN_SHARE = 0.25
-# Share of the free memory that a whole model may take where it needn't be loaded.
-_WHOLE_SHARE = 0.7
-
-
-class Commits(Protocol):
-    """Where one pass's finished layers go."""
-
-    def plan(self) -> dict[str, Any] | None:
-        """The saved plan, or None."""
-
-    def save_plan(self, plan: dict[str, Any]) -> None:
-        """Keep the plan."""
-
-    def has(self, layer: int) -> bool:
-        """Whether the layer is finished."""
-
-    def commit(
-        self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]
-    ) -> None:
-        """Keep a changed layer (OUTER: what lies outside): all of it or nothing. See Overlay."""
-
-    def report(self, layer: int) -> dict[str, Any]:
-        """What was reported of a finished layer."""
-
-    def drop(self, layer: int) -> None:
-        """The layer's tensors won't be read again."""
-
-
-class Storage(Protocol):
-    """Where statistics and commits go."""
-
-    def statistics(self, model_state: str, data: str) -> StatisticStore:
-        """The store for one state of the model and one set of data."""
-
-    def pass_store(self, number: int, name: str) -> Commits:
-        """The commits of a recipe's pass."""
+from moe_compress.storage import Commits, Storage
 
 
 @dataclass
@@ -394,120 +353,3 @@ def _measured(shape: ModelShape, index: int, report: dict[str, Any]) -> Any:
     return replace(
         shape.layers[index], num_experts=report["num_experts"], kind=report["kind"], bytes=report["expert_bytes"]
     )
-
-
-class CommittedBlocks:
-    """The overlay that a workspace's commits form: of each layer the newest."""
-
-    def __init__(self, stores: Sequence[Any]):
-        self._stores = list(stores)
-
-    def get(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """See Overlay."""
-        for store in reversed(self._stores):
-            changed = store.get(layer)
-            if changed is not None:
-                return changed  # type: ignore[no-any-return]
-        return None
-
-
-@dataclass
-class MemoryStorage:
-    """Storage for a model in memory: changes are in the model itself, only plans and reports are kept."""
-
-    stores: dict[tuple[str, str], Any] = field(default_factory=dict)
-    passes: dict[int, MemoryCommits] = field(default_factory=dict)
-
-    def statistics(self, model_state: str, data: str) -> StatisticStore:
-        """See Storage."""
-        return self.stores.setdefault((model_state, data), MemoryStore())  # type: ignore[no-any-return]
-
-    def pass_store(self, number: int, name: str) -> MemoryCommits:
-        """See Storage."""
-        return self.passes.setdefault(number, MemoryCommits())
-
-
-@dataclass
-class MemoryCommits:
-    """Commits of a pass on a model in memory. `planned`: layers are being changed, or were."""
-
-    planned: bool = False
-    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    def plan(self) -> dict[str, Any] | None:
-        """Plans are made anew."""
-        return None
-
-    def save_plan(self, plan: dict[str, Any]) -> None:
-        """The outcome holds it."""
-        self.planned = True
-
-    def has(self, layer: int) -> bool:
-        """Whether the layer was changed."""
-        return layer in self.reports
-
-    def commit(
-        self, layer: int, tensors: dict[str, Tensor], description: dict[str, Any], report: dict[str, Any]
-    ) -> None:
-        """The model itself holds the tensors."""
-        self.reports[layer] = report
-
-    def report(self, layer: int) -> dict[str, Any]:
-        """What the pass reported of a layer."""
-        return self.reports[layer]
-
-    def drop(self, layer: int) -> None:
-        """Nothing is held."""
-
-
-def holding(model: MoEModel, tokens: int, folder: Path, choice: str = "auto") -> Path | None:
-    """Where hidden states of a sweep wait: None for memory, or the folder ("auto": when they would take much of it)."""
-    # A suspended call holds the embedded text, the layer's input, and the output that is being made.
-    small = 3 * _hidden_bytes(model, tokens) < _HIDDEN_SHARE * psutil.virtual_memory().available
-    return None if choice == "memory" or (choice == "auto" and small) else folder
-
-
-def holding_all(model: MoEModel, tokens: int, folder: Path | None, choice: str = "auto") -> Path | None:
-    """The same for a sweep that goes back; without a folder there is memory only.
-
-    Raises InputError, with the sizes, where what it holds won't fit: what every layer reads, and the gradients.
-    """
-    size = (len(model.layers) + 5) * _hidden_bytes(model, tokens)
-    free = psutil.virtual_memory().available
-    if folder is None or choice == "memory" or (choice == "auto" and size < _HIDDEN_SHARE * free):
-        where, chosen = "memory", None
-    else:
-        where, chosen, free = str(folder), folder, shutil.disk_usage(folder).free
-    if size > free:
-        raise InputError(
-            f"gradients need the hidden states of {tokens} tokens in {len(model.layers)} layers, {show_bytes(size)}, "
-            f"and {where} has {show_bytes(free)} free: calibrate with fewer `sequences`"
-        )
-    return chosen
-
-
-def _hidden_bytes(model: MoEModel, tokens: int) -> int:
-    hidden = int(model.module.config.get_text_config().hidden_size)
-    return int(tokens * hidden * model.module.dtype.itemsize)
-
-
-def memory_limit(setting: str) -> int:
-    """Bytes that a whole model may take where loading it is an option: a number, or a share of what is free."""
-    return int(_WHOLE_SHARE * psutil.virtual_memory().available) if setting == "auto" else parse_bytes(setting)
-
-
-def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve "auto": a GPU if there is one; float32 on a CPU (bfloat16 is several times slower), else bfloat16.
-
-    Raises RecipeError for a device that isn't there.
-    """
-    try:
-        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, and speaks of how it was built
-        raise RecipeError(
-            f"device {device!r} can't be used here; use auto, cpu, or cuda where there is a GPU"
-        ) from error
-    if dtype == "auto":
-        return where, torch.float32 if where.type == "cpu" else torch.bfloat16
-    return where, getattr(torch, dtype)

@@ -21,17 +21,7 @@ from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.checkpoint.reader import read_json
 from moe_compress.checkpoint.workspace import Workspace, clear, short_digest
 from moe_compress.checkpoint.writer import MANIFEST, check_output, settled
-from moe_compress.engine import (
-    Calibrated,
-    CommittedBlocks,
-    Outcome,
-    device_and_dtype,
-    holding,
-    holding_all,
-    memory_limit,
-    run_passes,
-    slots_after,
-)
+from moe_compress.engine import Calibrated, Outcome, run_passes, slots_after
 from moe_compress.errors import CheckpointError, InputError
 from moe_compress.evaluate.score import check_scoring, score_folders
 from moe_compress.export.gguf_tokenizer import FileTokenizer, read_tokenizer
@@ -47,6 +37,8 @@ from moe_compress.quant.gguf import QuantizeGGUF
 from moe_compress.recipe import Recipe, make_recipe, read_recipe
 from moe_compress.report.build import build, versions
 from moe_compress.report.text import markdown
+from moe_compress.resources import device_and_dtype, holding, holding_all, memory_limit
+from moe_compress.storage import CommittedBlocks
 
 # Written to the workspace when the output holds this run's checkpoint, read back and equal.
 _PUBLISHED = "published"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from moe_compress.calib.tokenizer import find_tokenizer
-from moe_compress.engine import holding, memory_limit
 from moe_compress.errors import InputError
 from moe_compress.export.loader import load
 from moe_compress.export.verify import loaded_bytes
@@ -17,6 +16,7 @@ from moe_compress.feasibility import check_length
 from moe_compress.model import MoEModel, hf
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation
+from moe_compress.resources import holding, memory_limit
 
 from .text import find_files, load_text, score_text
 

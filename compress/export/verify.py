@@ -18,11 +18,11 @@ from moe_compress.checkpoint.gguf_file import STORED
 from moe_compress.checkpoint.reader import Checkpoint, read_json
 from moe_compress.checkpoint.writer import MANIFEST, file_digest, manifest_digest, tensor_digest
 from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ
-from moe_compress.engine import memory_limit
 from moe_compress.errors import CheckpointError, InputError, VerificationError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.sweep import Sweep
 from moe_compress.progress import Progress
+from moe_compress.resources import memory_limit
 from moe_compress.units import show_bytes
 
 from .loader import load

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from families import input_batch, tiny_model
 from torch import nn
 
-from moe_compress.engine import holding_all
 from moe_compress.errors import InputError, RunError, UnsupportedModelError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import Divergence, NextToken, predicted_tokens
 from moe_compress.model.sweep import Sweep
 from moe_compress.quant.packed import Stack, pack_experts
+from moe_compress.resources import holding_all
 
 # Plain; correction bias and dense first layer; experts without a gate beside attention and mamba layers; residual
 # streams across layers; a router that reads the last router's state; router beside a dense MLP, norms behind both.
