@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from moe_compress.calib.statistics import Accumulator, Statistic
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import FusedExperts, MoEBlock
+from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 
-from .grid import Grid
+from .grid import Grid, dequantize
+from .rtn import round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,10 @@ class AtWidths(Statistic):
     def grid(self, bits: float) -> Grid:
         """The grid of a width."""
         return Grid.of_width(bits, self.group_size, self.symmetric)
+
+    def rounded(self, weights: ExpertWeights, bits: float) -> ExpertWeights:
+        """Experts whose matrices are rounded to nearest at a width; biases as they are."""
+        grid, values = self.grid(bits), dict(weights.items())
+        for name, matrix in weights.matrices():
+            values[name] = dequantize(round_to_nearest(matrix, grid), matrix.dtype)
+        return ExpertWeights(**values)

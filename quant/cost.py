@@ -17,8 +17,6 @@ from moe_compress.model import ExpertWeights, FusedExperts, Tap
 from moe_compress.model.dispatch import Dispatch
 
 from .at_widths import AtWidths
-from .grid import dequantize
-from .rtn import round_to_nearest
 
 # Bytes of rows and re-quantized weights at a time.
 _CHUNK_BYTES = 512 << 20
@@ -91,9 +89,11 @@ class _Errors(Accumulator):
             exact = self.experts.with_weights(own, input_RH, part)[1]
             sequence_R = sequence_T.to(part.token_R.device)[part.token_R]
             for column, width in enumerate(bits):
-                rounded = self._rounded(own, width)
+                rounded = self.settings.rounded(own, width)
                 for m, together in enumerate(changed):
-                    candidate = ExpertWeights(**(dict(own.items()) | {name: rounded[name] for name in together}))
+                    candidate = ExpertWeights(
+                        **(dict(own.items()) | {name: getattr(rounded, name) for name in together})
+                    )
                     output = self.experts.with_weights(candidate, input_RH, part)[1]
                     change = (exact - output).float().square().sum(-1).double() * part.weight_R.double().square()
                     if self.inputs.token_weight_T is not None:
@@ -110,7 +110,3 @@ class _Errors(Accumulator):
         # [M, B, E] → [E, M, B], or [E, B] of whole experts.
         ordered = {name: value.permute(2, 0, 1) for name, value in sums.items()}
         return {n: (v if self.settings.per_matrix else v[:, 0]).contiguous() for n, v in ordered.items()}
-
-    def _rounded(self, weights: ExpertWeights, bits: float) -> dict[str, Tensor]:
-        grid = self.settings.grid(bits)
-        return {n: dequantize(round_to_nearest(matrix, grid), matrix.dtype) for n, matrix in weights.matrices()}

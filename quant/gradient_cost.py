@@ -18,8 +18,6 @@ from moe_compress.model import ExpertWeights, FusedExperts, GradientTap, Tap
 from moe_compress.model.dispatch import Dispatch
 
 from .at_widths import AtWidths
-from .grid import Grid, dequantize
-from .rtn import round_to_nearest
 
 # Bytes of rows and re-quantized weights at a time.
 _CHUNK_BYTES = 512 << 20
@@ -87,7 +85,7 @@ class _Errors(Accumulator):
             exact_RH = self.experts.with_weights(own, input_RH, part)[1]
             weighted_RH = gradient_TH[part.token_R] * part.weight_R.float().unsqueeze(-1)
             for column, bits in enumerate(self.settings.bits):
-                rounded = _rounded(own, self.settings.grid(bits))
+                rounded = self.settings.rounded(own, bits)
                 for place, changed in enumerate(changes):
                     mixed = ExpertWeights(**{n: getattr(rounded if n in changed else own, n) for n, _ in own.items()})
                     change_RH = exact_RH - self.experts.with_weights(mixed, input_RH, part)[1]
@@ -100,10 +98,3 @@ class _Errors(Accumulator):
                         target.index_add_(0, part.expert_R.cpu(), values_R.cpu() / tokens)
         found = {"gradient": diagonal, "fisher": directional}
         return {n: (v if self.settings.per_matrix else v[:, 0]).contiguous() for n, v in found.items()}
-
-
-def _rounded(weights: ExpertWeights, grid: Grid) -> ExpertWeights:
-    values = dict(weights.items())
-    for name, matrix in weights.matrices():
-        values[name] = dequantize(round_to_nearest(matrix, grid), matrix.dtype)
-    return ExpertWeights(**values)
