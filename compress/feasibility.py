@@ -26,7 +26,13 @@ def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[
                 raise RecipeError(
                     f"passes[{number}]: {step.name} {before}: the experts of layer {index} are {layer.kind} already"
                 )
-        shape = step.forecast(shape)
+        before, shape = shape, step.forecast(shape)
+        for index, layer in before.layers.items():
+            if layer.rules and shape.layers[index].num_experts != layer.num_experts:
+                raise RecipeError(
+                    f"passes[{number}]: {step.name} can't follow a pass that skips experts: the rules of layer {index} "
+                    f"({', '.join(layer.rules)}) are made for {layer.num_experts} experts; let {step.name} come first"
+                )
         shapes.append(shape)
     last = shapes[-1]
     if target.uniform_experts and len({layer.num_experts for layer in last.layers.values()}) > 1:
@@ -44,8 +50,12 @@ def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: st
         wanted: format that the recipe asks for, "auto" for the target's own.
     """
     packed = {index: layer for index, layer in shape.layers.items() if layer.kind != "fused"}
+    if (ruled := [i for i, layer in shape.layers.items() if layer.rules]) and target.quantized_format != "native":
+        raise RecipeError(
+            f"target {target.name!r} runs no rules that skip experts, which layers {ruled} have: set `target: native`"
+        )
     uniform = len({layer.num_experts for layer in shape.layers.values()}) == 1
-    form = target.dense_format if uniform and not packed else target.quantized_format
+    form = target.dense_format if uniform and not packed and not ruled else target.quantized_format
     if form is None:
         raise RecipeError(
             f"target {target.name!r} is written from GGUF blocks: let `quantize.gguf` be the last pass (its types may "

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import sidecar_files
 from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.constants import FORMAT_VERSION, GGUF, QUANT_METHOD
+from moe_compress.constants import GGUF, QUANT_METHOD
 from moe_compress.errors import RunError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
 from moe_compress.model.beside import OUTER, is_bias
+from moe_compress.model.block import rule_prefix
 from moe_compress.model.disk import replaced
 from moe_compress.progress import Progress
 
@@ -158,8 +159,11 @@ def result_config(
     if uniform:
         config = with_count(config, model.count_paths, next(iter(counts)))
     dense = all(d["kind"] == "fused" for d in descriptions.values())
-    if dense and uniform and not matrices:
+    ruled = [i for i, d in descriptions.items() if d.get("routing")]
+    if dense and uniform and not matrices and not ruled:
         return config, "hf"
+    if ruled and quantized != "native":
+        raise RunError(f"layers {ruled} have rules that skip experts, which can't be written as {quantized}")
     if quantized in SERVED:
         return config, quantized  # different numbers of experts break a rule of it
     if quantized == GGUF:
@@ -176,8 +180,7 @@ def result_config(
         blocks[str(index)] = {**descriptions[index], "axes": kinds.index(axes)}
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        # Nothing but experts: what a reader of the first version knows.
-        "format_version": FORMAT_VERSION if matrices else 1,
+        "format_version": 3 if ruled else 2 if matrices else 1,
         "stack": model.stack,
         "axes": kinds,
         "blocks": blocks,
@@ -198,9 +201,14 @@ def on_disk(
     """A changed layer's tensors by full name: what is packed as it runs, everything else as the file will have it."""
     assert model.weights is not None
     prefix = model.prefix(index)
-    experts = f"{description['experts']}." if description.get("kind", "fused") != "fused" else "\0"
+    experts = ""
+    if "experts" in description:
+        path = description["experts"]
+        experts = rule_prefix(path) if description["kind"] == "fused" else f"{path}."
     matrices = description.get("matrices") or {}
-    stacks = {prefix + n: t for n, t in tensors.items() if n.startswith(experts) or _of_matrix(n, matrices)}
+    stacks = {
+        prefix + n: t for n, t in tensors.items() if (experts and n.startswith(experts)) or _of_matrix(n, matrices)
+    }
     dense = {prefix + n: t for n, t in tensors.items() if prefix + n not in stacks}
     return stacks, model.weights.names.to_disk(dense) if dense else {}
 
@@ -216,6 +224,8 @@ def _packed_names(model: MoEModel, index: int, description: Mapping[str, Any]) -
     root = model.module if index == OUTER else model.layers[index]
     matrices = description.get("matrices") or {}
     names = {prefix + n for n in root.state_dict() if _of_matrix(n, matrices)} if matrices else set()
-    if index in model.moe_layers and (block := model.block(index)).kind != "fused":
-        names |= {prefix + n for n in block.own_names() if n.startswith(block.path + ".")}
+    if index in model.moe_layers:
+        block = model.block(index)
+        stored = block.rule_prefix if block.kind == "fused" else block.path + "."
+        names |= {prefix + n for n in block.own_names() if n.startswith(stored)}
     return names
