@@ -11,6 +11,7 @@ from moe_compress.checkpoint.writer import neighbours, settled
 from moe_compress.errors import InputError, RecipeError
 from moe_compress.export.targets import TARGETS, Target
 from moe_compress.model import MoEModel
+from moe_compress.model.fewer import AS_CONFIG, top_k_path
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass
 from moe_compress.units import show_bytes
@@ -50,7 +51,10 @@ def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: st
         wanted: format that the recipe asks for, "auto" for the target's own.
     """
     packed = {index: layer for index, layer in shape.layers.items() if layer.kind != "fused"}
-    if (ruled := [i for i, layer in shape.layers.items() if layer.rules]) and target.quantized_format != "native":
+    ruled = [i for i, layer in shape.layers.items() if set(layer.rules) - {AS_CONFIG}]
+    if not ruled and any(layer.rules for layer in shape.layers.values()):
+        top_k_path(model)
+    if ruled and target.quantized_format != "native":
         raise RecipeError(
             f"target {target.name!r} runs no rules that skip experts, which layers {ruled} have: set `target: native`"
         )

@@ -23,6 +23,7 @@ from moe_compress.calib.skipping import RandomTruncation, RankedWeights, Truncat
 from moe_compress.calib.statistics import Statistic
 from moe_compress.errors import RecipeError
 from moe_compress.model import EXPERTS_KINDS, MoEBlock
+from moe_compress.model.fewer import AS_CONFIG, renormalizes
 from moe_compress.model.rules import Choice, Ratio, RouteRule, TopK, TopP, executed, make_rule
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
@@ -61,13 +62,16 @@ class Skip(Pass):
 
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Sizes stay. Raises RecipeError where the target runs no rules, or there is nothing to skip."""
-        if self.target.quantized_format != "native":
-            raise RecipeError(
-                f"{self.name}: the target {self.target.name!r} runs no rules that skip experts: set `target: native`"
-            )
         for index, layer in shape.layers.items():
             self.check(index, layer)
-        return shape.with_layers({i: replace(s, rules=(*s.rules, self.kind)) for i, s in shape.layers.items()})
+        kind = self.kind if self.target.quantized_format == "native" else self.elsewhere(shape)
+        return shape.with_layers({i: replace(s, rules=(*s.rules, kind)) for i, s in shape.layers.items()})
+
+    def elsewhere(self, shape: ModelShape) -> str:
+        """What the rule is where the target isn't native. Raises RecipeError where the target runs no such thing."""
+        raise RecipeError(
+            f"{self.name}: the target {self.target.name!r} runs no rules that skip experts: set `target: native`"
+        )
 
     def check(self, index: int, layer: LayerShape) -> None:
         """Raise RecipeError where a layer can't have what is asked."""
@@ -191,8 +195,21 @@ class SkipTopK(SkipToAverage):
                 f"{self.name}: minimum is {self.options.minimum}, more than the {wanted:g} that are wanted"
             )
 
+    def elsewhere(self, shape: ModelShape) -> str:
+        """A number in config.json, where it is the same for all layers."""
+        if self.target.dense_format is None:
+            return super().elsewhere(shape)
+        if self.options.layers != "uniform" or len({s.top_k for s in shape.layers.values()}) > 1:
+            raise RecipeError(
+                f"{self.name}: the target {self.target.name!r} has one number of experts per token for all layers: set "
+                "`layers: uniform`, or `target: native`"
+            )
+        return AS_CONFIG
+
     def plan(self, profile: Profile) -> Plan:
         """The program over all layers first."""
+        if self.target.quantized_format != "native":
+            self._check_sums(profile)
         wanted = {i: self.wanted(layer) for i, layer in profile.shape.layers.items()}
         self._counts = {i: int(k) for i, k in wanted.items()}
         if self.options.layers != "uniform":
@@ -208,6 +225,17 @@ class SkipTopK(SkipToAverage):
         if self.options.layers == "error" and not self._relative(profile):
             return ["layers return no hidden state per token: errors are relative to the routed outputs instead"]
         return []
+
+    def _check_sums(self, profile: Profile) -> None:
+        """Raise RecipeError where a smaller top-k in config.json would weigh experts differently from the rule."""
+        for index in profile.shape.layers:
+            found = renormalizes(profile.of(index, RankedWeights())["weights"])
+            if found != self.options.renormalize:
+                does = "normalises" if found else "doesn't normalise"
+                raise RecipeError(
+                    f"{self.name}: this family {does} the weights of the chosen experts (layer {index}), and "
+                    f"{self.target.name!r} runs what the family does: set `renormalize: {str(found).lower()}`"
+                )
 
     def _measured(self) -> list[Statistic]:
         renormalize = self.options.renormalize

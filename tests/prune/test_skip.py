@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
-from checkpoints import recipe
+from checkpoints import recipe, small_checkpoint
 from families import discover, input_batch, tiny_model
 
 import moe_compress
 from moe_compress.calib.collect import MemoryStore, collect, collect_from_weights
 from moe_compress.calib.skipping import CapacityUse, RandomTruncation, TruncationError, prefix_errors
 from moe_compress.calib.text import TokenBatches
-from moe_compress.errors import InputError, RecipeError
+from moe_compress.errors import InputError, MoeCompressError, RecipeError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.dispatch import Dispatch
 from moe_compress.model.rules import Ratio, TopK, TopP
@@ -374,13 +374,51 @@ def test_what_can_not_be(passes, target, message, calibration):
         )
 
 
+@pytest.mark.parametrize("bits", [None, 4.5], ids=["dense", "quantized"])
+def test_a_smaller_top_k_is_a_number_for_servers(bits, tmp_path, text):
+    """config.json says it; what is loaded from there computes what the rule computed (the run verifies logits)."""
+    source = small_checkpoint(tmp_path / "model", num_experts_per_tok=4, norm_topk_prob=True)
+    passes = [{"skip.top_k": {"experts_per_token": 3, "layers": "uniform"}}]
+    if bits is not None:
+        passes.append({"quantize.mixed": {"bits": 5, "method": "rtn", "allocation": "uniform", "group_size": 32}})
+        passes[1]["quantize.mixed"]["widths"] = [4]
+    target = "transformers" if bits is None else "vllm"
+    values = recipe(source, tmp_path / "out", passes, text, target=target)
+    report = moe_compress.run(values, monitor=Monitor(show=False)).report
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["num_experts_per_tok"] == 3
+    assert config.get("quantization_config", {}).get("quant_method") != "moe_compress"
+    if bits is None:
+        assert config == {**json.loads((source / "config.json").read_text()), "num_experts_per_tok": 3}
+    assert report["verification"]["distance"] <= report["verification"]["tolerance"]
+    again = MoEModel.open(tmp_path / "out")
+    assert [again.block(i).top_k for i in again.moe_layers] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("olmoe", {}, "this family doesn't normalise .* set `renormalize: false`"),
+        ("mixtral", {"renormalize": False}, "this family normalises .* set `renormalize: true`"),
+        ("deepseek_v3", {}, r"chooses experts by .*correction_bias as well \(layer 1\)"),
+        ("mixtral", {"layers": "error"}, "one number of experts per token for all layers"),
+    ],
+)
+def test_where_a_number_would_mean_something_else(name, options, message, calibration):
+    passes = [{"skip.top_k": {"experts_per_token": 1, "layers": "uniform", **options}}]
+    with pytest.raises(MoeCompressError, match=message):
+        moe_compress.compress(tiny_model(name), passes=passes, target="transformers", calibration=calibration)
+
+
 def test_a_source_with_rules_is_not_for_servers(tmp_path, text, small):
     """What a native folder skips isn't lost on the way to a format that can't say it."""
     moe_compress.run(recipe(small, tmp_path / "out", [_halved(PASSES["ratio"])], text), monitor=Monitor(show=False))
     rtn = {"quantize.mixed": {"bits": 5.0, "method": "rtn", "allocation": "uniform", "group_size": 32, "widths": [4]}}
     with pytest.raises(RecipeError, match=r"'vllm' runs no rules that skip experts, which layers \[0, 1, 2\]"):
-        moe_compress.run(recipe(tmp_path / "out", tmp_path / "served", [rtn], target="vllm"))
-    report = moe_compress.run(recipe(tmp_path / "out", tmp_path / "packed", [rtn]), monitor=Monitor(show=False)).report
+        moe_compress.run(recipe(tmp_path / "out", tmp_path / "served", [rtn], text, target="vllm"))
+    report = moe_compress.run(
+        recipe(tmp_path / "out", tmp_path / "packed", [rtn], text), monitor=Monitor(show=False)
+    ).report
     description = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
     assert description["format_version"] == 3
     assert [b["kind"] for b in description["blocks"].values()] == ["packed"] * 3
