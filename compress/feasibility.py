@@ -27,8 +27,8 @@ def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[
                 raise RecipeError(
                     f"passes[{number}]: {step.name} {before}: the experts of layer {index} are {layer.kind} already"
                 )
-        before, shape = shape, step.forecast(shape)
-        for index, layer in before.layers.items():
+        layers, shape = shape.layers, step.forecast(shape)
+        for index, layer in layers.items():
             if layer.rules and shape.layers[index].num_experts != layer.num_experts:
                 raise RecipeError(
                     f"passes[{number}]: {step.name} can't follow a pass that skips experts: the rules of layer {index} "

@@ -89,7 +89,8 @@ class Skip(Pass):
 
     def plan(self, profile: Profile) -> Plan:
         """A rule for every layer, and what it leaves."""
-        layers, rows = {}, []
+        layers: dict[int, dict[str, Any]] = {}
+        rows = []
         for index in profile.shape.layers:
             rule = self.rule(index, profile)
             before, after = self.left(index, profile, rule)
@@ -239,11 +240,11 @@ class SkipTopK(SkipToAverage):
 
     def _measured(self) -> list[Statistic]:
         renormalize = self.options.renormalize
-        return {
-            "uniform": [],
-            "error": [TruncationError(renormalize)],
-            "random": [RandomTruncation(renormalize, seed=self.options.seed)],
-        }[self.options.layers]
+        if self.options.layers == "uniform":
+            return []
+        if self.options.layers == "error":
+            return [TruncationError(renormalize)]
+        return [RandomTruncation(renormalize, seed=self.options.seed)]
 
     def _relative(self, profile: Profile) -> bool:
         return all("relative" in profile.of(i, self._measured()[0]) for i in profile.shape.layers)

@@ -145,7 +145,7 @@ def ratios(ranked_TK: Tensor) -> Tensor:
 
 def l1_norms(hidden_TH: Tensor) -> Tensor:
     """‖x‖₁ of each token, float32."""
-    return torch.linalg.vector_norm(hidden_TH, ord=1, dim=-1, dtype=torch.float32)
+    return hidden_TH.abs().sum(-1, dtype=torch.float32)
 
 
 class TopP(RouteRule):
