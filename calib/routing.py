@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.model import Tap
+from moe_compress.model.rules import executed
 
 from .inputs import BlockInputs
 from .statistics import evenly
@@ -95,7 +96,9 @@ def router_divergence(before_TC: Tensor, after_TC: Tensor) -> Tensor:
 
 
 class RoutingLog:
-    """What a model's routers say of a sample of its tokens, layer by layer. Give `observe` to every step of a sweep.
+    """What a model's routers say of a sample of its tokens, layer by layer, and how many experts all tokens use.
+
+    Give `observe` to every step of a sweep.
 
     Args:
         tokens: of the sweep.
@@ -107,11 +110,22 @@ class RoutingLog:
         self._seen: dict[int, int] = {}
         self.layers: dict[int, list[Tap]] = {}
         self.experts: dict[int, int] = {}  # as many as there were then: a model in memory changes
+        self._executed: dict[int, int] = {}
+
+    def experts_per_token(self) -> dict[str, Any]:
+        """Experts that served a token, mean over all tokens seen: `layers` (number → value) and their `mean`."""
+        layers = {i: self._executed[i] / seen for i, seen in self._seen.items() if seen}
+        return {
+            "mean": sum(layers.values()) / max(1, len(layers)),
+            "layers": {str(layer): value for layer, value in sorted(layers.items())},
+        }
 
     def observe(self, tap: Tap) -> None:
         """Keep a sample of one batch."""
         seen, count = self._seen.get(tap.layer, 0), len(tap.hidden_TH)
         self._seen[tap.layer], self.experts[tap.layer] = seen + count, tap.experts.num_experts
+        used = int(executed(tap.index_TK, tap.weight_TK, tap.experts.num_experts).sum())
+        self._executed[tap.layer] = self._executed.get(tap.layer, 0) + used
         taken = evenly(seen, count, self._sample, self._tokens).to(tap.hidden_TH.device)
         logits = None if tap.logits_TE is None else tap.logits_TE[taken].cpu()
         index, weight, nothing = tap.index_TK[taken].cpu(), tap.weight_TK[taken].cpu(), tap.hidden_TH[taken, :0].cpu()

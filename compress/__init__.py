@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moe_compress.api import CompressedModel, compress
     from moe_compress.export.loader import load
     from moe_compress.export.verify import verify
-    from moe_compress.model import MoEModel
+    from moe_compress.model import MoEModel, experts_per_token
     from moe_compress.pipeline import run
     from moe_compress.recipe import read_recipe
 
@@ -33,13 +33,14 @@ _PUBLIC = {
     "CompressedModel": "moe_compress.api",
     "MoEModel": "moe_compress.model",
     "compress": "moe_compress.api",
+    "experts_per_token": "moe_compress.model",
     "load": "moe_compress.export.loader",
     "read_recipe": "moe_compress.recipe",
     "run": "moe_compress.pipeline",
     "verify": "moe_compress.export.verify",
 }
 
-__all__ = ["CompressedModel", "MoEModel", "compress", "load", "read_recipe", "run", "verify"]
+__all__ = ["CompressedModel", "MoEModel", "compress", "experts_per_token", "load", "read_recipe", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:

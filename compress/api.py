@@ -20,7 +20,14 @@ from moe_compress.calib.text import Calibration, TokenBatches, read_draft
 from moe_compress.checkpoint.writer import check_output
 from moe_compress.engine import Calibrated, Outcome, run_passes, slots_after
 from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
-from moe_compress.evaluate.text import TextScores, WindowBatch, load_text, score_batches
+from moe_compress.evaluate.text import (
+    TextScores,
+    WindowBatch,
+    experts_used,
+    has_rules,
+    load_text,
+    score_batches,
+)
 from moe_compress.export.registration import attach
 from moe_compress.export.targets import find_target
 from moe_compress.export.write import result_config, write_memory
@@ -154,6 +161,7 @@ def compress(
                 _to_the_end(result, progress, logs[1])
                 scores = score_batches(windows, result.outputs(), _through(view, head, scored.outputs()))
             scores.routing = routing_drift(logs[0], logs[1], slots_after(outcomes, before))
+            scores.used = experts_used(logs[1], logs[0], has_rules(view))
     report = _report(view, steps, target, before, outcomes, calibrated, scores, monitor)
     return CompressedModel(view, tokenizer, report, calibrated)
 

@@ -305,9 +305,11 @@ class _Applying:
         return report
 
     def _beside(self, layer: Layer, block: MoEBlock) -> int:
-        """Bytes that the block's router takes where it is stored."""
+        """Bytes that the block's router and rules take where they are stored."""
         stored = self.model.stored_dtypes(layer.index)
-        tensors = {n: t for n, t in block.state()[0].items() if not n.startswith(block.path + ".")}
+        experts, rules = block.path + ".", block.rule_prefix
+        state = block.state()[0]
+        tensors = {n: t for n, t in state.items() if not n.startswith(experts) or n.startswith(rules)}
         return sum(t.numel() * stored.get(n, t.dtype).itemsize for n, t in tensors.items())
 
     def _round(self, layer: Layer, block: MoEBlock) -> None:
@@ -343,6 +345,8 @@ class _Applying:
         tensors = {n: t.to(stored.get(n, t.dtype)) for n, t in tensors.items()}
         report["num_experts"] = block.num_experts
         report["kind"] = description["kind"]
+        if block.rules:
+            report["rules"] = [rule.kind for rule in block.rules]
         stored_bytes = sum(tensors[n].numel() * tensors[n].element_size() for n in block.weight_names())
         beside = self.step.target.beside_layer(description["layout"]) if "layout" in description else 0
         report["expert_bytes"] = stored_bytes + beside
@@ -351,5 +355,9 @@ class _Applying:
 
 def _measured(shape: ModelShape, index: int, report: dict[str, Any]) -> Any:
     return replace(
-        shape.layers[index], num_experts=report["num_experts"], kind=report["kind"], bytes=report["expert_bytes"]
+        shape.layers[index],
+        num_experts=report["num_experts"],
+        kind=report["kind"],
+        bytes=report["expert_bytes"],
+        rules=tuple(report.get("rules", ())),
     )

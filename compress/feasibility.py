@@ -11,6 +11,7 @@ from moe_compress.checkpoint.writer import neighbours, settled
 from moe_compress.errors import InputError, RecipeError
 from moe_compress.export.targets import TARGETS, Target
 from moe_compress.model import MoEModel
+from moe_compress.model.fewer import AS_CONFIG, top_k_path
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass
 from moe_compress.units import show_bytes
@@ -26,7 +27,13 @@ def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[
                 raise RecipeError(
                     f"passes[{number}]: {step.name} {before}: the experts of layer {index} are {layer.kind} already"
                 )
-        shape = step.forecast(shape)
+        layers, shape = shape.layers, step.forecast(shape)
+        for index, layer in layers.items():
+            if layer.rules and shape.layers[index].num_experts != layer.num_experts:
+                raise RecipeError(
+                    f"passes[{number}]: {step.name} can't follow a pass that skips experts: the rules of layer {index} "
+                    f"({', '.join(layer.rules)}) are made for {layer.num_experts} experts; let {step.name} come first"
+                )
         shapes.append(shape)
     last = shapes[-1]
     if target.uniform_experts and len({layer.num_experts for layer in last.layers.values()}) > 1:
@@ -44,8 +51,15 @@ def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: st
         wanted: format that the recipe asks for, "auto" for the target's own.
     """
     packed = {index: layer for index, layer in shape.layers.items() if layer.kind != "fused"}
+    ruled = [i for i, layer in shape.layers.items() if set(layer.rules) - {AS_CONFIG}]
+    if not ruled and any(layer.rules for layer in shape.layers.values()):
+        top_k_path(model)
+    if ruled and target.quantized_format != "native":
+        raise RecipeError(
+            f"target {target.name!r} runs no rules that skip experts, which layers {ruled} have: set `target: native`"
+        )
     uniform = len({layer.num_experts for layer in shape.layers.values()}) == 1
-    form = target.dense_format if uniform and not packed else target.quantized_format
+    form = target.dense_format if uniform and not packed and not ruled else target.quantized_format
     if form is None:
         raise RecipeError(
             f"target {target.name!r} is written from GGUF blocks: let `quantize.gguf` be the last pass (its types may "

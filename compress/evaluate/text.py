@@ -53,16 +53,18 @@ class Score:
 
 @dataclass
 class TextScores:
-    """Scores per file stem, of this model and, where there is one, of the original on the same windows; and how far
-    each layer's routing has moved."""
+    """Scores per file stem, of this model and, where there is one, of the original on the same windows; how far each
+    layer's routing has moved; and "before" or "after" → RoutingLog.experts_per_token, where experts are skipped."""
 
     after: dict[str, Score] = field(default_factory=dict)
     before: dict[str, Score] = field(default_factory=dict)
     routing: dict[int, dict[str, float]] = field(default_factory=dict)
+    used: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def summary(self, which: str) -> dict[str, Any]:
-        """ "perplexity" per file of "before" or "after"."""
-        return {"perplexity": {name: score.perplexity for name, score in getattr(self, which).items()}}
+        """ "perplexity" per file of "before" or "after"; "experts_per_token" where experts are skipped."""
+        found: dict[str, Any] = {"perplexity": {name: score.perplexity for name, score in getattr(self, which).items()}}
+        return found | ({"experts_per_token": self.used[which]} if which in self.used else {})
 
     def drift(self) -> dict[str, Any]:
         """ "kl" (mean nats per token), "agreement" (share of tokens) per file, "routing" per layer; empty without an
@@ -142,13 +144,25 @@ def score_text(
                 sweeps.append(stack.enter_context(Sweep(each, inputs, own)))
         for sweep, log in zip(sweeps, logs, strict=False):
             for step in sweep:
-                step.advance(log.observe if original is not None else None)
+                step.advance(log.observe)
                 progress.layer(step.index)
         outputs = [sweep.outputs() for sweep in sweeps]
         scores = score_batches(batches, outputs[0], outputs[1] if len(outputs) > 1 else None)
         if original is not None:
             scores.routing = routing_drift(logs[1], logs[0], slots)
+        scores.used = experts_used(logs[0], logs[1] if original is not None else None, has_rules(model, original))
         return scores
+
+
+def has_rules(*models: MoEModel | None) -> bool:
+    """Whether any of the models skips experts."""
+    return any(model.block(i).rules for model in models if model is not None for i in model.moe_layers)
+
+
+def experts_used(after: RoutingLog, before: RoutingLog | None, skipping: bool) -> dict[str, dict[str, Any]]:
+    """`TextScores.used`: nothing where no experts are skipped."""
+    logs = {"after": after, "before": before}
+    return {name: log.experts_per_token() for name, log in logs.items() if log is not None and skipping}
 
 
 def score_batches(

@@ -125,6 +125,7 @@ class MoeCompressQuantizer(HfQuantizer):
         from safetensors import safe_open
 
         from moe_compress.errors import CheckpointError
+        from moe_compress.model.block import rule_prefix
         from moe_compress.model.disk import check_complete
         from moe_compress.model.hf import NameMap
 
@@ -138,6 +139,7 @@ class MoeCompressQuantizer(HfQuantizer):
         config = self.quantization_config
         stack, state = config.stack_in(model), model.state_dict().keys()
         packed = tuple(f"{stack}.{i}.{b['experts']}." for i, b in config.blocks.items() if b["kind"] != "fused")
+        packed += tuple(rule_prefix(f"{stack}.{i}.{b['experts']}") for i, b in config.blocks.items())
         packed += tuple(f"{path}." for path in config.matrices_in(model))
         for name, runtime in sorted(names.runtime.items()):
             if runtime.startswith(packed) and runtime not in state:
@@ -147,7 +149,8 @@ class MoeCompressQuantizer(HfQuantizer):
         import torch
 
         from moe_compress.errors import CheckpointError
-        from moe_compress.model.hf import kept_in_float32, save_as_it_runs
+        from moe_compress.model.hf import kept_in_float32, run_here, save_as_it_runs
+        from moe_compress.model.routes import routes_of
 
         keep = re.compile("|".join(p.replace("*", ".*") for p in kept_in_float32(model, model.dtype)) or r"(?!)")
         # transformers before 5.23 checks no shapes of a quantized model, and casts nothing that it renames.
@@ -163,6 +166,8 @@ class MoeCompressQuantizer(HfQuantizer):
             if not _CASTS and tensor.is_floating_point() and not tensor.is_meta:
                 tensor.data = tensor.data.to(torch.float32 if keep.search(name) else dtype)
         save_as_it_runs(model)
+        # Others compute a slot of weight 0 like any other.
+        run_here(module for module in model.modules() if routes_of(module) is not None)
         return model
 
     def is_serializable(self, **_: Any) -> bool:

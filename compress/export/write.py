@@ -19,12 +19,14 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import sidecar_files
 from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.constants import FORMAT_VERSION, GGUF, QUANT_METHOD
+from moe_compress.constants import GGUF, QUANT_METHOD
 from moe_compress.errors import RunError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
 from moe_compress.model.beside import OUTER, is_bias
+from moe_compress.model.block import rule_prefix
 from moe_compress.model.disk import replaced
+from moe_compress.model.fewer import with_top_k
 from moe_compress.progress import Progress
 
 from .served import SERVED, Served
@@ -64,7 +66,7 @@ def write_folder(
     places = (OUTER, *range(len(model.layers)))
     changed = {i: c for i in places if model.overlay is not None and (c := model.overlay.get(i)) is not None}
     descriptions = {i: c[1] for i, c in changed.items()}
-    config, form = result_config(model, descriptions, quantized)
+    config, form = result_config(model, descriptions, quantized, target)
     whole = {i: model.description(i) for i in model.moe_layers} | descriptions
     served = Served(model, config, form, whole, target)
     if form in SERVED:
@@ -111,7 +113,7 @@ def write_memory(
     Tokenizer and generation config are the caller's to add.
     """
     descriptions = model.descriptions()
-    config, form = result_config(model, descriptions, quantized)
+    config, form = result_config(model, descriptions, quantized, target)
     served = Served(model, config, form, descriptions, target)
     writer = CheckpointWriter(output, overwrite=overwrite)
     tied = set(getattr(model.module, "all_tied_weights_keys", None) or {})
@@ -135,14 +137,18 @@ def write_memory(
 
 
 def result_config(
-    model: MoEModel, descriptions: Mapping[int, dict[str, Any]], quantized: str = "native"
+    model: MoEModel,
+    descriptions: Mapping[int, dict[str, Any]],
+    quantized: str = "native",
+    target: Target | None = None,
 ) -> tuple[dict[str, Any], str]:
     """config.json of the result, and its format.
 
     `descriptions`: decoder layer, or OUTER → description of what changed there (see Overlay).
 
     Equal numbers of dense experts everywhere need nothing but another number: "hf". Anything else is `quantized`; what
-    a served format says of the layers is known when they are written.
+    a served format says of the layers is known when they are written. A `target` that runs no rules gets the same top-k
+    in every layer as a number in the config; RunError for any other rule.
     """
     config = copy.deepcopy(model.config_values)
     if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:  # described anew
@@ -158,8 +164,13 @@ def result_config(
     if uniform:
         config = with_count(config, model.count_paths, next(iter(counts)))
     dense = all(d["kind"] == "fused" for d in descriptions.values())
-    if dense and uniform and not matrices:
+    ruled = [i for i, d in descriptions.items() if d.get("routing")]
+    if ruled and target is not None and target.quantized_format != "native":
+        config, ruled = with_top_k(model, config, _same_top_k(descriptions)), []
+    if dense and uniform and not matrices and not ruled:
         return config, "hf"
+    if ruled and quantized != "native":
+        raise RunError(f"layers {ruled} have rules that skip experts, which can't be written as {quantized}")
     if quantized in SERVED:
         return config, quantized  # different numbers of experts break a rule of it
     if quantized == GGUF:
@@ -176,8 +187,7 @@ def result_config(
         blocks[str(index)] = {**descriptions[index], "axes": kinds.index(axes)}
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        # Nothing but experts: what a reader of the first version knows.
-        "format_version": FORMAT_VERSION if matrices else 1,
+        "format_version": 3 if ruled else 2 if matrices else 1,
         "stack": model.stack,
         "axes": kinds,
         "blocks": blocks,
@@ -185,6 +195,15 @@ def result_config(
     }
     config["experts_implementation"] = hf.IMPLEMENTATION  # without the package: an error, not experts at random
     return config, "native"
+
+
+def _same_top_k(descriptions: Mapping[int, dict[str, Any]]) -> int:
+    """The top-k that the one rule of every layer leaves. Raises RunError for any other rules."""
+    rules = [d.get("routing", []) for d in descriptions.values()]
+    counts = {own[0]["keep"] for own in rules if len(own) == 1 and own[0]["kind"] == "top_k"}
+    if len(counts) != 1 or not all(len(own) == 1 and own[0]["kind"] == "top_k" for own in rules):
+        raise RunError("rules that skip experts can be written for other runtimes only where all layers have one top-k")
+    return int(counts.pop())
 
 
 def _block(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,9 +217,14 @@ def on_disk(
     """A changed layer's tensors by full name: what is packed as it runs, everything else as the file will have it."""
     assert model.weights is not None
     prefix = model.prefix(index)
-    experts = f"{description['experts']}." if description.get("kind", "fused") != "fused" else "\0"
+    experts = ""
+    if "experts" in description:
+        path = description["experts"]
+        experts = rule_prefix(path) if description["kind"] == "fused" else f"{path}."
     matrices = description.get("matrices") or {}
-    stacks = {prefix + n: t for n, t in tensors.items() if n.startswith(experts) or _of_matrix(n, matrices)}
+    stacks = {
+        prefix + n: t for n, t in tensors.items() if (experts and n.startswith(experts)) or _of_matrix(n, matrices)
+    }
     dense = {prefix + n: t for n, t in tensors.items() if prefix + n not in stacks}
     return stacks, model.weights.names.to_disk(dense) if dense else {}
 
@@ -216,6 +240,8 @@ def _packed_names(model: MoEModel, index: int, description: Mapping[str, Any]) -
     root = model.module if index == OUTER else model.layers[index]
     matrices = description.get("matrices") or {}
     names = {prefix + n for n in root.state_dict() if _of_matrix(n, matrices)} if matrices else set()
-    if index in model.moe_layers and (block := model.block(index)).kind != "fused":
-        names |= {prefix + n for n in block.own_names() if n.startswith(block.path + ".")}
+    if index in model.moe_layers:
+        block = model.block(index)
+        stored = block.rule_prefix if block.kind == "fused" else block.path + "."
+        names |= {prefix + n for n in block.own_names() if n.startswith(stored)}
     return names

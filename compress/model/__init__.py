@@ -3,6 +3,7 @@
 from .block import EXPERTS_KINDS, MoEBlock, Routing
 from .experts import Experts, ExpertWeights, FusedExperts
 from .model import Layer, MoEModel, read_config
+from .routes import experts_per_token
 from .tap import GradientTap, Tap, observe
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "MoEModel",
     "Routing",
     "Tap",
+    "experts_per_token",
     "observe",
     "read_config",
 ]

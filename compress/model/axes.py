@@ -76,7 +76,7 @@ def count_keys(
     """
     reference = expert_counts(hf.meta_skeleton(config, cls), stack)
     candidates = [
-        path for path, value in _numbers(values) if "expert" in str(path[-1]) and value in set(reference.values())
+        path for path, value in numbers(values) if "expert" in str(path[-1]) and value in set(reference.values())
     ]
     found = [path for path in candidates if _follows([path], values, config, cls, stack, reference)]
     if not found and candidates and _follows(candidates, values, config, cls, stack, reference):
@@ -205,12 +205,12 @@ def _follows(
     return any(counts.get(path, 0) == 2 * count for path in reference)
 
 
-def _numbers(values: dict[str, Any], prefix: ConfigPath = ()) -> Iterator[tuple[ConfigPath, int]]:
+def numbers(values: dict[str, Any], prefix: ConfigPath = ()) -> Iterator[tuple[ConfigPath, int]]:
     """Integers in a nested dict; of a list of one repeated integer, that integer."""
     for key, value in values.items():
         path = (*prefix, key)
         if isinstance(value, dict):
-            yield from _numbers(value, path)
+            yield from numbers(value, path)
         elif isinstance(value, int) and not isinstance(value, bool):
             yield path, value
         elif isinstance(value, list) and value and all(type(v) is int for v in value) and len(set(value)) == 1:

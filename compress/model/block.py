@@ -21,6 +21,8 @@ from moe_compress.errors import CheckpointError, UnsupportedModelError
 from . import families, hf
 from .axes import ExpertAxes
 from .experts import Experts, FusedExperts
+from .routes import CHILD, Routes, install, routes_of
+from .rules import RouteRule, make_rule
 from .tensors import set_tensor
 
 
@@ -61,6 +63,11 @@ EXPERTS_KINDS: dict[str, str] = {
     "packed": "moe_compress.quant.packed:build_packed",
     "scaled": "moe_compress.quant.scaled:build_scaled",
 }
+
+
+def rule_prefix(path: str) -> str:
+    """What the names of rules' parameters begin with, given the path of an experts module."""
+    return f"{path}.{CHILD}."
 
 
 def check_version(version: Any) -> None:
@@ -162,6 +169,12 @@ class MoEBlock:
         output = router(hidden_TH.unsqueeze(0) if sequences else hidden_TH, **arguments)
         return read_routing(output, hidden_TH.shape[0]) or self._route_through(hidden_TH, output)
 
+    @property
+    def rules(self) -> list[RouteRule]:
+        """Rules between router and experts, in the order in which they apply (rules.py)."""
+        routes = routes_of(self.experts_module)
+        return [] if routes is None else routes.rules
+
     def infeasible(self, count: int) -> str | None:
         """Why the block can't work with that many experts, or None."""
         return families.infeasible(self.top_k, self.groups, count)
@@ -171,9 +184,15 @@ class MoEBlock:
     def keep(self, indices: list[int]) -> None:
         """Remove all experts but these, router rows with them; order is kept.
 
-        Raises UnsupportedModelError when the routing can't work with what is left.
+        Raises UnsupportedModelError when the routing can't work with what is left, and where rules stand between router
+        and experts, which were made for those that were there.
         """
         count = self.num_experts
+        if self.rules:
+            kinds = ", ".join(rule.kind for rule in self.rules)
+            raise UnsupportedModelError(
+                f"layer {self.layer} has routing rules ({kinds}): change its experts before them"
+            )
         if sorted(set(indices)) != list(indices) or not indices or indices[0] < 0 or indices[-1] >= count:
             raise ValueError(f"layer {self.layer}: experts to keep must be ascending, distinct and below {count}")
         reason = self.infeasible(len(indices))
@@ -230,8 +249,15 @@ class MoEBlock:
             )
 
     def replace_experts(self, module: nn.Module) -> None:
-        """Put another experts module in place (same forward signature)."""
+        """Put another experts module in place (same forward signature); rules stay in front of it."""
+        routes = routes_of(self.experts_module)
         setattr(self.parent, self.experts_name, module)
+        if routes is not None:
+            self._put(routes)
+
+    def add_rule(self, rule: RouteRule) -> None:
+        """Put a rule between what comes out of the router, or of the rules before it, and the experts."""
+        self._put(Routes([*self.rules, rule]))
 
     # --- as plain data -----------------------------------------------------------------------------------------
 
@@ -243,14 +269,21 @@ class MoEBlock:
 
     def weight_names(self) -> list[str]:
         """Those of `own_names` that hold the experts' matrices and biases, however they are stored."""
-        experts, norm = self.path + ".", f"{self.path}.post_expert_norm."
-        return [n for n in self.own_names() if n.startswith(experts) and not n.startswith(norm)]
+        experts, others = self.path + ".", (f"{self.path}.post_expert_norm.", self.rule_prefix)
+        return [n for n in self.own_names() if n.startswith(experts) and not n.startswith(others)]
+
+    @property
+    def rule_prefix(self) -> str:
+        """What the names of rules' parameters begin with, relative to the layer."""
+        return rule_prefix(self.path)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors (names relative to the layer) and a JSON description from which `restore` rebuilds the block."""
         description: dict[str, Any] = {"kind": self.kind, "num_experts": self.num_experts, "experts": self.path}
         if self.kind != "fused":
             description["layout"] = self.experts_module.describe()  # type: ignore[operator]
+        if self.rules:
+            description[CHILD] = [rule.describe() for rule in self.rules]
         whole = self.module.state_dict()
         return {name: whole[name] for name in self.own_names()}, description
 
@@ -266,6 +299,8 @@ class MoEBlock:
             self._set_count(count)
         if description["kind"] != "fused":
             self.replace_experts(build_experts(self, description["kind"], description["layout"]))
+        if rules := description.get(CHILD):
+            self._put(Routes(make_rule(rule) for rule in rules))
 
     def assign(self, tensors: dict[str, Tensor]) -> None:
         """Set the block's tensors by name (relative to the layer)."""
@@ -279,7 +314,8 @@ class MoEBlock:
         def catch(_module: nn.Module, arguments: Any) -> None:
             caught["index"], caught["weight"] = arguments[1], arguments[2]
 
-        handle = self.experts_module.register_forward_pre_hook(catch)
+        # In front of rules: what the router chose.
+        handle = self.experts_module.register_forward_pre_hook(catch, prepend=True)
         try:
             self.parent(hidden_TH.unsqueeze(0))
         finally:
@@ -287,6 +323,9 @@ class MoEBlock:
         return Routing(logits.reshape(len(hidden_TH), -1), caught["index"], caught["weight"])
 
     # --- inside ------------------------------------------------------------------------------------------------
+
+    def _put(self, routes: Routes) -> None:
+        install(self.experts_module, self.router, routes, read_routing)
 
     def _find_router(self) -> str:
         prefix = self.parent_path + "." if self.parent_path else ""

@@ -204,6 +204,13 @@ def choose_implementation(model: PreTrainedModel) -> None:
             config._experts_implementation_internal = model.get_correct_experts_implementation(None)  # type: ignore[union-attr]
 
 
+def run_here(experts: Iterable[nn.Module]) -> None:
+    """Run these experts modules by this package's implementation from now on, those that run themselves apart."""
+    for module in experts:
+        if is_fused_experts(module):
+            module.config._experts_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
+
+
 def load_into(model: PreTrainedModel, tensors: Mapping[str, Any]) -> None:
     """Set those parameters of `model` that `tensors` (disk name → tensor or lazy slice) hold; leave all others.
 

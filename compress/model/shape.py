@@ -27,6 +27,7 @@ class LayerShape:
         weight_bytes: bytes of one stored weight before quantization.
         bytes: what all experts of the layer take on disk.
         kind: "fused" (dense weights) or what holds them now.
+        rules: kinds of the rules between router and experts.
     """
 
     num_experts: int
@@ -39,6 +40,7 @@ class LayerShape:
     weight_bytes: int
     bytes: int
     kind: str = "fused"
+    rules: tuple[str, ...] = ()
 
     @property
     def routing_groups(self) -> int:
@@ -137,6 +139,7 @@ def model_shape(model: MoEModel) -> ModelShape:
             weight_bytes=next(dtypes[n] for n in names if "down_proj" in n).itemsize,
             bytes=sum(tensors[n].numel() * dtypes[n].itemsize for n in names),
             kind=block.kind,
+            rules=tuple(rule.kind for rule in block.rules),
         )
     others: dict[str, tuple[int, ...]] = {}
     if model.weights is not None:

@@ -21,6 +21,9 @@ def headline(report: dict[str, Any]) -> Rows:
     if beside := report.get("beside"):
         old_bytes, new_bytes = (show_bytes(sum(m[key] for m in beside)) for key in ("bytes_before", "bytes"))
         rows.append(("packed beside the experts", old_bytes, new_bytes))
+    used = [side.get("experts_per_token", {}).get("mean") for side in (before, after)]
+    if used[1] is not None:
+        rows.append(("experts per token", "" if used[0] is None else f"{used[0]:.3f}", f"{used[1]:.3f}"))
     for name, value in after["perplexity"].items():
         old = before["perplexity"].get(name)
         rows.append((f"perplexity {name}", "" if old is None else f"{old:.4g}", f"{value:.4g}"))

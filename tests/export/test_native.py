@@ -408,7 +408,7 @@ def test_misshaped_tensors(name, damaged):
 
 
 def _newer(_, config):
-    config["format_version"] = 3
+    config["format_version"] = 4
 
 
 def _unknown_kind(_, config):
@@ -431,7 +431,7 @@ def _no_such_module(_, config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_newer, "format version 3.*up to 2: install a newer"),
+        (_newer, "format version 4.*up to 3: install a newer"),
         (_unknown_kind, "hologram.*newer moe-compress"),
         (_other_width, "(?s)mismatch|shape"),
         (_no_such_layer, "describes layer 17"),
