@@ -89,11 +89,16 @@ def parameters(block: MoEBlock) -> dict[str, nn.Parameter]:
 
 def split(text: TokenBatches, share: float) -> tuple[TokenBatches, TokenBatches]:
     """Sequences to learn from, and those held out: every n-th. Raises InputError where there is only one."""
-    if len(text) < 2:
-        raise InputError("heal.router holds sequences out to judge by: calibrate with at least 2 `sequences`")
-    count = min(max(1, round(share * len(text))), len(text) - 1)
-    held = set(torch.linspace(0, len(text) - 1, count).round().long().tolist())
-    return text.chosen([i for i in range(len(text)) if i not in held]), text.chosen(sorted(held))
+    held = held_out(len(text), share)
+    return text.chosen([i for i in range(len(text)) if i not in set(held)]), text.chosen(held)
+
+
+def held_out(sequences: int, share: float) -> list[int]:
+    """Numbers of the sequences that are held out. Raises InputError where there is only one."""
+    if sequences < 2:
+        raise InputError("part of the sequences is held out to judge by: calibrate with at least 2 `sequences`")
+    count = min(max(1, round(share * sequences)), sequences - 1)
+    return sorted(set(torch.linspace(0, sequences - 1, count).round().long().tolist()))
 
 
 @contextmanager
