@@ -115,7 +115,7 @@ def run_passes(
         commits = storage.pass_store(number, step.name)
         if step.learns() and not all(commits.has(i) for i in model.moe_layers):
             slots = slots_after(outcomes, before)
-            step.learned = _learned(model, step, source, slots, calibrated, storage, state, monitor)
+            step.learned = _learned(model, step, source, shape, slots, calibrated, storage, state, monitor)
         plan = _plan(model, step, shape, calibrated, storage, commits, state, monitor)
         concerned = sorted({*model.moe_layers, *plan.beside})
         unfinished = [i for i in concerned if not commits.has(i)]
@@ -163,6 +163,7 @@ def _learned(
     model: MoEModel,
     step: Pass,
     source: Callable[[], MoEModel] | None,
+    shape: ModelShape,
     slots: dict[int, list[int]],
     calibrated: Calibrated,
     storage: Storage,
@@ -182,6 +183,7 @@ def _learned(
             Lesson(
                 model=model,
                 source=_original(step, source) if step.needs_original() else model,
+                shape=shape,
                 text=calibrated.text,
                 batch_size=calibrated.batch_size,
                 slots=slots,

@@ -81,7 +81,8 @@ class Lesson:
 
     Attributes:
         model: as the passes before have left it; as it was when `learn` returns.
-        source: the original.
+        source: the original; the model itself for a pass that doesn't need the original.
+        shape: of the model.
         text: calibration text.
         batch_size: sequences of one forward.
         slots: layer → the place in `model` of each expert of the original, −1 if it is gone.
@@ -91,6 +92,7 @@ class Lesson:
 
     model: MoEModel
     source: MoEModel
+    shape: ModelShape
     text: TokenBatches
     batch_size: int
     slots: dict[int, list[int]]

@@ -11,10 +11,10 @@ from running import digest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_compress
+from moe_compress.calib.batches import held_out
 from moe_compress.errors import InputError
 from moe_compress.heal.distil import Wanted, distil
 from moe_compress.heal.experts import ExpertOptions
-from moe_compress.heal.lessons import held_out
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.progress import Monitor
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from moe_compress.calib.batches import held_out
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.errors import RunError, UnsupportedModelError
@@ -21,7 +22,6 @@ from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 
 from .distil import Wanted, distil
-from .lessons import held_out
 
 
 class ExpertOptions(PassOptions):
