@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compress.errors import InputError
 from moe_compress.model.sweep import MODALITY, TOKEN_WEIGHT, Batch
 
 # Numbers as transformers' processors give them (mm_token_type_ids).
@@ -95,6 +96,20 @@ class TokenBatches:
         """The same sequences, their tokens weighed by modality; part of the digest."""
         text = hashlib.sha256(f"{self.digest} {json.dumps(dict(weights), sort_keys=True)}".encode()).hexdigest()
         return replace(self, digest=text, modality_weights=dict(weights))
+
+
+def split(text: TokenBatches, share: float) -> tuple[TokenBatches, TokenBatches]:
+    """Sequences to learn from, and those held out: every n-th. Raises InputError where there is only one."""
+    held = held_out(len(text), share)
+    return text.chosen([i for i in range(len(text)) if i not in set(held)]), text.chosen(held)
+
+
+def held_out(sequences: int, share: float) -> list[int]:
+    """Numbers of the sequences that are held out. Raises InputError where there is only one."""
+    if sequences < 2:
+        raise InputError("part of the sequences is held out to judge by: calibrate with at least 2 `sequences`")
+    count = min(max(1, round(share * sequences)), sequences - 1)
+    return sorted(set(torch.linspace(0, sequences - 1, count).round().long().tolist()))
 
 
 def digest(tensors: Iterable[Tensor], tags: Sequence[object], samples: Sequence[Mapping[str, Tensor]] = ()) -> str:

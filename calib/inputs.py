@@ -41,16 +41,24 @@ class BlockInputs:
         hidden_TH: experts' inputs.
         index_TK, weight_TK: routing as the model used it.
         token_weight_T: what each token counts; None where all count 1.
+        sequence_T: sequence that each token belongs to; None where that isn't known.
+        stored: names relative to the layer → dtype in which the layer's tensors will be stored.
+        original_TH: what the original's experts put out for the same tokens; None unless the pass asks for it
+            (`Pass.beside_original`).
     """
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sequences: list[Tensor | None] = []
+        self.stored: dict[str, torch.dtype] = {}
+        self.original_TH: Tensor | None = None
         self._counted: list[Tensor] = []
         self._weighed = False
 
     def observe(self, tap: Tap) -> None:
         """Keep one batch."""
         self._parts.append((tap.hidden_TH, tap.index_TK, tap.weight_TK))
+        self._sequences.append(tap.sequence_T)
         self._weighed |= tap.token_weight_T is not None
         self._counted.append(tap.counted_T)
 
@@ -79,6 +87,12 @@ class BlockInputs:
     def token_weight_T(self) -> Tensor | None:
         """What each token counts; None where all count 1."""
         return torch.cat(self._counted) if self._weighed else None
+
+    @property
+    def sequence_T(self) -> Tensor | None:
+        """Sequence of each token; None where that isn't known."""
+        known = [part for part in self._sequences if part is not None]
+        return torch.cat(known) if len(known) == len(self._sequences) else None
 
     @property
     def tokens(self) -> int:

@@ -249,7 +249,7 @@ def _source(
     original: PreTrainedModel | str | Path | None, view: MoEModel, steps: Sequence[Pass]
 ) -> Callable[[], MoEModel] | None:
     """What opens the original. Raises InputError when a pass needs it and it isn't there, or is the model itself."""
-    learning = [step.name for step in steps if step.learns()]
+    learning = [step.name for step in steps if step.needs_original()]
     if not learning:
         return None
     if original is None or original is view.module:

@@ -7,7 +7,8 @@ and commit each. A pass that reads inputs sees, in every layer, what the layers 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from moe_compress.model.backward import GradientSweep
 from moe_compress.model.beside import OUTER, packed_state
 from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import ModelShape
-from moe_compress.model.sweep import Batch, Sweep
+from moe_compress.model.sweep import Batch, Step, Sweep
 from moe_compress.passes import Lesson, Pass, Plan
 from moe_compress.progress import Monitor
 from moe_compress.storage import Commits, Storage
@@ -114,7 +115,7 @@ def run_passes(
         commits = storage.pass_store(number, step.name)
         if step.learns() and not all(commits.has(i) for i in model.moe_layers):
             slots = slots_after(outcomes, before)
-            step.learned = _learned(model, step, source, slots, calibrated, storage, state, monitor)
+            step.learned = _learned(model, step, source, shape, slots, calibrated, storage, state, monitor)
         plan = _plan(model, step, shape, calibrated, storage, commits, state, monitor)
         concerned = sorted({*model.moe_layers, *plan.beside})
         unfinished = [i for i in concerned if not commits.has(i)]
@@ -126,9 +127,9 @@ def run_passes(
                     applying.outside()
                     unfinished.remove(OUTER)
                 if step.needs_inputs() and unfinished:
-                    with Sweep(model, calibrated.batches(), calibrated.hold) as sweep:
-                        for at in sweep:
-                            applying.with_inputs(at)
+                    with _side_by_side(model, step, source, calibrated) as pairs:
+                        for at, other in pairs:
+                            applying.with_inputs(at, other)
                             progress.layer(at.index)
                 else:
                     for index in unfinished:
@@ -162,6 +163,7 @@ def _learned(
     model: MoEModel,
     step: Pass,
     source: Callable[[], MoEModel] | None,
+    shape: ModelShape,
     slots: dict[int, list[int]],
     calibrated: Calibrated,
     storage: Storage,
@@ -169,9 +171,8 @@ def _learned(
     monitor: Monitor,
 ) -> dict[int, Result]:
     """What a pass learns, kept beside the statistics of the model that it learns on."""
-    if source is None or calibrated.text is None:
-        lacking = "the original" if source is None else "the text"
-        raise InputError(f"{step.name} learns from the original on calibration text, and {lacking} is missing")
+    if calibrated.text is None:
+        raise InputError(f"{step.name} learns on calibration text, and that is missing")
     store = storage.statistics(state, calibrated.digest)
     key = f"{step.name}({json.dumps(step.options.model_dump(mode='json'), sort_keys=True)})"
     kept = {i: result for i in model.moe_layers if (result := store.get(i, key)) is not None}
@@ -181,7 +182,8 @@ def _learned(
         found = step.learn(
             Lesson(
                 model=model,
-                source=source(),
+                source=_original(step, source) if step.needs_original() else model,
+                shape=shape,
                 text=calibrated.text,
                 batch_size=calibrated.batch_size,
                 slots=slots,
@@ -193,6 +195,29 @@ def _learned(
     for index, result in found.items():
         store.put(index, key, result)
     return found
+
+
+def _original(step: Pass, source: Callable[[], MoEModel] | None) -> MoEModel:
+    if source is None:
+        raise InputError(f"{step.name} learns from the original, and that is missing")
+    return source()
+
+
+@contextmanager
+def _side_by_side(
+    model: MoEModel, step: Pass, source: Callable[[], MoEModel] | None, calibrated: Calibrated
+) -> Iterator[Iterable[tuple[Step, Step | None]]]:
+    """One step per layer of a sweep of the model, and of one of the original beside it where the pass asks for it."""
+    batches, hold = calibrated.batches(), calibrated.hold
+    with ExitStack() as stack:
+        own = stack.enter_context(Sweep(model, batches, hold))
+        if step.beside_original() is None:
+            yield ((at, None) for at in own)
+            return
+        if hold is not None:
+            hold = hold / "original"
+            hold.mkdir(exist_ok=True)
+        yield zip(own, stack.enter_context(Sweep(_original(step, source), batches, hold)), strict=True)
 
 
 def _plan(
@@ -262,8 +287,11 @@ class _Applying:
                 report.setdefault("beside", {}).update(change_linears(self.model, self.step, layer, part, None))
             self._commit(layer, report)
 
-    def with_inputs(self, at: Any) -> None:
-        """Change a layer with all calibration batches waiting before it, and let them go on through the change."""
+    def with_inputs(self, at: Step, other: Step | None = None) -> None:
+        """Change a layer with all calibration batches waiting before it, and let them go on through the change.
+
+        `other`: the original's, with its own batches waiting before it.
+        """
         layer: Layer = at.layer
         linears = self.plan.beside.get(at.index, {})
         if (layer.block is None and not linears) or self.commits.has(at.index):
@@ -281,6 +309,9 @@ class _Applying:
         if then or layer.block is not None:
             with LinearMoments(layer.module, then) as moments:
                 at.run(inputs.observe)
+            inputs.stored = self.model.stored_dtypes(at.index)
+            if other is not None and layer.block is not None:
+                inputs.original_TH = self._original_outputs(at, other)
             with self.model.editing(layer):
                 if layer.block is not None:
                     report |= self._block(layer, layer.block, inputs)
@@ -295,6 +326,14 @@ class _Applying:
             report["routing"] = change.result()
         with self.model.editing(layer):
             self._commit(layer, report)
+
+    def _original_outputs(self, at: Step, other: Step) -> Tensor:
+        found: list[Tensor] = []
+        if self.step.beside_original() == "same":
+            at.through(other.layer).run(lambda tap: found.append(tap.output_TH))
+        else:
+            other.advance(lambda tap: found.append(tap.output_TH))
+        return torch.cat(found)
 
     def _block(self, layer: Layer, block: MoEBlock, inputs: BlockInputs | None) -> dict[str, Any]:
         beside = self._beside(layer, block)

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -81,7 +81,8 @@ class Lesson:
 
     Attributes:
         model: as the passes before have left it; as it was when `learn` returns.
-        source: the original.
+        source: the original; the model itself for a pass that doesn't need the original.
+        shape: of the model.
         text: calibration text.
         batch_size: sequences of one forward.
         slots: layer → the place in `model` of each expert of the original, −1 if it is gone.
@@ -91,6 +92,7 @@ class Lesson:
 
     model: MoEModel
     source: MoEModel
+    shape: ModelShape
     text: TokenBatches
     batch_size: int
     slots: dict[int, list[int]]
@@ -139,6 +141,17 @@ class Pass(ABC):
     def learn(self, lesson: Lesson) -> dict[int, Result]:
         """What only the whole model can teach, as tensors per layer; kept like a statistic, and as pure as one."""
         return {}
+
+    def beside_original(self) -> Literal["own", "same"] | None:
+        """Whether `apply` also gets what the original's experts put out on the text (`BlockInputs.original_TH`).
+
+        "own": reading what the original's layers before it hand on; "same": reading what the changed layers do.
+        """
+        return None
+
+    def needs_original(self) -> bool:
+        """Whether the original must be at hand, for `learn` or for `apply`."""
+        return self.learns() or self.beside_original() is not None
 
     def goes_back(self) -> bool:
         """Whether anything that it measures or learns takes a backward sweep."""

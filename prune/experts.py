@@ -9,17 +9,24 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from moe_compress.calib.collect import Profile
+from moe_compress.calib.batches import TokenBatches, split
+from moe_compress.calib.collect import MemoryStore, Profile, collect
 from moe_compress.calib.inputs import BlockInputs
-from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
-from moe_compress.counts import ExpertCounts, chosen, kept_count, least_kept, ranked
+from moe_compress.calib.statistics import OutputNorms, Result, Routing, Statistic
+from moe_compress.counts import ExpertCounts, kept_count
 from moe_compress.errors import RecipeError, RunError
 from moe_compress.model import MoEBlock
-from moe_compress.model.shape import LayerShape, ModelShape
-from moe_compress.passes import Pass, PassOptions, Plan, register
+from moe_compress.model.backward import GradientSweep
+from moe_compress.model.losses import NextToken
+from moe_compress.model.shape import ModelShape
+from moe_compress.model.sweep import Sweep
+from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
 
 from . import gram_greedy, naee, stun  # noqa: F401  (they register criteria)
+from .choice import Guards, as_mask, best, cheapest_counts, global_counts, removal_order, shares
 from .criteria import CRITERIA, Selection, find_criterion
+from .removal import RemovalLoss, dropping_costs
+from .sensitivity import loss_of, measured_costs
 from .super_experts import super_experts
 
 
@@ -27,13 +34,31 @@ class PruneOptions(PassOptions, ExpertCounts):
     """Options of `prune.experts`."""
 
     criterion: str = Field(default="reap", description="How experts are scored; the lowest go first")
-    scope: Literal["uniform", "global"] = Field(
+    scope: Literal["uniform", "global", "sensitivity"] = Field(
         default="uniform",
         description="uniform: the same number in every layer; global: the lowest of all layers, by scores "
-        "that are made comparable (each layer's sum to 1, unless they are by themselves)",
+        "that are made comparable (each layer's sum to 1, unless they are by themselves); sensitivity: fewest where "
+        "losing those that score lowest costs the model's predictions least",
     )
+    sensitivity: Literal["fisher", "measured"] = Field(
+        default="fisher",
+        description="scope: sensitivity: what it costs, estimated from gradients by one backward sweep, or measured by "
+        "running the whole model for each layer and some numbers of experts (for small models)",
+    )
+    check: bool | None = Field(
+        default=None,
+        description="Hold sequences out and keep the uniform plan if it predicts them better than the other; default: "
+        "with scope: sensitivity",
+    )
+    held_out: float = Field(default=0.125, gt=0, lt=1, description="check: share of the sequences that judges")
+    measured_tokens: int = Field(default=2048, ge=1, description="sensitivity: measured: tokens of each run")
     minimum: int | None = Field(
-        default=None, ge=1, description="Experts that a layer keeps at the least (global); default: twice the top-k"
+        default=None,
+        ge=1,
+        description="Experts that a layer keeps at the least (global, sensitivity); default: twice the top-k",
+    )
+    most_removed: float = Field(
+        default=1.0, gt=0, le=1, description="Share of its experts that a layer loses at the most (global, sensitivity)"
     )
     protect_super_experts: bool = Field(default=True, description="Never remove experts with massive activations")
     seed: int = Field(default=0, description="Seed of the criterion `random`")
@@ -45,15 +70,30 @@ class PruneOptions(PassOptions, ExpertCounts):
         return value
 
     @model_validator(mode="after")
-    def _minimum_of_global(self) -> Self:
-        if self.minimum is not None and self.scope == "uniform":
-            raise ValueError("`minimum` belongs to scope: global; in a uniform plan every layer keeps the same number")
-        if self.scope == "global" and not find_criterion(self.criterion).ranks:
+    def _of_other_scopes(self) -> Self:
+        if self.scope == "uniform":
+            given = {"minimum": self.minimum is not None, "most_removed": self.most_removed < 1, "check": self.check}
+            if wrong := [name for name, there in given.items() if there]:
+                raise ValueError(
+                    f"`{wrong[0]}` belongs to scope: global or sensitivity; in a uniform plan every layer keeps the "
+                    "same number"
+                )
+        elif not find_criterion(self.criterion).ranks:
             raise ValueError(
-                f"criterion {self.criterion!r} chooses sets of a given size and gives no order, which scope: global "
-                "compares layers by; take scope: uniform, or the criterion gram_greedy"
+                f"criterion {self.criterion!r} chooses sets of a given size and gives no order, which scope: "
+                f"{self.scope} compares layers by; take scope: uniform, or the criterion gram_greedy"
             )
         return self
+
+    @property
+    def checked(self) -> bool:
+        """Whether the plan is compared with a uniform one."""
+        return self.scope == "sensitivity" if self.check is None else self.check
+
+    @property
+    def guards(self) -> Guards:
+        """What every layer keeps."""
+        return Guards(self.minimum, self.most_removed)
 
 
 @register
@@ -61,7 +101,7 @@ class PruneExperts(Pass):
     """Remove the experts that matter least by a criterion."""
 
     name = "prune.experts"
-    summary = "remove whole experts by a criterion, uniformly or globally"
+    summary = "remove whole experts by a criterion, uniformly, globally or by layer sensitivity"
     paper = "REAP, arXiv 2510.13999 (default criterion)"
     Options = PruneOptions
     options: PruneOptions
@@ -72,51 +112,72 @@ class PruneExperts(Pass):
         return {"criterion": {c.name: c.source for c in CRITERIA.values()}}
 
     def statistics(self) -> Sequence[Statistic]:
-        """The criterion's, and what finds super experts."""
-        found = find_criterion(self.options.criterion).measures(self.options)
-        if self.options.protect_super_experts:
-            found.append(OutputNorms())
-        return list({s.key: s for s in [*found, Routing()]}.values())
+        """The criterion's, and what finds super experts; nothing where they are measured on part of the text."""
+        return [] if self.learns() else self._measures()
+
+    def learns(self) -> bool:
+        """Where the whole model has to run to decide."""
+        return self.options.checked or self.options.scope == "sensitivity"
+
+    def needs_original(self) -> bool:
+        """It is compared with the model as the passes before have left it."""
+        return False
+
+    def goes_back(self) -> bool:
+        """Where gradients say what a layer's experts are worth, or the criterion takes them."""
+        return any(statistic.gradients for statistic in self._measures())
 
     def forecast(self, shape: ModelShape) -> ModelShape:
-        """Counts after pruning; a global plan is forecast as if it were uniform, its total is the same."""
-        if self.options.scope == "global" and self.target.uniform_experts:
+        """Counts after pruning; where layers differ they are forecast as if uniform, the total is the same."""
+        if self.options.scope != "uniform" and self.target.uniform_experts:
             raise RecipeError(
-                f"prune.experts: scope 'global' gives layers different numbers of experts, which the target "
-                f"{self.target.name!r} can't load; use scope: uniform, or target: native"
+                f"prune.experts: scope '{self.options.scope}' gives layers different numbers of experts, which the "
+                f"target {self.target.name!r} can't load; use scope: uniform, or target: native"
             )
-        counts = {i: self._kept(i, layer) for i, layer in shape.layers.items()}
+        counts = self._counts(shape)
         for index, count in counts.items():
             if problem := find_criterion(self.options.criterion).problem(shape.layers[index], count):
                 raise RecipeError(f"prune.experts: criterion {self.options.criterion!r}: layer {index} {problem}")
-        if self.options.scope == "global":
-            _floors(shape, sum(counts.values()), self.options.minimum, {})
+        if self.options.scope != "uniform":
+            self.options.guards.floors(shape, sum(counts.values()), {})
         return shape.with_layers({i: layer.with_experts(counts[i]) for i, layer in shape.layers.items()})
+
+    def learn(self, lesson: Lesson) -> dict[int, Result]:
+        """What to keep: measured on part of the text and, where asked for, checked on the rest."""
+        text, held = split(lesson.text, self.options.held_out) if self.options.checked else (lesson.text, None)
+        profile = self._measured(lesson, text)
+        scores, protected = self._scores(profile)
+        uniform = best(profile.shape, scores, self._counts(profile.shape), protected)
+        free = self._choose(profile, scores, protected, self._costs(lesson, text, profile, scores, protected))
+        losses = [loss_of(lesson, held, keep) for keep in (uniform, free)] if held is not None else []
+        keep = uniform if losses and losses[0] <= losses[1] else free
+        return {
+            index: {
+                "keep": as_mask(keep[index], len(found)),
+                "free": torch.tensor([len(free[i]) for i in scores]),
+                "losses": torch.tensor(losses, dtype=torch.float64),
+                "scores": found.double(),
+                "protected": as_mask(protected.get(index, []), len(found)),
+                "unseen": (profile.of(index, Routing())["counts"] == 0).sum(),
+            }
+            for index, found in scores.items()
+        }
 
     def plan(self, profile: Profile) -> Plan:
         """Score all experts, protect super experts, keep the best."""
-        protected: dict[int, list[int]] = {}
-        if self.options.protect_super_experts:
-            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
-            protected = super_experts(maxima, profile.decoder_layers)
-        chosen_criterion = find_criterion(self.options.criterion)
-        generator = torch.Generator().manual_seed(self.options.seed)
-        scores = {
-            index: chosen_criterion.score(
-                {s.name: profile.of(index, s) for s in chosen_criterion.measures(self.options)},
-                Selection(layer, self._kept(index, layer), protected.get(index, []), generator),
-            )
-            for index, layer in profile.shape.layers.items()
-        }
-        for layer, found in scores.items():
-            if not found.isfinite().all():
-                raise RunError(
-                    f"prune.experts: {self.options.criterion} gives experts "
-                    f"{(~found.isfinite()).nonzero().flatten().tolist()} of layer {layer} no finite score: the "
-                    "checkpoint's weights, or what they compute, overflow"
-                )
-        keep = self._choose(profile.shape, scores, protected)
-        unseen = {i: (profile.of(i, Routing())["counts"] == 0).sum().item() for i in scores}
+        extra: dict[str, Any] = {}
+        notes: list[str] = []
+        if self.learns():
+            scores = {i: self.learned[i]["scores"] for i in profile.shape.layers}
+            masks = {i: self.learned[i]["protected"] for i in scores}
+            protected = {i: mask.nonzero().flatten().tolist() for i, mask in masks.items() if mask.any()}
+            keep = {i: self.learned[i]["keep"].nonzero().flatten().tolist() for i in scores}
+            unseen = {i: int(self.learned[i]["unseen"]) for i in scores}
+            extra, notes = self._verdict(next(iter(self.learned.values())))
+        else:
+            scores, protected = self._scores(profile)
+            keep = self._choose(profile, scores, protected, {})
+            unseen = {i: int((profile.of(i, Routing())["counts"] == 0).sum()) for i in scores}
         layers = {
             i: {
                 "keep": keep[i],
@@ -126,11 +187,11 @@ class PruneExperts(Pass):
             }
             for i in scores
         }
-        notes = [f"layer {i}: super experts {e} are protected" for i, e in protected.items()]
-        notes += [f"layer {i}: {int(n)} experts saw no calibration token" for i, n in unseen.items() if n]
+        notes += [f"layer {i}: super experts {e} are protected" for i, e in protected.items()]
+        notes += [f"layer {i}: {n} experts saw no calibration token" for i, n in unseen.items() if n]
         kept = sum(len(k) for k in keep.values())
         total = sum(len(s) for s in scores.values())
-        return Plan(self.name, layers, {"kept": kept, "of": total, "criterion": self.options.criterion}, notes)
+        return Plan(self.name, layers, {"kept": kept, "of": total, "criterion": self.options.criterion, **extra}, notes)
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Drop the experts that the plan removes."""
@@ -144,70 +205,99 @@ class PruneExperts(Pass):
         ]
         return {"removed": decision["remove"], "experts": experts, "slots": slots}
 
-    def _kept(self, index: int, layer: LayerShape) -> int:
-        return kept_count(self.name, index, layer, self.options)
+    def _measures(self) -> list[Statistic]:
+        found = find_criterion(self.options.criterion).measures(self.options)
+        if self.options.protect_super_experts:
+            found.append(OutputNorms())
+        if self.options.scope == "sensitivity" and self.options.sensitivity == "fisher":
+            found.append(RemovalLoss())
+        return list({s.key: s for s in [*found, Routing()]}.values())
+
+    def _measured(self, lesson: Lesson, text: TokenBatches) -> Profile:
+        """Statistics of some of the text, in one sweep."""
+        store, batches, measures = MemoryStore(), text.forwards(lesson.batch_size), self._measures()
+        back = self.goes_back()
+        kind, hold = (GradientSweep, lesson.hold_all) if back else (Sweep, lesson.hold)
+        with kind(lesson.model, batches, hold) as sweep:
+            collect(sweep, measures, store, lesson.progress, NextToken(batches))
+        return Profile(lesson.shape, store, len(lesson.model.layers))
+
+    def _scores(self, profile: Profile) -> tuple[dict[int, Tensor], dict[int, list[int]]]:
+        """Layer → scores, and layer → super experts."""
+        protected: dict[int, list[int]] = {}
+        if self.options.protect_super_experts:
+            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
+            protected = super_experts(maxima, profile.decoder_layers)
+        chosen_criterion = find_criterion(self.options.criterion)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        counts = self._counts(profile.shape)
+        scores = {
+            index: chosen_criterion.score(
+                {s.name: profile.of(index, s) for s in chosen_criterion.measures(self.options)},
+                Selection(layer, counts[index], protected.get(index, []), generator),
+            )
+            for index, layer in profile.shape.layers.items()
+        }
+        for layer, found in scores.items():
+            if not found.isfinite().all():
+                raise RunError(
+                    f"prune.experts: {self.options.criterion} gives experts "
+                    f"{(~found.isfinite()).nonzero().flatten().tolist()} of layer {layer} no finite score: the "
+                    "checkpoint's weights, or what they compute, overflow"
+                )
+        return scores, protected
+
+    def _counts(self, shape: ModelShape) -> dict[int, int]:
+        """Layer → experts that it keeps in a uniform plan."""
+        return {i: kept_count(self.name, i, layer, self.options) for i, layer in shape.layers.items()}
+
+    def _costs(
+        self,
+        lesson: Lesson,
+        text: TokenBatches,
+        profile: Profile,
+        scores: dict[int, Tensor],
+        protected: dict[int, list[int]],
+    ) -> dict[int, dict[int, float]]:
+        """Layer → experts kept → what that costs; nothing unless the scope asks for it."""
+        if self.options.scope != "sensitivity":
+            return {}
+        shape = profile.shape
+        orders = {i: removal_order(scores[i], layer, protected.get(i, [])) for i, layer in shape.layers.items()}
+        if self.options.sensitivity == "fisher":
+            costs = {i: dropping_costs(profile.of(i, RemovalLoss())["fisher"], order) for i, order in orders.items()}
+            return {i: {len(found) - 1 - n: float(c) for n, c in enumerate(found)} for i, found in costs.items()}
+        floors = self.options.guards.floors(shape, sum(self._counts(shape).values()), protected)
+        each = max(1, text.tokens // len(text))
+        sample = text.chosen(range(min(len(text), -(-self.options.measured_tokens // each))))
+        return measured_costs(lesson, sample, orders, floors, {i: s.routing_groups for i, s in shape.layers.items()})
 
     def _choose(
-        self, shape: ModelShape, scores: dict[int, Tensor], protected: dict[int, list[int]]
+        self,
+        profile: Profile,
+        scores: dict[int, Tensor],
+        protected: dict[int, list[int]],
+        costs: dict[int, dict[int, float]],
     ) -> dict[int, list[int]]:
-        counts = {i: self._kept(i, layer) for i, layer in shape.layers.items()}
-        if self.options.scope == "uniform":
-            return {i: chosen(scores[i], counts[i], shape.layers[i], protected.get(i, [])) for i in scores}
-        shares = scores if find_criterion(self.options.criterion).comparable else _shares(scores)
-        return _global_choice(shape, shares, sum(counts.values()), self.options.minimum, protected)
+        shape, guards = profile.shape, self.options.guards
+        counts = self._counts(shape)
+        if self.options.scope == "global":
+            compared = scores if find_criterion(self.options.criterion).comparable else shares(scores)
+            counts = global_counts(shape, compared, sum(counts.values()), guards, protected)
+            scores = compared
+        if self.options.scope == "sensitivity":
+            counts = cheapest_counts(shape, costs, sum(counts.values()), guards, protected)
+        return best(shape, scores, counts, protected)
 
-
-def _shares(scores: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Every layer's scores as shares of their sum. Raises RunError for negative ones, of which that says nothing."""
-    if negative := [i for i, found in scores.items() if bool((found < 0).any())]:
-        raise RunError(
-            f"prune.experts: scores of layers {negative} are negative, and scope: global compares shares of their sum; "
-            "use scope: uniform, or another criterion"
-        )
-    return {index: found / found.sum().clamp_min(1e-300) for index, found in scores.items()}
-
-
-def _global_choice(
-    shape: ModelShape,
-    scores: dict[int, Tensor],
-    total: int,
-    minimum: int | None,
-    protected: dict[int, list[int]],
-) -> dict[int, list[int]]:
-    """The `total` highest scores of all layers, which are comparable, a minimum kept in every layer.
-
-    Group-limited layers keep whole numbers of experts per group: they take part with one step per group.
-    """
-    floors = _floors(shape, total, minimum, protected)
-    units: list[tuple[float, int, int]] = []  # score, layer, number of experts that come with it
-    for index, layer in shape.layers.items():
-        step = layer.routing_groups
-        order = ranked(scores[index], layer, protected.get(index, []))
-        price = scores[index][order].mean(dim=0)  # of each further step
-        units += [(float(price[n // step]), index, step) for n in range(floors[index], layer.num_experts, step)]
-    kept = dict(floors)
-    left = total - sum(kept.values())
-    for _, index, step in sorted(units, key=lambda u: (-u[0], u[1])):
-        if step <= left:
-            kept[index] += step
-            left -= step
-    return {i: chosen(scores[i], kept[i], shape.layers[i], protected.get(i, [])) for i in scores}
-
-
-def _floors(shape: ModelShape, total: int, minimum: int | None, protected: dict[int, list[int]]) -> dict[int, int]:
-    """Experts that each layer keeps in any case. Raises RecipeError when they are more than `total`."""
-    floors: dict[int, int] = {}
-    for index, layer in shape.layers.items():
-        step = layer.routing_groups
-        least = minimum if minimum is not None else min(layer.num_experts, 2 * layer.top_k)
-        least = max(least, layer.top_k, least_kept(layer, protected.get(index, [])))
-        if layer.groups:
-            groups, used = layer.groups
-            least = max(least, 2 * groups, -(-layer.top_k * groups // used))
-        floors[index] = min(layer.num_experts, -(-least // step) * step)
-    if sum(floors.values()) > total:
-        raise RecipeError(
-            f"prune.experts: {total} experts are to be kept, but each layer keeps a minimum and these sum to "
-            f"{sum(floors.values())}; lower `minimum` or keep more"
-        )
-    return floors
+    def _verdict(self, learned: Result) -> tuple[dict[str, Any], list[str]]:
+        """What the check found: for the plan's summary, and in words."""
+        free, losses = learned["free"].tolist(), learned["losses"].tolist()
+        extra: dict[str, Any] = {"experts_by_" + self.options.scope: free}
+        if not losses:
+            return extra, [f"{self.options.scope}: layers keep {free} experts; not checked on held-out text"]
+        used = self.options.scope if losses[1] < losses[0] else "uniform"
+        extra |= {"held_out_kl_uniform": losses[0], f"held_out_kl_{self.options.scope}": losses[1], "used": used}
+        return extra, [
+            f"held-out text: {losses[1]:.4g} nats per token lost with {free} experts in the layers, {losses[0]:.4g} "
+            f"with the same number in all: the {used} plan is used"
+        ]

@@ -32,14 +32,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_compress.errors import DataError, InputError, RunError
+from moe_compress.errors import DataError, InputError
 from moe_compress.quant.grid import Grid, Quantized, Search, dequantize, find_scales, level_range, nearest_level
 from moe_compress.quant.polish import polish
 from moe_compress.quant.rtn import output_error, round_to_nearest
+from moe_compress.quant.triangular import MAX_DAMPING, expected_targets, feedback, normalised, targets
 
 Order = Literal["static", "none"]
 Refit = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
-MAX_DAMPING = 10.0  # times the mean diagonal; a positive semidefinite matrix factorises far below that
 INNER = 16  # columns between two small matrix products inside a block
 
 
@@ -166,10 +166,10 @@ def foreseen_share(squares_EK: Tensor, hessian_EKK: Tensor, damping: float = 0.0
     independent, is Σ_j H_jj ‖δ_j‖². Both with the damping. On the demo checkpoint the rank correlation with the real
     share over all matrices and widths is 0.93. An expert with an all-zero Hessian has nothing to gain: 1.
     """
-    hessian_EKK, _ = _normalised(hessian_EKK, 0)
+    hessian_EKK, _ = normalised(hessian_EKK, 0)
     diagonal_EK = hessian_EKK.diagonal(dim1=1, dim2=2)
     order_EK = diagonal_EK.argsort(dim=1, descending=True, stable=True)
-    _, conditional_EK, damping_E = _feedback(hessian_EKK, order_EK, damping, 0)
+    _, conditional_EK, damping_E = feedback(hessian_EKK, order_EK, damping, 0)
     alone_E = ((diagonal_EK + damping_E[:, None]).double() * squares_EK.double()).sum(1)
     share_E = (conditional_EK.double() * squares_EK.double()).sum(1) / alone_E
     return torch.where((diagonal_EK.sum(1) > 0) & (alone_E > 0), share_E, 1.0)
@@ -197,13 +197,13 @@ class _Settings:
 def _gptq_chunk(weight_EOK: Tensor, hessian_EKK: Tensor, first_expert: int, settings: _Settings) -> GptqResult:
     """`gptq` of a few experts, the first of which is number `first_expert`."""
     grid, search, scale_dtype = settings.grid, settings.search, settings.scale_dtype
-    hessian_EKK, unit_E = _normalised(hessian_EKK, first_expert)
+    hessian_EKK, unit_E = normalised(hessian_EKK, first_expert)
     diagonal_EK = hessian_EKK.diagonal(dim1=1, dim2=2)
     if settings.order == "static":
         order_EK = diagonal_EK.argsort(dim=1, descending=True, stable=True)
     else:
         order_EK = torch.arange(diagonal_EK.shape[1], device=weight_EOK.device).expand(diagonal_EK.shape)
-    feedback_EKK, conditional_EK, damping_E = _feedback(hessian_EKK, order_EK, settings.damping, first_expert)
+    feedback_EKK, conditional_EK, damping_E = feedback(hessian_EKK, order_EK, settings.damping, first_expert)
     damped_EK = diagonal_EK + damping_E[:, None]
     best = round_to_nearest(weight_EOK, grid, importance=damped_EK, search=search, scale_dtype=scale_dtype)
     rtn_error_EO = output_error(dequantize(best).sub_(weight_EOK), hessian_EKK)
@@ -269,9 +269,9 @@ def _columns(
     group_EK = order_EK // size
     edges = sorted({*range(0, columns, block), *(range(0, columns, size) if refit else ()), columns})
     for start, stop in itertools.pairwise(edges):
-        target_EBO = _targets(delta_EKO, feedback_EKK, start, stop)
+        target_EBO = targets(delta_EKO, feedback_EKK, start, stop)
         if refit and start % size == 0:
-            expected_EbO = _expected_targets(delta_EKO, feedback_EKK, start, start + size)
+            expected_EbO = expected_targets(delta_EKO, feedback_EKK, start, start + size)
             scale_EO1, zero_EO1 = refit(expected_EbO.transpose(1, 2), slice(start, start + size))
             scale_EGO[:, start // size] = scale_EO1[..., 0]
             if zero_EGO is not None and zero_EO1 is not None:
@@ -299,71 +299,6 @@ def _columns(
         grid,
     )
     return quantized, rounded_EKO.transpose(1, 2)
-
-
-def _targets(delta_EKO: Tensor, feedback_EKK: Tensor, start: int, stop: int) -> Tensor:
-    """The weights of columns [start, stop), making up for the errors of all columns before `start`."""
-    if start == 0:
-        return delta_EKO[:, :stop].clone()
-    return torch.baddbmm(delta_EKO[:, start:stop], feedback_EKK[:, start:stop, :start], delta_EKO[:, :start])
-
-
-def _expected_targets(delta_EKO: Tensor, feedback_EKK: Tensor, start: int, stop: int) -> Tensor:
-    """What the targets of columns [start, stop) would be if those were all rounded without an error of their own.
-
-    A column rounded to its target t instead of its weight w leaves w − t to the columns after it: a triangular system.
-    These are the weights as the textbook's updates have them when the group starts.
-    """
-    weight_EbO = delta_EKO[:, start:stop]
-    change_EbO = _targets(delta_EKO, feedback_EKK, start, stop) - weight_EbO
-    within_Ebb = feedback_EKK[:, start:stop, start:stop]
-    left_EbO: Tensor = torch.linalg.solve_triangular(within_Ebb, change_EbO, upper=False, unitriangular=True)
-    return left_EbO.add_(weight_EbO)
-
-
-def _normalised(hessian_EKK: Tensor, first_expert: int) -> tuple[Tensor, Tensor]:
-    """A float32 copy with a mean diagonal of 1 (an all-zero one stays), and the mean diagonals, float64."""
-    work_EKK = hessian_EKK if hessian_EKK.dtype == torch.float64 else hessian_EKK.float()
-    unit_E = work_EKK.diagonal(dim1=1, dim2=2).mean(1, dtype=torch.float64)
-    work_EKK = (work_EKK / torch.where(unit_E > 0, unit_E, 1.0).to(work_EKK.dtype)[:, None, None]).float()
-    broken_E = ~work_EKK.isfinite().flatten(1).all(1)
-    if broken_E.any():
-        raise RunError(f"the Hessian of expert {first_expert + int(broken_E.int().argmax())} contains NaN or infinity")
-    negative_E = (work_EKK.diagonal(dim1=1, dim2=2) < 0).any(1)
-    if negative_E.any():
-        raise RunError(f"the Hessian of expert {first_expert + int(negative_E.int().argmax())} has a negative diagonal")
-    return work_EKK, unit_E
-
-
-def _feedback(
-    hessian_EKK: Tensor, order_EK: Tensor, damping: float, first_expert: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of H + damping = R Rᵀ: R_ij / R_jj at [j, i], in processing order; R_jj², in the original order; the damping."""
-    backwards_EK = order_EK.flip(1)
-    expert_E11 = torch.arange(len(order_EK), device=order_EK.device)[:, None, None]
-    permuted_EKK = hessian_EKK[expert_E11, backwards_EK[:, :, None], backwards_EK[:, None, :]]
-    diagonal_EK = permuted_EKK.diagonal(dim1=1, dim2=2)
-    # A channel that no token excited has a zero row and column: any diagonal makes it independent of the others.
-    diagonal_EK += (diagonal_EK == 0).float() + damping
-    damping_E = torch.full_like(diagonal_EK[:, 0], damping)
-    factor_EKK, info_E = torch.linalg.cholesky_ex(permuted_EKK)
-    while (failed := info_E.nonzero().flatten()).numel():
-        used = float(damping_E[failed[0]])  # the same for all that failed
-        more = max(used * 10, 1e-6)
-        if more > MAX_DAMPING:
-            raise RunError(
-                f"the Hessian of expert {first_expert + int(failed[0])} isn't positive semidefinite: "
-                f"it can't be factorised with {used:g} times its mean diagonal added"
-            )
-        diagonal_EK[failed] += more - used
-        damping_E[failed] = more
-        factor_EKK[failed], info_E[failed] = torch.linalg.cholesky_ex(permuted_EKK[failed])
-    # The lower factor of a matrix read backwards is the upper factor of the matrix, read backwards.
-    upper_EKK = factor_EKK.flip(1, 2)
-    upper_diagonal_EK = upper_EKK.diagonal(dim1=1, dim2=2).clone()
-    upper_EKK /= upper_diagonal_EK[:, None, :]
-    conditional_EK = torch.empty_like(upper_diagonal_EK).scatter_(1, order_EK, upper_diagonal_EK.square())
-    return upper_EKK.transpose(1, 2), conditional_EK, damping_E
 
 
 def _choose(first_EO: Tensor, first: Quantized, second: Quantized) -> Quantized:

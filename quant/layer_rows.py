@@ -56,6 +56,12 @@ class Rows:
         right_RB = left_RA if right_RB is None else right_RB.float() * root_R1
         return grouped_gram(left_RA, right_RB, self.dispatch.offsets_E)
 
+    def squares(self, value_RA: Tensor) -> Tensor:
+        """The diagonal of `moment`: [C, A] float64."""
+        sums_CA = torch.zeros(len(self.experts), value_RA.shape[1], dtype=torch.float64, device=value_RA.device)
+        weighed_RA = value_RA.double().square_().mul_(self.share_R.to(value_RA.device).unsqueeze(1))
+        return sums_CA.index_add_(0, self.dispatch.expert_R, weighed_RA)
+
 
 class LayerRows:
     """All rows of a layer."""

@@ -11,12 +11,13 @@ from running import digest
 from transformers import AutoModelForCausalLM
 
 import moe_compress
-from moe_compress.calib.batches import TokenBatches
+from moe_compress.calib.batches import TokenBatches, split
 from moe_compress.calib.routing import RoutingLog, carried, distribution, router_divergence, routing_drift
 from moe_compress.errors import InputError
 from moe_compress.export.targets import find_target
 from moe_compress.heal import lessons
 from moe_compress.model import MoEModel
+from moe_compress.model.shape import model_shape
 from moe_compress.model.sweep import Sweep
 from moe_compress.passes import Lesson, find_pass
 from moe_compress.progress import Monitor, Progress
@@ -47,7 +48,7 @@ def lesson(model, source, sequences=40, **more):
     text = text_of(input_batch(source.module, sequences, 16, 7)["input_ids"])
     slots = {i: list(range(source.block(i).num_experts)) for i in source.moe_layers}
     values = {"model": model, "source": source, "text": text, "batch_size": 4, "slots": slots, "hold": None}
-    return Lesson(**values, hold_all=None, progress=Progress(), **more)
+    return Lesson(**values, shape=model_shape(model), hold_all=None, progress=Progress(), **more)
 
 
 MODES = {
@@ -99,7 +100,7 @@ def test_only_routers_change_and_the_model_gets_what_was_judged():
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {f"model.layers.{i}.mlp.gate.weight" for i in range(3)}
     (outcome,) = result.report["passes"]
-    held = lessons.split(text_of(ids), 0.125)[1].ids
+    held = split(text_of(ids), 0.125)[1].ids
     with torch.no_grad():
         logs = [m(input_ids=held).logits[:, :-1].log_softmax(-1) for m in (original, model)]
     kl = float(F.kl_div(logs[1], logs[0], log_target=True, reduction="sum")) / held[:, 1:].numel()

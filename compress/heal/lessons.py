@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_compress.calib.batches import TokenBatches
 from moe_compress.calib.routing import RoutingLog, carried, distribution, router_divergence, routing_drift
-from moe_compress.errors import InputError, UnsupportedModelError
+from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import Layer, MoEBlock, MoEModel, Tap
 from moe_compress.model.backward import GradientSweep, differentiable, run_differentiably
 from moe_compress.model.losses import Divergence
@@ -85,15 +85,6 @@ def parameters(block: MoEBlock) -> dict[str, nn.Parameter]:
     """What of a block is trained: its router's parameters, named relative to the layer."""
     inside = block.router_path + "."
     return {n: p for n, p in block.module.named_parameters() if n.startswith(inside) and p.is_floating_point()}
-
-
-def split(text: TokenBatches, share: float) -> tuple[TokenBatches, TokenBatches]:
-    """Sequences to learn from, and those held out: every n-th. Raises InputError where there is only one."""
-    if len(text) < 2:
-        raise InputError("heal.router holds sequences out to judge by: calibrate with at least 2 `sequences`")
-    count = min(max(1, round(share * len(text))), len(text) - 1)
-    held = set(torch.linspace(0, len(text) - 1, count).round().long().tolist())
-    return text.chosen([i for i in range(len(text)) if i not in held]), text.chosen(sorted(held))
 
 
 @contextmanager

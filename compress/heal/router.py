@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from moe_compress.calib.batches import split
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Result
@@ -21,7 +22,7 @@ from moe_compress.model import MoEBlock
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
 
-from .lessons import Judged, Routers, judge, split, teach_layers, teach_model
+from .lessons import Judged, Routers, judge, teach_layers, teach_model
 
 _ROUTER = "router/"
 

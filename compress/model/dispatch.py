@@ -90,14 +90,19 @@ class Dispatch:
 
 def grouped_linear(input_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
     """Each expert's rows times its own weight: [R, I] × [E, O, I]ᵀ → [R, O], in one call where the dtype allows."""
+    learns = torch.is_grad_enabled() and (input_RI.requires_grad or weight_EOI.requires_grad)
     if (
         input_RI.dtype in _GROUPED_DTYPES
         and input_RI.dtype == weight_EOI.dtype
         and _aligned(weight_EOI)
         and _aligned(input_RI)
+        and not (learns and weight_EOI.shape[1] * weight_EOI.element_size() % 16)
     ):
-        return F.grouped_mm(input_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
-    if torch.is_grad_enabled() and (input_RI.requires_grad or weight_EOI.requires_grad):
+        output = F.grouped_mm(input_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
+        if learns:  # the gradient goes into a grouped product too: gate and up, interleaved, hand back every other one
+            output.register_hook(Tensor.contiguous)
+        return output
+    if learns:
         rows = input_RI.split(torch.diff(offsets_E.long(), prepend=offsets_E.new_zeros(1).long()).tolist())
         return torch.cat([r @ weight_EOI[e].T.to(r.dtype) for e, r in enumerate(rows)])
     output = input_RI.new_empty(input_RI.shape[0], weight_EOI.shape[1])

@@ -242,6 +242,10 @@ class Step:
         with offload.real(self.layer.module.modules()):
             yield
 
+    def through(self, layer: Layer) -> Step:
+        """The same batches in front of another model's live layer, to `run` them through it."""
+        return Step(self._sweep, layer)
+
     def run(self, observer: Observer | None = None) -> None:
         """Run every batch through the layer and drop the results; `observer` gets a Tap for each."""
         for number in range(len(self._sweep._calls)):
