@@ -140,7 +140,7 @@ def run(
 @click.argument("model")
 @click.option("--calibrate", multiple=True, metavar="TEXT", help="Also run this text, a file or glob; repeatable.")
 @click.option("--sequences", type=click.IntRange(1), default=32, show_default=True, help="Sequences of that text.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--length", type=click.IntRange(2), help="Tokens of a sequence; default: 512, or what the model reads.")
 @click.option(
     "--segment", type=click.IntRange(1), default=16, show_default=True, help="Tokens of a segment (SRP, SCH)."
 )
@@ -152,7 +152,7 @@ def inspect(
     model: str,
     calibrate: tuple[str, ...],
     sequences: int,
-    length: int,
+    length: int | None,
     segment: int,
     plots: str | None,
     traces: str | None,

@@ -11,15 +11,18 @@ from rich.table import Table
 
 from moe_compress.analysis import analyse
 from moe_compress.errors import InputError
+from moe_compress.model.model import read_config
 
 from .show import console
+
+_LENGTH = 512
 
 
 def analysed(
     model: str,
     text: Sequence[str],
     sequences: int,
-    length: int,
+    length: int | None,
     segment: int,
     plots: str | None,
     traces: str | None,
@@ -31,7 +34,8 @@ def analysed(
         import moe_compress.report.plots as drawing
 
         drawing.check()
-    calibration = {"sources": list(text), "sequences": sequences, "length": length, "allow_fewer": True}
+    calibration = {"sources": list(text), "sequences": sequences, "length": length or usual_length(model)}
+    calibration["allow_fewer"] = True
     found = analyse(model, calibration, segment=segment, traces=traces is not None)
     values = found.to_json()
     if traces:
@@ -40,6 +44,12 @@ def analysed(
     if plots:
         values["plots"] = [str(path) for path in found.plot(plots)]
     return values
+
+
+def usual_length(model: str) -> int:
+    """Tokens of a sequence where nobody says: 512, or as many as the model has positions for."""
+    known = getattr(read_config(model).get_text_config(), "max_position_embeddings", None)
+    return min(_LENGTH, known) if isinstance(known, int) else _LENGTH
 
 
 def show_analysis(found: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a model's routing looks like on calibration text: who is busy, who matters, who goes together, what a cache gains.
+"""What a model's routing looks like on calibration text: who is busy, who goes together, what a cache would gain.
 
 Promise: nothing is changed; a folder is streamed with one decoder layer in memory. What is found is plain data, and of
 each layer's routing trace nothing is kept unless it is asked for.
@@ -148,9 +148,9 @@ def analyse(
     store = _Digested(view, segment, traces)
     with tempfile.TemporaryDirectory() as folder:
         hold = holding(view, text.tokens, Path(folder)) if view.weights is not None else None
-        with monitor.stage("analyse", len(view.layers)) as progress:
-            with Sweep(view, text.forwards(batch_size), hold) as sweep:
-                collect(sweep, _MEASURED, store, progress)
+        batches = text.forwards(batch_size)
+        with monitor.stage("analyse", len(view.layers)) as progress, Sweep(view, batches, hold) as sweep:
+            collect(sweep, _MEASURED, store, progress)
     return _analysis(view, store, text)
 
 

@@ -1,4 +1,4 @@
-"""`analyse` and `inspect --calibrate`: the same from disk and in memory, numbers as counted by hand, files that read."""
+"""`analyse` and `inspect --calibrate`: the same from disk and in memory, numbers as counted by hand, files."""
 
 import json
 import math
