@@ -36,6 +36,9 @@ class PruneOptions(PassOptions, ExpertCounts):
         default=None, ge=1, description="Experts that a layer keeps at the least (global); default: twice the top-k"
     )
     protect_super_experts: bool = Field(default=True, description="Never remove experts with massive activations")
+    domains: list[str] | None = Field(
+        default=None, min_length=1, description="Score experts on calibration text with these tags alone"
+    )
     seed: int = Field(default=0, description="Seed of the criterion `random`")
 
     @field_validator("criterion")
@@ -77,6 +80,10 @@ class PruneExperts(Pass):
         if self.options.protect_super_experts:
             found.append(OutputNorms())
         return list({s.key: s for s in [*found, Routing()]}.values())
+
+    def domains(self) -> list[str] | None:
+        """The domains that experts are kept for."""
+        return self.options.domains
 
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Counts after pruning; a global plan is forecast as if it were uniform, its total is the same."""
