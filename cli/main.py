@@ -84,7 +84,7 @@ def main() -> None:
     """Make Mixture-of-Experts language models small enough to run.
 
     \b
-    moe-compress inspect MODEL          what a checkpoint holds, nothing loaded
+    moe-compress inspect MODEL          what a checkpoint holds, nothing loaded; with --calibrate, its routing
     moe-compress recipes                ready recipes
     moe-compress run RECIPE             compress, verify, score
     """
@@ -138,19 +138,50 @@ def run(
 
 @main.command()
 @click.argument("model")
+@click.option("--calibrate", multiple=True, metavar="TEXT", help="Also run this text, a file or glob; repeatable.")
+@click.option("--sequences", type=click.IntRange(1), default=32, show_default=True, help="Sequences of that text.")
+@click.option("--length", type=click.IntRange(2), help="Tokens of a sequence; default: 512, or what the model reads.")
+@click.option(
+    "--segment", type=click.IntRange(1), default=16, show_default=True, help="Tokens of a segment (SRP, SCH)."
+)
+@click.option("--plots", type=click.Path(file_okay=False), help="Write PNG files to this folder.")
+@click.option("--traces", type=click.Path(dir_okay=False), help="Write every routing decision to this .safetensors.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @debug_option
-def inspect(model: str, as_json: bool, debug: bool) -> None:
-    """Show what the checkpoint MODEL holds: family, layers, experts, sizes. Nothing is loaded."""
+def inspect(
+    model: str,
+    calibrate: tuple[str, ...],
+    sequences: int,
+    length: int | None,
+    segment: int,
+    plots: str | None,
+    traces: str | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Show what the checkpoint MODEL holds: family, layers, experts, sizes. Nothing is loaded.
+
+    With --calibrate also what its routing does on text, one layer in memory: load, super experts, activations,
+    co-activation, certainty, local consistency (docs/analysis.md).
+    """
     import json
 
     from .show import inspected, show_inspection
 
+    if not calibrate and (plots or traces):
+        raise click.UsageError("--plots and --traces need text: add --calibrate TEXT")
     found = inspected(model)
+    if not as_json:
+        show_inspection(found)
+    if calibrate:
+        from .show_analysis import analysed, show_analysis
+
+        routing = analysed(model, calibrate, sequences, length, segment, plots, traces)
+        found["routing"] = routing
+        if not as_json:
+            show_analysis(routing)
     if as_json:
         click.echo(json.dumps(found, indent=2))
-    else:
-        show_inspection(found)
 
 
 @main.command()

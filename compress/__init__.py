@@ -5,6 +5,7 @@
     moe_compress.run("recipe.yaml")                                   # a checkpoint folder, layer by layer
     result = moe_compress.compress(model, tokenizer=tokenizer, passes=[…], calibration=…)   # a loaded model
     model = moe_compress.load("out/compressed")                       # what either wrote
+    found = moe_compress.analyse(model, "text.jsonl", tokenizer=tokenizer)    # what its routing does
 
 After `import moe_compress`, transformers' own `from_pretrained` loads such folders too. Importing is cheap: what is
 heavy is imported when it is used.
@@ -22,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_compress.analysis import analyse
     from moe_compress.api import CompressedModel, compress
     from moe_compress.export.loader import load
     from moe_compress.export.verify import verify
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "CompressedModel": "moe_compress.api",
     "MoEModel": "moe_compress.model",
+    "analyse": "moe_compress.analysis",
     "compress": "moe_compress.api",
     "experts_per_token": "moe_compress.model",
     "load": "moe_compress.export.loader",
@@ -40,7 +43,17 @@ _PUBLIC = {
     "verify": "moe_compress.export.verify",
 }
 
-__all__ = ["CompressedModel", "MoEModel", "compress", "experts_per_token", "load", "read_recipe", "run", "verify"]
+__all__ = [
+    "CompressedModel",
+    "MoEModel",
+    "analyse",
+    "compress",
+    "experts_per_token",
+    "load",
+    "read_recipe",
+    "run",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -227,15 +227,19 @@ def _calibrated(
         calibration, batch_size = _token_batches(parts, vocabulary), max(len(part) for part in parts)
     if isinstance(calibration, TokenBatches):
         feasibility.check_calibration(view, steps, True, int(calibration.ids.shape[1]))
+        feasibility.check_tags(steps, calibration.domain)
         return Calibrated(calibration, batch_size)
     settings = None if calibration is None else _settings(calibration)
     feasibility.check_calibration(view, steps, settings is not None, settings.length if settings else 0)
+    feasibility.check_domains(steps, settings)
     if settings is None or not any(s.needs_text() for s in steps):
         return Calibrated(None)
     if tokenizer is None:
         raise InputError("calibration text needs the model's tokenizer: pass `tokenizer=`")
     processor = tokenizer if hasattr(tokenizer, "image_processor") else None
     draft = read_draft(settings, _words(tokenizer), Path.cwd(), vocab_size=vocabulary, processor=processor)
+    written = [source.domain for source in settings.sources if source.self_sampling is not None]
+    feasibility.check_tags(steps, [*draft.text.domain, *written])
     text = finish(draft, view, lambda data: storage.statistics(_STATE, data), lambda tokens: None, monitor)
     return Calibrated(text, settings.batch_size)
 

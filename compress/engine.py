@@ -62,6 +62,15 @@ class Calibrated:
         """Tokens of a sweep."""
         return self.text.tokens if self.text is not None else 0
 
+    def of(self, domains: Sequence[str] | None) -> Calibrated:
+        """The sequences with one of these tags alone; all for None."""
+        if self.text is None or domains is None:
+            return self
+        part = self.text.chosen([i for i, tag in enumerate(self.text.domain) if tag in domains])
+        if self.text.modality_weights is not None:
+            part = part.weighed(self.text.modality_weights)
+        return replace(self, text=part)
+
     def batches(self) -> list[Batch]:
         """Arguments of each forward."""
         if self.text is None:
@@ -233,6 +242,7 @@ def _plan(
     saved = commits.plan()
     if saved is not None:
         return Plan.from_json(saved)
+    whole, calibrated = calibrated, calibrated.of(step.domains())
     store = storage.statistics(state, calibrated.digest)
     lacking = missing(model, step.statistics(), store)
     if blind := [statistic for statistic in lacking if not statistic.reads_text]:
@@ -254,6 +264,10 @@ def _plan(
     unweighed = sorted({s.name for s in step.statistics() if not s.weighs_tokens})
     if unweighed and calibrated.text is not None and calibrated.text.modality_weights is not None:
         plan = replace(plan, notes=[*plan.notes, f"modality_weights don't reach {', '.join(unweighed)}"])
+    if calibrated is not whole and calibrated.text is not None and whole.text is not None:
+        which = ", ".join(step.domains() or ())
+        note = f"measured on {len(calibrated.text)} of {len(whole.text)} calibration sequences: {which}"
+        plan = replace(plan, notes=[*plan.notes, note])
     commits.save_plan(plan.to_json())
     return plan
 

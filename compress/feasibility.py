@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from moe_compress.calib.text import Calibration
 from moe_compress.checkpoint.writer import neighbours, settled
-from moe_compress.errors import InputError, RecipeError
+from moe_compress.errors import InputError, RecipeError, nearest
 from moe_compress.export.targets import TARGETS, Target
 from moe_compress.model import MoEModel
 from moe_compress.model.fewer import AS_CONFIG, top_k_path
@@ -99,6 +100,33 @@ def check_calibration(model: MoEModel, passes: Sequence[Pass], has_text: bool, l
             f"{needing[0]} measures the model on text: add `calibration: {{sources: FILE.jsonl}}` to the recipe"
         )
     check_length(model, length if needing else 0, "calibration.length")
+
+
+def check_domains(passes: Sequence[Pass], calibration: Calibration | None) -> None:
+    """Raise RecipeError when a pass asks for domains that the calibration's settings rule out already."""
+    asking = [step for step in passes if step.domains()]
+    if calibration is None or not asking:
+        return
+    named = {source.domain for source in calibration.sources if source.domain is not None}
+    if all(source.domain_field is None for source in calibration.sources):
+        if not named:
+            raise RecipeError(
+                f"{asking[0].name}: `domains` needs text that says its domains: give the calibration's sources a "
+                "`domain_field`, or a `domain`"
+            )
+        check_tags(passes, named)
+    if calibration.domains is not None:
+        check_tags(passes, calibration.domains)
+
+
+def check_tags(passes: Sequence[Pass], tags: Iterable[str | None]) -> None:
+    """Raise RecipeError when a pass asks for a domain that no calibration text is tagged with."""
+    known = {tag for tag in tags if tag is not None}
+    for step in passes:
+        if lacking := [domain for domain in step.domains() or () if domain not in known]:
+            raise RecipeError(
+                f"{step.name}: no calibration text has the domain {lacking[0]!r}{nearest(lacking[0], known)}"
+            )
 
 
 def check_length(model: MoEModel, length: int, key: str) -> None:

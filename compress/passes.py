@@ -130,6 +130,10 @@ class Pass(ABC):
         """What `plan` needs to have been measured."""
         return ()
 
+    def domains(self) -> Sequence[str] | None:
+        """Tags of the calibration text that `statistics` are measured on; None for all of it."""
+        return None
+
     def needs_inputs(self) -> bool:
         """Whether `apply` reads what the block read (collected with all earlier layers already changed)."""
         return False

@@ -84,6 +84,7 @@ def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
         _tokenizer_of(recipe, passes[-1], model)
     calibration = recipe.calibration
     feasibility.check_calibration(model, passes, calibration is not None, calibration.length if calibration else 0)
+    feasibility.check_domains(passes, calibration)
     check_scoring(model, recipe.evaluate)
     feasibility.check_disk(Path(recipe.output), _workspace_of(recipe), before, shapes)
     return model, Forecast(passes, before, shapes)
@@ -235,6 +236,8 @@ def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[D
     vocabulary = model.module.config.get_text_config().vocab_size
     processor = find_processor(recipe.model) if recipe.calibration.has_images else None
     draft = read_draft(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary, processor=processor)
+    written = [source.domain for source in recipe.calibration.sources if source.self_sampling is not None]
+    feasibility.check_tags(passes, [*draft.text.domain, *written])
     return draft, tokenizer
 
 

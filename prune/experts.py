@@ -61,6 +61,9 @@ class PruneOptions(PassOptions, ExpertCounts):
         default=1.0, gt=0, le=1, description="Share of its experts that a layer loses at the most (global, sensitivity)"
     )
     protect_super_experts: bool = Field(default=True, description="Never remove experts with massive activations")
+    domains: list[str] | None = Field(
+        default=None, min_length=1, description="Score experts on calibration text with these tags alone"
+    )
     seed: int = Field(default=0, description="Seed of the criterion `random`")
 
     @field_validator("criterion")
@@ -126,6 +129,10 @@ class PruneExperts(Pass):
     def goes_back(self) -> bool:
         """Where gradients say what a layer's experts are worth, or the criterion takes them."""
         return any(statistic.gradients for statistic in self._measures())
+
+    def domains(self) -> list[str] | None:
+        """The domains that experts are kept for."""
+        return self.options.domains
 
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Counts after pruning; where layers differ they are forecast as if uniform, the total is the same."""
