@@ -14,7 +14,8 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
 from moe_compress.counts import ExpertCounts, chosen, kept_count, least_kept, ranked
 from moe_compress.errors import RecipeError, RunError
-from moe_compress.model import MoEBlock
+from moe_compress.merge.refit import LayerRefit
+from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 
@@ -36,6 +37,16 @@ class PruneOptions(PassOptions, ExpertCounts):
         default=None, ge=1, description="Experts that a layer keeps at the least (global); default: twice the top-k"
     )
     protect_super_experts: bool = Field(default=True, description="Never remove experts with massive activations")
+    refit: bool = Field(
+        default=True,
+        description="Solve the down projections that are left again, so that on the calibration tokens the layer puts "
+        "out what it did (experts with massive activations stay as they are)",
+    )
+    ridge: float = Field(
+        default=0.25,
+        gt=0,
+        description="How strongly refitting holds on to the weights that are there; the fewer tokens, the stronger",
+    )
     seed: int = Field(default=0, description="Seed of the criterion `random`")
 
     @field_validator("criterion")
@@ -77,6 +88,10 @@ class PruneExperts(Pass):
         if self.options.protect_super_experts:
             found.append(OutputNorms())
         return list({s.key: s for s in [*found, Routing()]}.values())
+
+    def needs_inputs(self) -> bool:
+        """To refit."""
+        return self.options.refit
 
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Counts after pruning; a global plan is forecast as if it were uniform, its total is the same."""
@@ -133,16 +148,22 @@ class PruneExperts(Pass):
         return Plan(self.name, layers, {"kept": kept, "of": total, "criterion": self.options.criterion}, notes)
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
-        """Drop the experts that the plan removes."""
+        """Drop the experts that the plan removes, and let those that are left take over what they can."""
+        refit, refitted = None, None
+        if self.options.refit and decision["remove"]:
+            assert inputs is not None
+            refit, refitted = _refit(block, inputs)
         block.keep(decision["keep"])
         slots = [-1] * (len(decision["keep"]) + len(decision["remove"]))
         for slot, expert in enumerate(decision["keep"]):
             slots[expert] = slot
+        if refit is not None:
+            refitted = refit.after(block, slots, self.options.ridge, [slots[e] for e in decision["protected"]])
         experts = [
             {"score": score, "removed": slot < 0, "protected": expert in decision["protected"]}
             for expert, (score, slot) in enumerate(zip(decision["scores"], slots, strict=True))
         ]
-        return {"removed": decision["remove"], "experts": experts, "slots": slots}
+        return {"removed": decision["remove"], "experts": experts, "slots": slots, "refit": refitted}
 
     def _kept(self, index: int, layer: LayerShape) -> int:
         return kept_count(self.name, index, layer, self.options)
@@ -155,6 +176,16 @@ class PruneExperts(Pass):
             return {i: chosen(scores[i], counts[i], shape.layers[i], protected.get(i, [])) for i in scores}
         shares = scores if find_criterion(self.options.criterion).comparable else _shares(scores)
         return _global_choice(shape, shares, sum(counts.values()), self.options.minimum, protected)
+
+
+def _refit(block: MoEBlock, inputs: BlockInputs) -> tuple[LayerRefit | None, dict[str, str] | None]:
+    """What refits a block once experts are gone; or why nothing can."""
+    if FusedExperts(block.experts_module).has_norm:
+        return None, {"skipped": "experts end in a norm: their outputs are not linear in the down projections"}
+    refit = LayerRefit(block, inputs)
+    if not refit.known:
+        return None, {"skipped": "the router reads more than the experts do: whom it chooses instead isn't known here"}
+    return refit, None
 
 
 def _shares(scores: dict[int, Tensor]) -> dict[int, Tensor]:
