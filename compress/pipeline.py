@@ -84,7 +84,7 @@ def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
         _tokenizer_of(recipe, passes[-1], model)
     calibration = recipe.calibration
     feasibility.check_calibration(model, passes, calibration is not None, calibration.length if calibration else 0)
-    check_scoring(model, recipe.evaluate)
+    check_scoring(model, recipe.evaluate, recipe.compute.memory)
     feasibility.check_disk(Path(recipe.output), _workspace_of(recipe), before, shapes)
     return model, Forecast(passes, before, shapes)
 

@@ -8,11 +8,11 @@ ridge holds on to the weights that are there). Two problems are solved:
 by the square of their routing weight.
 
 `refit_layer`: all experts of a layer together, on the routing as it is after the change, so that the layer puts out
-what it did. This also repairs what no group sees: tokens that the router now sends elsewhere, as after pruning. The problem has E·I unknowns
-per output; it is solved by conjugate gradients, preconditioned by each expert's own second moment, so nothing larger
-than [E, I, max(I, H)] is made (five of [E, I, H] and two of [E, I, I] at a time, float32). Each of at most 50 steps
-costs as much as all rows through the down projections, there and back; where the weighted neurons of all rows take more
-than 512 MB they are computed again in every step.
+what it did. This also repairs what no group sees: tokens that the router now sends elsewhere, as after pruning. The
+problem has E·I unknowns per output; it is solved by conjugate gradients, preconditioned by each expert's own second
+moment, so nothing larger than [E, I, max(I, H)] is made (five of [E, I, H] and two of [E, I, I] at a time, float32).
+Each of at most 50 steps costs as much as all rows through the down projections, there and back; where the weighted
+neurons of all rows take more than 512 MB they are computed again in every step.
 
 The ridge λ is relative: λ = ridge · (unknowns per output / rows) · mean of the Gram matrix's diagonal. The weights that
 are there know more than few tokens do; that λ grows with unknowns per row keeps one setting right for little and much

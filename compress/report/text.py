@@ -9,6 +9,15 @@ from moe_compress.units import show_bytes
 
 Rows = list[tuple[str, str, str]]
 
+# What `generation` holds → how it is called and written.
+_WRITTEN = {
+    "repetition": "greedy text: repeated n-grams",
+    "looping": "greedy text: continuations that loop",
+    "tokens": "greedy text: tokens",
+    "as_original": "greedy text: tokens as the original's",
+}
+_SHOWN = {"repetition": "{:.1%}", "looping": "{:.1%}", "tokens": "{:.1f}", "as_original": "{:.1f}"}
+
 
 def headline(report: dict[str, Any]) -> Rows:
     """(what, before, after) of sizes and every score."""
@@ -28,6 +37,10 @@ def headline(report: dict[str, Any]) -> Rows:
         rows.append((f"KL to original {name}", "", f"{after['kl'][name]:.4f}"))
     for name in after["agreement"]:
         rows.append((f"same top token {name}", "", f"{after['agreement'][name]:.1%}"))
+    for name, value in after.get("generation", {}).items():
+        old = before.get("generation", {}).get(name)
+        show = _SHOWN[name]
+        rows.append((_WRITTEN[name], "" if old is None else show.format(old), show.format(value)))
     for task, metrics in after["tasks"].items():
         for metric, value in metrics.items():
             old = before["tasks"].get(task, {}).get(metric)

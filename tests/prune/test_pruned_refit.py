@@ -1,4 +1,4 @@
-"""Refitting after pruning: against dense least squares on the pruned model's own routing, and where it can't be done."""
+"""Refitting after pruning: against dense least squares on the pruned model's own routing; where it can't be done."""
 
 import pytest
 import torch
@@ -66,7 +66,9 @@ def test_what_is_left_is_solved_for_what_the_layer_put_out(name, monkeypatch):
         assert part == "down" or torch.equal(a[kept], b)
 
 
-@pytest.mark.parametrize(("criterion", "ridge"), [("reap", 0.25), ("random", 1e-4), ("random", 30.0), ("gram_greedy", 1)])
+@pytest.mark.parametrize(
+    ("criterion", "ridge"), [("reap", 0.25), ("random", 1e-4), ("random", 30.0), ("gram_greedy", 1)]
+)
 def test_refitting_is_never_worse_on_the_calibration_tokens(criterion, ridge):
     """What the model itself then puts out, with and without: fewer tokens than unknowns."""
     original = build("qwen3_moe")
