@@ -193,6 +193,7 @@ def inspect(
 @click.option("--tasks", help="lm-eval tasks, separated by commas.")
 @click.option("--task-path", type=click.Path(), help="Folder with lm-eval task files of your own.")
 @click.option("--limit", type=int, help="Items of each task at the most.")
+@click.option("--generation", type=int, help="Prompts from --text to continue greedily; repetitions are counted.")
 @click.option("--batch-size", type=int, default=8, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write the scores to a file.")

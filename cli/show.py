@@ -163,16 +163,24 @@ def evaluated(model: str, against: str | None, tasks: str | None, device: str, *
     where, dtype = device_and_dtype(device, "auto")
     names = [t for t in (tasks or "").split(",") if t]
     try:
-        evaluation = Evaluation(tasks=names, **{k: v for k, v in wanted.items() if v is not None})
+        prompts = wanted.pop("generation", None)
+        given = {k: v for k, v in wanted.items() if v is not None}
+        written = None if prompts is None else {"prompts": prompts}
+        evaluation = Evaluation.model_validate({"tasks": names, "generation": written, **given})
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from error
+        option = str(first["loc"][0] if first["loc"] else "generation")
+        raise InputError(f"--{option.replace('_', '-')}: {first['msg'].removeprefix('Value error, ')}") from error
     opened = MoEModel.open(model, dtype=dtype, device=where)
     check_scoring(opened, evaluation)
     with tempfile.TemporaryDirectory() as folder:
         original = Path(against) if against else None
         _, after = score_folders(Path(model), original, evaluation, opened, Path(folder), Monitor())
-    return {**sizes(model_shape(opened)), "perplexity": {}, "tasks": {}, "kl": {}, "agreement": {}, **after}
+    return {
+        **sizes(model_shape(opened)),
+        **{key: {} for key in ("perplexity", "tasks", "generation", "kl", "agreement")},
+        **after,
+    }
 
 
 def show_scores(scores: dict[str, Any]) -> None:

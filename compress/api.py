@@ -20,6 +20,7 @@ from moe_compress.calib.text import Calibration, TokenBatches, read_draft
 from moe_compress.checkpoint.writer import check_output
 from moe_compress.engine import Calibrated, Outcome, run_passes, slots_after
 from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
+from moe_compress.evaluate.generation import choose_prompts, continued
 from moe_compress.evaluate.text import (
     TextScores,
     WindowBatch,
@@ -142,6 +143,7 @@ def compress(
         if wanted.tasks:
             raise InputError("tasks need a saved model: save it, then `moe-compress evaluate FOLDER --tasks …`")
         windows = _windows(view, tokenizer, wanted) if wanted.text else []
+        prompts = choose_prompts(windows, wanted.generation) if wanted.generation else None
     with ExitStack() as stack:
         scored = None
         logs = [RoutingLog(sum(w.ids.numel() for w in windows)) for _ in range(2)]
@@ -151,6 +153,9 @@ def compress(
             scored = stack.enter_context(Sweep(view, [{"input_ids": w.ids} for w in windows]))
             with monitor.stage("score: original", len(view.layers)) as progress:
                 _to_the_end(scored, progress, logs[0])
+        if prompts is not None and wanted.generation is not None:
+            with monitor.stage("score: generation, original"):
+                written = continued(model, prompts, wanted.generation)
         with _saying_what_is_left(storage):
             outcomes = run_passes(view, steps, before, calibrated, storage, _STATE, monitor, source)
         _settle(view)
@@ -162,6 +167,10 @@ def compress(
                 scores = score_batches(windows, result.outputs(), _through(view, head, scored.outputs()))
             scores.routing = routing_drift(logs[0], logs[1], slots_after(outcomes, before))
             scores.used = experts_used(logs[1], logs[0], has_rules(view))
+        if prompts is not None and wanted.generation is not None:
+            with monitor.stage("score: generation, result"):
+                now, ngram = continued(model, prompts, wanted.generation), wanted.generation.ngram
+                scores.written = (written.summary(ngram), now.summary(ngram, written))
     report = _report(view, steps, target, before, outcomes, calibrated, scores, monitor)
     return CompressedModel(view, tokenizer, report, calibrated)
 
@@ -323,8 +332,8 @@ def _report(
         before=before,
         outcomes=outcomes,
         calibration=calibrated.text.report if calibrated.text is not None else None,
-        scores_before=scores.summary("before") if scores.before else {},
-        scores_after=(scores.summary("after") | scores.drift()) if scores.after else {},
+        scores_before=(scores.summary("before") | scores.generation(0)) if scores.before else {},
+        scores_after=(scores.summary("after") | scores.drift() | scores.generation(1)) if scores.after else {},
         stages=monitor.records(),
         facts={"tokens_seen": calibrated.tokens},
     )

@@ -85,7 +85,7 @@ def plan_run(recipe: Recipe) -> tuple[MoEModel, Forecast]:
     calibration = recipe.calibration
     feasibility.check_calibration(model, passes, calibration is not None, calibration.length if calibration else 0)
     feasibility.check_domains(passes, calibration)
-    check_scoring(model, recipe.evaluate)
+    check_scoring(model, recipe.evaluate, recipe.compute.memory)
     feasibility.check_disk(Path(recipe.output), _workspace_of(recipe), before, shapes)
     return model, Forecast(passes, before, shapes)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moe_compress.calib.text import Calibration
 from moe_compress.errors import RecipeError
@@ -22,6 +22,17 @@ from moe_compress.units import parse_bytes
 
 KeyPath = tuple[str | int, ...]
 Part = TypeVar("Part", bound=BaseModel)
+
+
+class Generation(BaseModel):
+    """Greedy continuations of held-out text, and how much they repeat themselves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: int = Field(default=20, ge=1, description="Prompts: beginnings of windows spread over all texts")
+    prompt: int = Field(default=32, ge=1, description="Tokens of a prompt")
+    tokens: int = Field(default=128, ge=1, description="Tokens that are written at the most")
+    ngram: int = Field(default=4, ge=1, description="Tokens of the n-grams whose repetition is counted")
 
 
 class Evaluation(BaseModel):
@@ -39,6 +50,17 @@ class Evaluation(BaseModel):
         default=None, description="Folder with task files of your own; default: lm-eval's tasks"
     )
     limit: int | None = Field(default=None, ge=1, description="Items of each task at the most; default: all")
+    generation: Generation | None = Field(
+        default=None,
+        description="Let both models continue prompts from `text` greedily ({} for 20 prompts), and count repetitions; "
+        "loads them whole",
+    )
+
+    @model_validator(mode="after")
+    def _prompts_are_text(self) -> Self:
+        if self.generation is not None and not self.text:
+            raise ValueError("generation takes its prompts from `text`: name files there")
+        return self
 
 
 class Compute(BaseModel):

@@ -35,7 +35,7 @@ from .combine import output_gram, subspace_merge, weighted_average
 from .grouping import group_experts, similarity_statistic
 from .moments import output_moments
 from .options import PRESETS, MergeOptions, SubspaceOptions
-from .refit import NewRouting, layer_output, refit_down, refit_layer
+from .refit import LayerRefit, refit_down
 
 # Weight of the matrices themselves in the second moment of their outputs: directions that a group's few tokens say
 # nothing about are ordered by the weights, not left to round-off.
@@ -112,10 +112,8 @@ class _MergeExperts(Pass):
         weights = [w if float(w.sum()) > 0 else torch.ones_like(w) for w in weights]
         experts = block.num_experts
         slots = merged_slots(groups, experts)
-        read = (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)
         by_layer = self.options.refit == "layer" and not FusedExperts(block.experts_module).has_norm
-        routing = NewRouting(block, *read) if by_layer else None
-        target = layer_output(FusedExperts(block.experts_module), *read) if by_layer else None
+        refit = LayerRefit(block, inputs) if by_layer else None
         self._align(block, decision, inputs)
         merged, refitted = self._merged(block, decision, weights, inputs)
         mixing = torch.zeros(len(groups), experts, dtype=torch.float64)
@@ -125,11 +123,8 @@ class _MergeExperts(Pass):
         block.regroup(decision["dominant"], mixing, slots)
         for (_, new), (_, value) in zip(block.experts.weights().items(), merged.items(), strict=True):
             new.copy_(value)
-        if routing is not None and target is not None:
-            frozen = [slots[e] for e in decision["protected"]]
-            module = FusedExperts(block.experts_module)
-            error = refit_layer(module, read[0], *routing.after(block, slots), target, self.options.ridge, frozen)
-            refitted = {**asdict(error), "routing": "asked" if routing.known else "former choices"}
+        if refit is not None:
+            refitted = refit.after(block, slots, self.options.ridge, [slots[e] for e in decision["protected"]])
         return {
             "groups": groups,
             "experts": _told(decision, weights, experts),

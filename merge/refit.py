@@ -1,4 +1,4 @@
-"""Down projections solved again after a merge, in closed form on the calibration tokens.
+"""Down projections solved again after a change, in closed form on the calibration tokens.
 
 An expert's output is linear in its down projection, so the best one for what is asked of it is a least-squares problem
 (MergeMoE, arXiv 2510.14436, section 4, solves it with a pseudoinverse, which few tokens make ill-conditioned; here a
@@ -7,12 +7,12 @@ ridge holds on to the weights that are there). Two problems are solved:
 `refit_down`: each merged expert on its own, so that on its group's tokens it puts out what the members did. Rows count
 by the square of their routing weight.
 
-`refit_layer`: all experts of a layer together, on the routing as it is after the merge, so that the layer puts out what
-it did. This also repairs what no group sees: tokens that the router now sends elsewhere. The problem has E·I unknowns
-per output; it is solved by conjugate gradients, preconditioned by each expert's own second moment, so nothing larger
-than [E, I, max(I, H)] is made (five of [E, I, H] and two of [E, I, I] at a time, float32). Each of at most 50 steps
-costs as much as all rows through the down projections, there and back; where the weighted neurons of all rows take more
-than 512 MB they are computed again in every step.
+`refit_layer`: all experts of a layer together, on the routing as it is after the change, so that the layer puts out
+what it did. This also repairs what no group sees: tokens that the router now sends elsewhere, as after pruning. The
+problem has E·I unknowns per output; it is solved by conjugate gradients, preconditioned by each expert's own second
+moment, so nothing larger than [E, I, max(I, H)] is made (five of [E, I, H] and two of [E, I, I] at a time, float32).
+Each of at most 50 steps costs as much as all rows through the down projections, there and back; where the weighted
+neurons of all rows take more than 512 MB they are computed again in every step.
 
 The ridge λ is relative: λ = ridge · (unknowns per output / rows) · mean of the Gram matrix's diagonal. The weights that
 are there know more than few tokens do; that λ grows with unknowns per row keeps one setting right for little and much
@@ -24,12 +24,13 @@ Letters: E experts, T tokens, K experts per token, R rows (token, expert), H hid
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_compress.calib.inputs import chunks
+from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
 from moe_compress.model.experts import ExpertWeights
@@ -121,7 +122,7 @@ def refit_layer(
     min over all W_e of Σ_t ‖y_t − Σ_e g_te·(W_e·a_te + b_e)‖² + λ Σ_e ‖W_e − W_e0‖².
 
     Args:
-        experts: after the merge; no norm behind them.
+        experts: after the change; no norm behind them.
         hidden_TH, index_TK, weight_TK: what they read, and their routing.
         target_TH: y, what they should put out together.
         ridge: see the file's head; rows are tokens.
@@ -175,15 +176,57 @@ def layer_output(experts: FusedExperts, hidden_TH: Tensor, index_TK: Tensor, wei
     return total
 
 
+class LayerRefit:
+    """`refit_layer` around a change of a block: made before it, `after` solves for what the layer put out then.
+
+    Tokens count as much as they weigh. Memory: the outputs [T, H], float32.
+
+    Args:
+        block: before the change; no norm behind its experts.
+        inputs: what it reads.
+        target_TH: what the experts are to put out together; None: what they do now.
+    """
+
+    def __init__(self, block: MoEBlock, inputs: BlockInputs, target_TH: Tensor | None = None):
+        read = (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)
+        self._hidden_TH = inputs.hidden_TH
+        counted = inputs.token_weight_T
+        self._root_T1 = None if counted is None else counted.float().sqrt().unsqueeze(-1)
+        self._target_TH = layer_output(FusedExperts(block.experts_module), *read) if target_TH is None else target_TH
+        self._routing = NewRouting(block, *read)
+
+    @property
+    def known(self) -> bool:
+        """Whether the routing after the change is the router's own (see NewRouting)."""
+        return self._routing.known
+
+    def after(self, block: MoEBlock, slots: Sequence[int], ridge: float, frozen: Sequence[int] = ()) -> dict[str, Any]:
+        """Solve the changed block's down projections, in place. Returns what to report.
+
+        Args:
+            block: changed.
+            slots: where each former expert is now, −1 if it is gone.
+            ridge: see the file's head.
+            frozen: slots whose weights stay.
+        """
+        index_TK, weight_TK = self._routing.after(block, slots)
+        target_TH = self._target_TH
+        if self._root_T1 is not None:  # on both sides of the least squares
+            weight_TK, target_TH = weight_TK * self._root_T1, target_TH * self._root_T1
+        experts = FusedExperts(block.experts_module)
+        error = refit_layer(experts, self._hidden_TH, index_TK, weight_TK, target_TH, ridge, frozen)
+        return {**asdict(error), "routing": "asked" if self.known else "former choices"}
+
+
 class NewRouting:
-    """What the router will decide after a merge, on the tokens that the block read before.
+    """What the router will decide after a change of the block, on the tokens that it read before.
 
     Only where the router can be asked: it must give the recorded routing back when it reads what the experts read. Some
     routers read other things too (token ids, earlier layers' states, the hidden state before a projection). There every
-    token's choices are taken to go where their experts went.
+    token's choices are taken to go where their experts went, and those of experts that are gone to none.
 
     Args:
-        block: before the merge.
+        block: before the change.
         hidden_TH, index_TK, weight_TK: what its experts read, and the routing.
     """
 
@@ -195,8 +238,9 @@ class NewRouting:
         """Index and weight [T, K] of the changed block, with the slots that its experts went to."""
         hidden, index, weight = self._before
         if not self.known:
-            table = torch.tensor(list(slots), device=index.device)
-            return table[index.clamp_max(len(table) - 1)], torch.where(index < len(table), weight, 0)
+            table = torch.tensor([*slots, -1], device=index.device)  # behind the experts: choices of none
+            slot = table[index.clamp_max(len(slots))]
+            return slot.clamp_min(0), torch.where(slot >= 0, weight, 0)
         with runnable(block.module):
             routed = [block.route(part) for part in hidden.split(_TOKENS_AT_ONCE)]
         return torch.cat([r.index_TK for r in routed]), torch.cat([r.weight_TK for r in routed])

@@ -15,7 +15,8 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Result, Routing, Statistic
 from moe_compress.counts import ExpertCounts, kept_count
 from moe_compress.errors import RecipeError, RunError
-from moe_compress.model import MoEBlock
+from moe_compress.merge.refit import LayerRefit
+from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import ModelShape
@@ -63,6 +64,16 @@ class PruneOptions(PassOptions, ExpertCounts):
     protect_super_experts: bool = Field(default=True, description="Never remove experts with massive activations")
     domains: list[str] | None = Field(
         default=None, min_length=1, description="Score experts on calibration text with these tags alone"
+    )
+    refit: bool = Field(
+        default=True,
+        description="Solve the down projections that are left again, so that on the calibration tokens the layer puts "
+        "out what it did (experts with massive activations stay as they are)",
+    )
+    ridge: float = Field(
+        default=0.25,
+        gt=0,
+        description="How strongly refitting holds on to the weights that are there; the fewer tokens, the stronger",
     )
     seed: int = Field(default=0, description="Seed of the criterion `random`")
 
@@ -134,6 +145,10 @@ class PruneExperts(Pass):
         """The domains that experts are kept for."""
         return self.options.domains
 
+    def needs_inputs(self) -> bool:
+        """To refit."""
+        return self.options.refit
+
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Counts after pruning; where layers differ they are forecast as if uniform, the total is the same."""
         if self.options.scope != "uniform" and self.target.uniform_experts:
@@ -201,16 +216,22 @@ class PruneExperts(Pass):
         return Plan(self.name, layers, {"kept": kept, "of": total, "criterion": self.options.criterion, **extra}, notes)
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
-        """Drop the experts that the plan removes."""
+        """Drop the experts that the plan removes, and let those that are left take over what they can."""
+        refit, refitted = None, None
+        if self.options.refit and decision["remove"]:
+            assert inputs is not None
+            refit, refitted = _refit(block, inputs)
         block.keep(decision["keep"])
         slots = [-1] * (len(decision["keep"]) + len(decision["remove"]))
         for slot, expert in enumerate(decision["keep"]):
             slots[expert] = slot
+        if refit is not None:
+            refitted = refit.after(block, slots, self.options.ridge, [slots[e] for e in decision["protected"]])
         experts = [
             {"score": score, "removed": slot < 0, "protected": expert in decision["protected"]}
             for expert, (score, slot) in enumerate(zip(decision["scores"], slots, strict=True))
         ]
-        return {"removed": decision["remove"], "experts": experts, "slots": slots}
+        return {"removed": decision["remove"], "experts": experts, "slots": slots, "refit": refitted}
 
     def _measures(self) -> list[Statistic]:
         found = find_criterion(self.options.criterion).measures(self.options)
@@ -308,3 +329,13 @@ class PruneExperts(Pass):
             f"held-out text: {losses[1]:.4g} nats per token lost with {free} experts in the layers, {losses[0]:.4g} "
             f"with the same number in all: the {used} plan is used"
         ]
+
+
+def _refit(block: MoEBlock, inputs: BlockInputs) -> tuple[LayerRefit | None, dict[str, str] | None]:
+    """What refits a block once experts are gone; or why nothing can."""
+    if FusedExperts(block.experts_module).has_norm:
+        return None, {"skipped": "experts end in a norm: their outputs are not linear in the down projections"}
+    refit = LayerRefit(block, inputs)
+    if not refit.known:
+        return None, {"skipped": "the router reads more than the experts do: whom it chooses instead isn't known here"}
+    return refit, None

@@ -126,8 +126,12 @@ def test_what_is_worse_is_not_kept(mode):
     assert "stay as they were" in step.plan(profile).notes[0]
 
 
+# Not refitted: what is written is rounded to the checkpoint's bfloat16, which a model loaded as float32 is not.
+PLAIN = {"prune.experts": {**PRUNE["prune.experts"], "refit": False}}
+
+
 @pytest.mark.parametrize(
-    ("passes", "mode"), [([PRUNE], "hidden"), ([PRUNE, GPTQ], "model")], ids=["pruned-hidden", "packed-model"]
+    ("passes", "mode"), [([PLAIN], "hidden"), ([PLAIN, GPTQ], "model")], ids=["pruned-hidden", "packed-model"]
 )
 def test_from_disk_as_in_memory_and_again(passes, mode, tmp_path):
     model = small_checkpoint(tmp_path / "model")

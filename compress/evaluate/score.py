@@ -1,4 +1,4 @@
-"""Everything that is scored of a result, beside the original: text and tasks."""
+"""Everything that is scored of a result, beside the original: text, tasks, and what it writes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,28 @@ from moe_compress.model import MoEModel, hf
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation
 from moe_compress.resources import holding, memory_limit
+from moe_compress.units import show_bytes
 
+from .generation import choose_prompts, continued
 from .text import find_files, load_text, score_text
 
 
-def check_scoring(model: MoEModel, wanted: Evaluation) -> None:
-    """Raise InputError or DataError for text that can't be read and tasks that don't exist, before any work."""
+def check_scoring(model: MoEModel, wanted: Evaluation, memory: str = "auto") -> None:
+    """Raise InputError or DataError for text that can't be read, tasks that don't exist, and a model that has no room
+    where it would have to be loaded, before any work."""
     if wanted.text:
         find_files(wanted.text)
         check_length(model, wanted.length, "evaluate.length")
-        load_text(_tokenizer(model.source.folder), wanted, model.module.config.get_text_config().vocab_size)
+        batches = load_text(_tokenizer(model.source.folder), wanted, model.module.config.get_text_config().vocab_size)
+        if wanted.generation is not None:
+            choose_prompts(batches, wanted.generation)
+            check_length(model, wanted.generation.prompt + wanted.generation.tokens, "evaluate.generation")
+            size, limit = loaded_bytes(model.source.folder, model.module.dtype), memory_limit(memory)
+            if size > limit:
+                raise InputError(
+                    f"evaluate.generation loads the model, which takes {show_bytes(size)}, and it may take "
+                    f"{show_bytes(limit)} (compute.memory): leave it out"
+                )
     elif wanted.tasks:
         _tokenizer(model.source.folder)
     if wanted.tasks:
@@ -58,7 +70,8 @@ def score_folders(
         memory: most that a whole model may take; tasks of a larger one are streamed.
 
     Returns:
-        (of the original, of the checkpoint): `perplexity`, `tasks`; of the latter also `kl`, `agreement`, `routing`.
+        (of the original, of the checkpoint): `perplexity`, `tasks`, `generation`; of the latter also `kl`, `agreement`,
+        `routing`.
     """
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
@@ -81,12 +94,24 @@ def score_folders(
             scores = score_text(model, batches, reference, own, progress, slots)
         before |= scores.summary("before") if reference is not None else {}
         after |= scores.summary("after") | scores.drift()
+        if wanted.generation is not None:
+            prompts = choose_prompts(batches, wanted.generation)
+            written = None
+            for which, at in (("original", original), ("result", folder)):
+                if at is not None:
+                    with monitor.stage(f"score: generation, {which}") as progress, hf.quiet():
+                        whole: Any = load(at, dtype=dtype).to(device)
+                        own_text = continued(whole, prompts, wanted.generation, progress)
+                        del whole
+                    found = own_text.summary(wanted.generation.ngram, written)
+                    (after if at is folder else before)["generation"] = found
+                    written = own_text
     if wanted.tasks:
         for which, at in (("original", original), ("result", folder)):
             if at is not None:
                 with monitor.stage(f"score: tasks, {which}") as progress:
-                    found = _tasks(at, tokenizer, wanted, dtype, device, memory_limit(memory), progress)
-                (after if at is folder else before)["tasks"] = found
+                    scored = _tasks(at, tokenizer, wanted, dtype, device, memory_limit(memory), progress)
+                (after if at is folder else before)["tasks"] = scored
     return before, after
 
 

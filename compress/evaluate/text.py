@@ -54,12 +54,18 @@ class Score:
 @dataclass
 class TextScores:
     """Scores per file stem, of this model and, where there is one, of the original on the same windows; how far each
-    layer's routing has moved; and "before" or "after" → RoutingLog.experts_per_token, where experts are skipped."""
+    layer's routing has moved; "before" or "after" → RoutingLog.experts_per_token, where experts are skipped; and
+    what was counted of texts that the original and this model wrote."""
 
     after: dict[str, Score] = field(default_factory=dict)
     before: dict[str, Score] = field(default_factory=dict)
     routing: dict[int, dict[str, float]] = field(default_factory=dict)
     used: dict[str, dict[str, Any]] = field(default_factory=dict)
+    written: tuple[dict[str, float], dict[str, float]] | None = None
+
+    def generation(self, which: int) -> dict[str, Any]:
+        """ "generation" of the original (0) or this model (1); empty where nothing was written."""
+        return {"generation": self.written[which]} if self.written is not None else {}
 
     def summary(self, which: str) -> dict[str, Any]:
         """ "perplexity" per file of "before" or "after"; "experts_per_token" where experts are skipped."""

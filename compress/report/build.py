@@ -115,7 +115,8 @@ def build(
         before: sizes of the source.
         outcomes: of the passes.
         calibration: account of the text.
-        scores_before, scores_after: `perplexity`, `tasks`, and for the result `kl`, `agreement` and `routing`.
+        scores_before, scores_after: `perplexity`, `tasks`, `generation`, and for the result `kl`, `agreement` and
+            `routing`.
         stages: seconds and memory.
         facts: further keys (`format`, `verification`, …).
     """
@@ -127,8 +128,8 @@ def build(
         "seed": recipe.get("seed", 0),
         "versions": versions(),
         **facts,
-        "before": {**sizes(before), "perplexity": {}, "tasks": {}, **scores_before},
-        "after": {**sizes(after), "perplexity": {}, "tasks": {}, **compared, **scores_after},
+        "before": {**sizes(before), "perplexity": {}, "tasks": {}, "generation": {}, **scores_before},
+        "after": {**sizes(after), "perplexity": {}, "tasks": {}, "generation": {}, **compared, **scores_after},
         "passes": [
             {"name": o.name, "options": o.options, "summary": o.plan.summary, "notes": o.plan.notes, **sizes(o.shape)}
             for o in outcomes

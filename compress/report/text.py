@@ -9,6 +9,15 @@ from moe_compress.units import show_bytes
 
 Rows = list[tuple[str, str, str]]
 
+# What `generation` holds → how it is called and written.
+_WRITTEN = {
+    "repetition": "greedy text: repeated n-grams",
+    "looping": "greedy text: continuations that loop",
+    "tokens": "greedy text: tokens",
+    "as_original": "greedy text: tokens as the original's",
+}
+_SHOWN = {"repetition": "{:.1%}", "looping": "{:.1%}", "tokens": "{:.1f}", "as_original": "{:.1f}"}
+
 
 def headline(report: dict[str, Any]) -> Rows:
     """(what, before, after) of sizes and every score."""
@@ -31,6 +40,10 @@ def headline(report: dict[str, Any]) -> Rows:
         rows.append((f"KL to original {name}", "", f"{after['kl'][name]:.4f}"))
     for name in after["agreement"]:
         rows.append((f"same top token {name}", "", f"{after['agreement'][name]:.1%}"))
+    for name, value in after.get("generation", {}).items():
+        old = before.get("generation", {}).get(name)
+        show = _SHOWN[name]
+        rows.append((_WRITTEN[name], "" if old is None else show.format(old), show.format(value)))
     for task, metrics in after["tasks"].items():
         for metric, value in metrics.items():
             old = before["tasks"].get(task, {}).get(metric)
@@ -43,12 +56,12 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"# {report['recipe'].get('model', 'model')} → {report['recipe'].get('output', 'in memory')}", ""]
     lines += _table(("", "before", "after"), headline(report))
     lines += ["", "## What was done", ""]
-    for step in report["passes"]:
+    for number, step in enumerate(report["passes"]):
         size = f"{show_bytes(step['expert_bytes'])} of experts, {step['bits_per_weight']:.3g} bits per weight"
         lines.append(f"- **{step['name']}** → {size}")
         tables = {k: v for k, v in step["summary"].items() if isinstance(v, list) and v and isinstance(v[0], dict)}
         lines += [f"  - {key}: {_plain(value)}" for key, value in step["summary"].items() if key not in tables]
-        lines += [f"  - {note}" for note in step["notes"]]
+        lines += [f"  - {note}" for note in (*step["notes"], *_refitted(report["layers"], number))]
         for rows in tables.values():
             lines += ["", *_table(list(rows[0]), [[_plain(value) for value in row.values()] for row in rows]), ""]
     lines += ["", "## Layers", ""]
@@ -103,6 +116,21 @@ def _by_place(beside: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str
         )
         for place, own in places.items()
     ]
+
+
+def _refitted(layers: Sequence[dict[str, Any]], number: int) -> list[str]:
+    """What solving down projections again did in pass `number`, and the layers where it wasn't done."""
+    told = {entry["layer"]: entry["passes"][number].get("refit") for entry in layers}
+    done = [refit for refit in told.values() if refit and "skipped" not in refit]
+    lines = [f"layer {i}: not refitted: {refit['skipped']}" for i, refit in told.items() if refit and refit not in done]
+    if done:
+        before, after = (sum(refit[key] for refit in done) / len(done) for key in ("before", "after"))
+        lines.insert(
+            0,
+            f"down projections of {len(done)} layers solved again: squared error of what they put out, relative, "
+            f"{before:.3g} → {after:.3g} on the calibration text",
+        )
+    return lines
 
 
 def _kept_choices(layer: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Pruning for a domain: statistics of that domain's text alone, and tags that aren't there are found before any work."""
+"""Pruning for a domain: statistics of that domain's text alone; tags that aren't there are found before any work."""
 
 import copy
 from dataclasses import replace
