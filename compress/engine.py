@@ -122,9 +122,10 @@ def run_passes(
     state, before = fingerprint, shape
     for number, step in enumerate(passes):
         commits = storage.pass_store(number, step.name)
+        own = calibrated.of(step.domains())
         if step.learns() and not all(commits.has(i) for i in model.moe_layers):
             slots = slots_after(outcomes, before)
-            step.learned = _learned(model, step, source, shape, slots, calibrated, storage, state, monitor)
+            step.learned = _learned(model, step, source, shape, slots, own, storage, state, monitor)
         plan = _plan(model, step, shape, calibrated, storage, commits, state, monitor)
         concerned = sorted({*model.moe_layers, *plan.beside})
         unfinished = [i for i in concerned if not commits.has(i)]
@@ -136,7 +137,7 @@ def run_passes(
                     applying.outside()
                     unfinished.remove(OUTER)
                 if step.needs_inputs() and unfinished:
-                    with _side_by_side(model, step, source, calibrated) as pairs:
+                    with _side_by_side(model, step, source, own) as pairs:
                         for at, other in pairs:
                             applying.with_inputs(at, other)
                             progress.layer(at.index)

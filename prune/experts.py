@@ -63,7 +63,7 @@ class PruneOptions(PassOptions, ExpertCounts):
     )
     protect_super_experts: bool = Field(default=True, description="Never remove experts with massive activations")
     domains: list[str] | None = Field(
-        default=None, min_length=1, description="Score experts on calibration text with these tags alone"
+        default=None, min_length=1, description="Score experts, and refit, on calibration text with these tags alone"
     )
     refit: bool = Field(
         default=True,

@@ -19,7 +19,7 @@ from moe_compress.passes import Pass, PassOptions, Plan, register
 from moe_compress.quant.layer_rows import Weighing
 
 from .masks import WEIGHT_CRITERIA, Pattern, find_weight_criterion
-from .sparsify import PROJECTIONS, sparsify
+from .sparsify import sparsify
 
 _NOTE = (
     "zeros are stored like any weight: the checkpoint is as large as before, and no runtime that it is written for is "
@@ -38,7 +38,7 @@ class WeightOptions(PassOptions):
         default=None, description='Instead of `sparsity`: N:M, of each M neighbours in a row N stay, e.g. "2:4", "4:8"'
     )
     projections: list[Literal["gate", "up", "down"]] = Field(
-        default=list(PROJECTIONS), min_length=1, description="Which matrices of an expert"
+        default=["gate", "up", "down"], min_length=1, description="Which matrices of an expert"
     )
     hessian: Weighing = Field(
         default="gate_squared",

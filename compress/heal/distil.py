@@ -149,12 +149,12 @@ def distil(
         for part in chunks([per_expert] * experts.num_experts, memory_limit):
             kept |= _part(experts, part, taught, held, zeros, dtypes, options, projections)
     last = [w.squared_error(experts, weights) / s for w, s in zip((held, taught), sizes, strict=True)]
-    moved = [
-        sum((getattr(weights, n)[e].double() - v[e].double()).square().sum() for n, v in before.items())
-        / sum(v[e].double().square().sum() for v in before.values()).clamp_min(1e-300)
-        for e in range(experts.num_experts)
-    ]
-    return Distilled((first[0], last[0]), (first[1], last[1]), kept, [float(m) ** 0.5 for m in moved])
+    moved_E, norm_E = torch.zeros(2, experts.num_experts, dtype=torch.float64, device=weights.up.device)
+    for name, value in before.items():
+        moved_E += (getattr(weights, name) - value).square().sum((-2, -1), dtype=torch.float64)
+        norm_E += value.square().sum((-2, -1), dtype=torch.float64)
+    share_E = (moved_E / norm_E.clamp_min(1e-300)).sqrt()
+    return Distilled((first[0], last[0]), (first[1], last[1]), kept, share_E.tolist())
 
 
 def _part(

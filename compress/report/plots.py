@@ -48,9 +48,9 @@ def plot_analysis(found: Analysis, folder: Path) -> list[Path]:
     drawn = figure(figsize=(9, 7), layout="constrained")
     for axes, (title, keys) in zip(drawn.subplots(3, sharex=True), _CURVES.items(), strict=True):
         for key in keys:
-            values = [found.layers[i].get(key) for i in layers]
-            if all(value is not None for value in values):
-                axes.plot(range(len(layers)), values, marker="o", label=key)
+            curve = [found.layers[i].get(key) for i in layers]
+            if all(value is not None for value in curve):
+                axes.plot(range(len(layers)), curve, marker="o", label=key)
         if title == "a cache's hit rate":
             for name in ("sch", "lru"):
                 for ratio in found.summary[name]:
