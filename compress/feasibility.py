@@ -44,7 +44,10 @@ def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: st
         wanted: format that the recipe asks for, "auto" for the target's own.
     """
     packed = {index: layer for index, layer in shape.layers.items() if layer.kind != "fused"}
-    uniform = len({layer.num_experts for layer in shape.layers.values()}) == 1
+    said = model.narrowed({i: None if layer.neurons else layer.intermediate for i, layer in shape.layers.items()})
+    uniform = len({layer.num_experts for layer in shape.layers.values()}) == 1 and isinstance(said, list)
+    if isinstance(said, str) and target.quantized_format != "native":
+        raise RecipeError(f"target {target.name!r} reads the experts' width from config.json: {said}; take 'native'")
     form = target.dense_format if uniform and not packed else target.quantized_format
     if form is None:
         raise RecipeError(

@@ -157,9 +157,16 @@ def result_config(
     uniform = len(counts) == 1
     if uniform:
         config = with_count(config, model.count_paths, next(iter(counts)))
+    widths = {i: _width(d, model.config_widths[i]) for i, d in descriptions.items()}
+    said = model.narrowed(widths)
+    if isinstance(said, list) and said:
+        config = with_count(config, said, next(w for w in widths.values() if w is not None))
+        descriptions = {i: {k: v for k, v in d.items() if k != "neurons"} for i, d in descriptions.items()}
     dense = all(d["kind"] == "fused" for d in descriptions.values())
-    if dense and uniform and not matrices:
+    if dense and uniform and not matrices and isinstance(said, list):
         return config, "hf"
+    if quantized != "native" and isinstance(said, str):
+        raise RunError(f"config.json can't say how wide the experts are, which {quantized} needs: {said}")
     if quantized in SERVED:
         return config, quantized  # different numbers of experts break a rule of it
     if quantized == GGUF:
@@ -176,8 +183,8 @@ def result_config(
         blocks[str(index)] = {**descriptions[index], "axes": kinds.index(axes)}
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        # Nothing but experts: what a reader of the first version knows.
-        "format_version": FORMAT_VERSION if matrices else 1,
+        # The oldest that knows what is in it: nothing but packed experts is what a reader of the first version knows.
+        "format_version": FORMAT_VERSION if isinstance(said, str) else 2 if matrices else 1,
         "stack": model.stack,
         "axes": kinds,
         "blocks": blocks,
@@ -185,6 +192,14 @@ def result_config(
     }
     config["experts_implementation"] = hf.IMPLEMENTATION  # without the package: an error, not experts at random
     return config, "native"
+
+
+def _width(description: Mapping[str, Any], in_config: int) -> int | None:
+    """Neurons of each expert of a block; None where they differ."""
+    if description["kind"] == "fused":
+        return int(description.get("neurons", in_config))
+    projections = description["layout"]["projections"]
+    return int(projections["down"]["in_features"]) if isinstance(projections, dict) else None
 
 
 def _block(description: Mapping[str, Any]) -> dict[str, Any]:

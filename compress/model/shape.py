@@ -21,12 +21,13 @@ class LayerShape:
         num_experts: experts.
         top_k: experts per token.
         groups: (routing groups, groups a token may use) or None.
-        hidden, intermediate: sizes H and I of the experts' projections.
+        hidden, intermediate: sizes H and I of the experts' projections; I of the widest where they differ.
         matrices: projections per expert (3 with a gate, 2 without).
         biases: bias entries per expert.
         weight_bytes: bytes of one stored weight before quantization.
         bytes: what all experts of the layer take on disk.
         kind: "fused" (dense weights) or what holds them now.
+        neurons: of all experts together, where they differ in width; 0: E · I.
     """
 
     num_experts: int
@@ -39,6 +40,7 @@ class LayerShape:
     weight_bytes: int
     bytes: int
     kind: str = "fused"
+    neurons: int = 0
 
     @property
     def routing_groups(self) -> int:
@@ -53,6 +55,8 @@ class LayerShape:
     @property
     def weights(self) -> int:
         """Weights in all experts' projections."""
+        if self.neurons:
+            return self.neurons * self.matrices * self.hidden
         return self.num_experts * self.weights_per_expert
 
     @property
@@ -63,6 +67,11 @@ class LayerShape:
     def with_experts(self, count: int) -> LayerShape:
         """The same with another number of dense experts."""
         return replace(self, num_experts=count, bytes=count * self.dense_bytes_per_expert)
+
+    def with_width(self, intermediate: int) -> LayerShape:
+        """The same with another number of neurons in every (dense) expert."""
+        biases = self.biases and self.biases - (self.matrices - 1) * (self.intermediate - intermediate)
+        return replace(self, intermediate=intermediate, biases=biases).with_experts(self.num_experts)
 
 
 @dataclass(frozen=True)
@@ -131,12 +140,13 @@ def model_shape(model: MoEModel) -> ModelShape:
             top_k=block.top_k,
             groups=block.groups,
             hidden=experts.hidden_size,
-            intermediate=int(one.up.shape[0]),
+            intermediate=experts.intermediate_size,
             matrices=len(one.matrices()),
             biases=sum(v.numel() for n, v in one.items() if n.endswith("_bias")),
             weight_bytes=next(dtypes[n] for n in names if "down_proj" in n).itemsize,
             bytes=sum(tensors[n].numel() * dtypes[n].itemsize for n in names),
             kind=block.kind,
+            neurons=sum(getattr(experts, "widths", ())),
         )
     others: dict[str, tuple[int, ...]] = {}
     if model.weights is not None:
