@@ -4,8 +4,9 @@
 
 A layer of Qwen3-30B-A3B's shape with random weights and inputs, top 8. With `--measure` M only M experts, with their
 share of the tokens, are really done, and the times are scaled to all; a layer's work is the same for each expert.
-Lower limits: operations of the matrix products alone over the measured rate of a large one, and bytes that must be
-read and written at least once over the measured bandwidth.
+Seconds are of the processor, all threads together, so that a busy machine measures the same. Stages are counted without
+the stages inside them. Lower limits: operations of all matrix products and factorisations over the measured rate of a
+large product, and bytes that must be read and written at least once over the measured bandwidth.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.model import ExpertWeights
 from moe_compress.model.dispatch import grouped_linear
 from moe_compress.quant import experts as solving
+from moe_compress.quant import gptq as solver
+from moe_compress.quant import polish as polishing
 from moe_compress.quant.solver import SolverOptions
 
 
@@ -47,10 +50,39 @@ class Experts:
         return F.silu(gate) * up
 
 
+# Where time goes: every one of these is timed where it is called from.
+STAGES = (
+    *((solving, name) for name in ("shrink_hessians", "compensated", "dequantize", "gptq")),
+    *((solver, name) for name in ("find_scales", "_feedback", "_columns", "_targets", "polish", "output_error")),
+    *((solver, name) for name in ("round_to_nearest", "dequantize", "_normalised", "_choose", "_weighed_squares")),
+    *((polishing, name) for name in ("_move_scale", "_move_codes")),
+)
+
+
 def seconds(function) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
+
+
+def watch(spent: dict[str, float]) -> None:
+    """Put the seconds that each stage takes, without those inside it, into `spent` from now on."""
+    inside = [0.0]
+
+    def watched(name: str, function):
+        def timed(*arguments, **keywords):
+            inside.append(0.0)
+            start = time.process_time()
+            result = function(*arguments, **keywords)
+            took = time.process_time() - start
+            spent[name] = spent.get(name, 0.0) + took - inside.pop()
+            inside[-1] += took
+            return result
+
+        return timed
+
+    for module, name in STAGES:
+        setattr(module, name, watched(name, getattr(module, name)))
 
 
 def main() -> None:
@@ -71,7 +103,9 @@ def main() -> None:
     tokens = rows // min(given.top_k, done)
     index = torch.rand(tokens, done).topk(min(given.top_k, done)).indices
     weight = torch.rand(index.shape)
-    inputs.observe(SimpleNamespace(hidden_TH=torch.randn(tokens, given.hidden), index_TK=index, weight_TK=weight))
+    counted = {"token_weight_T": None, "counted_T": torch.ones(tokens, dtype=torch.float64)}
+    hidden_TH = torch.randn(tokens, given.hidden)
+    inputs.observe(SimpleNamespace(hidden_TH=hidden_TH, index_TK=index, weight_TK=weight, **counted))
 
     big = torch.randn(2048, 2048)
     big @ big
@@ -82,38 +116,31 @@ def main() -> None:
     sweeps = 0 if given.plain else given.sweeps
     options = SolverOptions(sweeps=sweeps, compensate=not given.plain)
     widths = {name: [given.bits] * done for name in ("gate", "up", "down")}
-    spent = {"solve": 0.0}
-    gptq = solving.gptq
-
-    def timed(*arguments, **keywords):
-        start = time.perf_counter()
-        result = gptq(*arguments, **keywords)
-        spent["solve"] += time.perf_counter() - start
-        return result
-
-    solving.gptq = timed
+    spent: dict[str, float] = {}
+    watch(spent)
     with torch.no_grad():
         total = seconds(lambda: [None for _ in solving._by_gptq(experts, widths, options, None, inputs)])
-    moments = total - spent["solve"]
+    spent["moments, activations"] = total - sum(spent.values())
 
     h, i = given.hidden, given.neurons
     # Per row: x xᵀ, activations, a aᵀ; where the down projection compensates, activations and a cross moment again.
     again = 0 if given.plain else 1
-    moment_operations = 2 * rows * (h * h + 2 * h * i * (1 + again) + i * i * (1 + again))
-    # Per expert: a factor of each Hessian; per pass the feedback, half a square, and the error; per sweep a square.
+    operations = {"moments": 2 * rows * (h * h + 2 * h * i * (1 + again) + i * i * (1 + again))}
+    operations["factors"] = done * ((h**3 + i**3) / 3 + again * (i**3 / 3 + 4 * h * i * i))
+    # The error of rounding and two passes' feedback, half a square each; per sweep a square.
     square = 2 * (2 * i * h * h + h * i * i)
-    solve_operations = done * ((h**3 + i**3) / 3 + square * (2 * (0.5 + 0.5) + sweeps * 1.0))
+    operations["solve"] = done * square * (3 * 0.5 + sweeps)
     moved = done * 4 * (3 * h * i + h * h + i * i) + 4 * rows * (h + i)
     print(
         f"{given.experts} experts {h}×{i}, {given.tokens} tokens, {given.bits} bits, {torch.get_num_threads()} threads"
     )
     print(f"measured on {done} experts; rate {rate / 1e9:.0f} GFLOP/s, bandwidth {bandwidth / 1e9:.1f} GB/s")
-    for name, took, operations in (
-        ("moments", moments, moment_operations),
-        ("solve", spent["solve"], solve_operations),
-    ):
-        print(f"{name:10}{took * scale:9.1f} s   limit by operations {operations * scale / rate:8.1f} s")
-    print(f"{'total':10}{total * scale:9.1f} s   limit by bytes      {moved * scale / bandwidth:8.1f} s")
+    for name, took in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"{name:22}{took * scale:9.1f} s")
+    print(f"{'total':22}{total * scale:9.1f} s")
+    limits = ", ".join(f"{name} {count * scale / rate:.1f} s" for name, count in operations.items())
+    print(f"limit by operations {sum(operations.values()) * scale / rate:.1f} s ({limits})")
+    print(f"limit by bytes {moved * scale / bandwidth:.1f} s")
 
 
 if __name__ == "__main__":

@@ -33,13 +33,14 @@ import torch
 from torch import Tensor
 
 from moe_compress.errors import DataError, InputError
-from moe_compress.quant.grid import Grid, Quantized, Search, dequantize, find_scales, level_range, nearest_level
+from moe_compress.quant.grid import Grid, Quantized, Search, dequantize, find_scales, level_of_ratio, level_range
 from moe_compress.quant.polish import polish
 from moe_compress.quant.rtn import output_error, round_to_nearest
 from moe_compress.quant.triangular import MAX_DAMPING, expected_targets, feedback, normalised, targets
 
 Order = Literal["static", "none"]
 Refit = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
+ROUNDING = 1e-5  # relative: errors that differ by less, each a sum of float32 products, are the same
 INNER = 16  # columns between two small matrix products inside a block
 
 
@@ -215,6 +216,9 @@ def _gptq_chunk(weight_EOK: Tensor, hessian_EKK: Tensor, first_expert: int, sett
         group = replace(grid, group_size=-1)
         return find_scales(part, group, importance=importance_EK[:, columns], search=search, scale_dtype=scale_dtype)
 
+    # By the identity above a pass leaves tr(Δ (H + λ) Δᵀ) = Σ R_jj² ‖t_j − ŵ_j‖²; without the damping λ, less λ ‖Δ‖².
+    seen_EK = diagonal_EK > 0
+    weighing_EK, damping_EK = conditional_EK * seen_EK, damping_E[:, None] * seen_EK
     error_EO, is_rtn_EO = rtn_error_EO, torch.ones_like(rtn_error_EO, dtype=torch.bool)
     scale_EOG, zero_EOG = best.scale, best.zero
     for index in range(settings.passes):
@@ -222,25 +226,35 @@ def _gptq_chunk(weight_EOK: Tensor, hessian_EKK: Tensor, first_expert: int, sett
         found, target_EOK = _columns(
             weight_EOK, feedback_EKK, order_EK, scale_EOG, zero_EOG, grid, settings.block, in_order
         )
-        found_error_EO = output_error(dequantize(found).sub_(weight_EOK), hessian_EKK)
-        better_EO = found_error_EO < error_EO
-        is_rtn_EO &= ~(found_error_EO <= rtn_error_EO)
-        best = _choose(better_EO, found, best)
-        error_EO = torch.minimum(error_EO, found_error_EO)
+        rounded_EOK = dequantize(found)
+        found_error_EO = _weighed_squares(target_EOK, rounded_EOK, weighing_EK)
+        found_error_EO = found_error_EO.sub_(_weighed_squares(weight_EOK, rounded_EOK, damping_EK)).clamp_min_(0)
+        del rounded_EOK
+        better_EO = found_error_EO < error_EO * (1 - ROUNDING)
+        is_rtn_EO &= ~(found_error_EO <= rtn_error_EO * (1 + ROUNDING))
+        best, error_EO = _choose(better_EO, found, best), torch.where(better_EO, found_error_EO, error_EO)
         if index + 1 < settings.passes:
             scale_EOG, zero_EOG = find_scales(
                 target_EOK, grid, importance=importance_EK, search=search, scale_dtype=scale_dtype
             )
     if settings.sweeps:
         del feedback_EKK
-        damped_EKK = hessian_EKK.clone()
-        damped_EKK.diagonal(dim1=1, dim2=2).add_(damping_E[:, None])
-        found = polish(weight_EOK, damped_EKK, best, settings.sweeps)
-        found_error_EO = output_error(dequantize(found).sub_(weight_EOK), hessian_EKK)
-        better_EO = found_error_EO < error_EO
+        hessian_EKK.diagonal(dim1=1, dim2=2).add_(damping_E[:, None])
+        found, change_EO, squares_EO = polish(weight_EOK, hessian_EKK, best, settings.sweeps)
+        found_error_EO = (error_EO + change_EO - damping_E[:, None] * squares_EO).clamp_min_(0)
+        better_EO = found_error_EO < error_EO * (1 - ROUNDING)
         is_rtn_EO &= ~better_EO
-        best, error_EO = _choose(better_EO, found, best), torch.minimum(error_EO, found_error_EO)
+        best, error_EO = _choose(better_EO, found, best), torch.where(better_EO, found_error_EO, error_EO)
     return GptqResult(best, damping_E, error_EO.sum(1) * unit_E, rtn_error_EO.sum(1) * unit_E, is_rtn_EO.sum(1))
+
+
+def _weighed_squares(value_EOK: Tensor, other_EOK: Tensor, weight_EK: Tensor) -> Tensor:
+    """Σ_j weight_j (value_j − other_j)² of every row, [E, O] float64; one expert at a time, for the cache's sake."""
+    rows = [
+        (value_OK.float() - other_OK).square_() @ weight_K
+        for value_OK, other_OK, weight_K in zip(value_EOK, other_EOK, weight_EK, strict=True)
+    ]
+    return torch.stack(rows).double()
 
 
 def _columns(
@@ -264,8 +278,8 @@ def _columns(
     delta_EKO = weight_EOK.transpose(1, 2)[expert_E[:, None], order_EK].float()
     codes_EKO = torch.empty(delta_EKO.shape, dtype=torch.uint8, device=delta_EKO.device)
     rounded_EKO = torch.empty_like(delta_EKO)
-    scale_EGO = scale_EOG.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    zero_EGO = None if zero_EOG is None else zero_EOG.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    scale_EGO = scale_EOG.float().transpose(1, 2).contiguous()
+    zero_EGO = None if zero_EOG is None else zero_EOG.float().transpose(1, 2).contiguous()
     group_EK = order_EK // size
     edges = sorted({*range(0, columns, block), *(range(0, columns, size) if refit else ()), columns})
     for start, stop in itertools.pairwise(edges):
@@ -276,26 +290,35 @@ def _columns(
             scale_EGO[:, start // size] = scale_EO1[..., 0]
             if zero_EGO is not None and zero_EO1 is not None:
                 zero_EGO[:, start // size] = zero_EO1[..., 0]
+        # What doesn't depend on the columns before is done for the whole block: a column's turn is short.
+        group_EB = group_EK[:, start:stop]
+        scale_EBO = scale_EGO[expert_E[:, None], group_EB]
+        divisor_EBO = torch.where(scale_EBO == 0, torch.inf, scale_EBO)
+        low, high = level_range(grid, None if zero_EGO is None else zero_EGO[expert_E[:, None], group_EB])
+        level_EBO = torch.empty_like(target_EBO)
         for inner in range(start, stop, INNER):
             inner_stop = min(inner + INNER, stop)
             for column in range(inner, inner_stop):
-                group_E, place_E = group_EK[:, column], order_EK[:, column]
-                scale_EO = scale_EGO[expert_E, group_E].float()
-                low, high = level_range(grid, None if zero_EGO is None else zero_EGO[expert_E, group_E].float())
-                target_EO = target_EBO[:, column - start]
-                level_EO = nearest_level(target_EO, scale_EO, low, high)
-                delta_EO = delta_EKO[:, column].addcmul_(scale_EO, level_EO, value=-1)
-                rounded_EKO[expert_E, place_E] = target_EO
-                codes_EKO[expert_E, place_E] = level_EO.sub_(low).to(torch.uint8)
-                rest_EbO = target_EBO[:, column + 1 - start : inner_stop - start]
+                b = column - start
+                limits = (x[:, b] if isinstance(x, Tensor) else x for x in (low, high))
+                level_EO = level_EBO[:, b]
+                torch.div(target_EBO[:, b], divisor_EBO[:, b], out=level_EO)
+                found_EO = level_of_ratio(level_EO, *limits)
+                if found_EO is not level_EO:
+                    level_EO.copy_(found_EO)
+                delta_EO = delta_EKO[:, column].addcmul_(scale_EBO[:, b], level_EO, value=-1)
+                rest_EbO = target_EBO[:, b + 1 : inner_stop - start]
                 rest_EbO.addcmul_(feedback_EKK[:, column + 1 : inner_stop, column, None], delta_EO[:, None])
             if inner_stop < stop:
                 feedback_EBb = feedback_EKK[:, inner_stop:stop, inner:inner_stop]
                 target_EBO[:, inner_stop - start :].baddbmm_(feedback_EBb, delta_EKO[:, inner:inner_stop])
+        place_EB = order_EK[:, start:stop]
+        rounded_EKO[expert_E[:, None], place_EB] = target_EBO
+        codes_EKO[expert_E[:, None], place_EB] = level_EBO.sub_(low).to(torch.uint8)
     quantized = Quantized(
         codes_EKO.transpose(1, 2).contiguous(),
-        scale_EGO.transpose(1, 2).contiguous(),
-        None if zero_EGO is None else zero_EGO.transpose(1, 2).contiguous(),
+        scale_EGO.to(scale_EOG.dtype).transpose(1, 2).contiguous(),
+        None if zero_EGO is None else zero_EGO.to(torch.uint8).transpose(1, 2).contiguous(),
         grid,
     )
     return quantized, rounded_EKO.transpose(1, 2)

@@ -38,7 +38,7 @@ COARSE = 6
 FINE = (-0.4, -0.2, 0.2, 0.4)
 REFINEMENTS = 2
 WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)
-CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 25}
+CHUNK_WEIGHTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -198,7 +198,11 @@ def nearest_level(weight: Tensor, scale: Tensor, low: Tensor | float, high: Tens
 
     Levels are integers, or ±0.5 where `low` is −0.5 (1 bit). A scale of 0 gives the level nearest to 0.
     """
-    ratio = weight / torch.where(scale == 0, math.inf, scale)
+    return level_of_ratio(weight / torch.where(scale == 0, math.inf, scale), low, high)
+
+
+def level_of_ratio(ratio: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """`nearest_level` of weights that are divided by their scales already; may overwrite `ratio`."""
     if isinstance(low, float) and low == -0.5:
         return torch.where(ratio < 0, -0.5, 0.5)
     return ratio.round_().clamp_(low, high)  # type: ignore[call-overload, no-any-return, arg-type]

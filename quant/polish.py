@@ -7,53 +7,81 @@ first and then its codes; all rows of all experts at once.
 With the gradient P = Δ H at hand, the best scale of a group with levels l moves by l·P / lᵀHl over its columns, and the
 best code of column j is the one nearest to ŵ_j + P_j / H_jj. Coordinate descent over codes is QuantEase (Behdin et al.
 2023, arXiv 2309.01885); scales move with it here, rounded as they will be stored before anything depends on them. P is
-kept exact for the columns at work, and brought up to date for all others once per group, by one matrix product.
+computed for a panel of columns when a sweep gets there, by one large matrix product, and kept exact within it by small
+ones: so a sweep is one multiplication of Δ with H, and nothing has to be known of P before. What a group's change D
+does to the error is D·(2 P + D H), which needs no product with all of H either.
 
-Shape letters: E experts, O output features, K input features, G groups along K, g columns of a group, b of a block.
+Shape letters: E experts, O output features, K input features, G groups along K, C columns of a panel, g of a group, b
+of a block.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from moe_compress.quant.grid import Quantized, level_range, nearest_level
+from moe_compress.quant.grid import Quantized, level_of_ratio, level_range
 
 BLOCK = 16  # columns between two small matrix products inside a group
+PANEL = 256  # columns, at least, of which the gradient is computed at once: products of fewer rows are slower
 
 
-def polish(weight_EOK: Tensor, hessian_EKK: Tensor, quantized: Quantized, sweeps: int = 1) -> Quantized:
+class Polished(NamedTuple):
+    """`quantized`, and what every row's tr(Δ H Δᵀ) and ‖Δ‖² changed by on the way there: [E, O] float64."""
+
+    quantized: Quantized
+    change_EO: Tensor
+    squares_EO: Tensor
+
+
+def polish(weight_EOK: Tensor, hessian_EKK: Tensor, quantized: Quantized, sweeps: int = 1) -> Polished:
     """`quantized` with codes and scales moved to where tr(Δ H Δᵀ) is less, zero points as they are.
 
     `hessian_EKK`: symmetric positive semidefinite, float32. The shapes are those of `gptq`, which calls this.
     """
     grid, dtype = quantized.grid, quantized.scale.dtype
-    groups = quantized.scale.shape[-1]
-    size = weight_EOK.shape[-1] // groups
+    columns, groups = weight_EOK.shape[-1], quantized.scale.shape[-1]
+    size = columns // groups
     # Columns as rows, as in gptq: whatever the loop reads and writes is contiguous.
     scale_EGO = quantized.scale.float().transpose(1, 2).contiguous()
     zero_EGO = None if quantized.zero is None else quantized.zero.float().transpose(1, 2).contiguous()
     low, _ = level_range(grid, None if zero_EGO is None else zero_EGO.repeat_interleave(size, 1))
     level_EKO = quantized.codes.transpose(1, 2).float().contiguous().add_(low)
-    delta_EKO = weight_EOK.transpose(1, 2).float() - level_EKO * scale_EGO.repeat_interleave(size, 1)
-    gradient_EKO = torch.bmm(hessian_EKK, delta_EKO)
+    delta_EKO = torch.empty_like(level_EKO).copy_(weight_EOK.transpose(1, 2))
+    grouped = (len(delta_EKO), groups, size, -1)
+    delta_EKO.view(grouped).addcmul_(level_EKO.view(grouped), scale_EGO[:, :, None], value=-1)
+    change_EO = scale_EGO.new_zeros(scale_EGO[:, 0].shape, dtype=torch.float64)
+    squares_EO = change_EO - delta_EKO.square().sum(1)
+    panel = size * max(1, PANEL // size)
     for _ in range(sweeps):
-        for group in range(groups):
-            own = slice(group * size, (group + 1) * size)
-            before_EgO = delta_EKO[:, own].clone()
-            low, high = level_range(grid, None if zero_EGO is None else zero_EGO[:, group])
-            local_EgO = gradient_EKO[:, own].clone()
-            hessian_Egg = hessian_EKK[:, own, own]
-            _move_scale(scale_EGO[:, group], level_EKO[:, own], delta_EKO[:, own], local_EgO, hessian_Egg, dtype)
-            _move_codes(scale_EGO[:, group], level_EKO[:, own], delta_EKO[:, own], local_EgO, hessian_Egg, low, high)
-            gradient_EKO.baddbmm_(hessian_EKK[:, :, own], delta_EKO[:, own] - before_EgO)
+        for first in range(0, columns, panel):
+            last = min(first + panel, columns)
+            gradient_ECO = torch.bmm(hessian_EKK[:, first:last], delta_EKO)
+            for start in range(first, last, size):
+                own, group = slice(start, start + size), start // size
+                before_EgO = delta_EKO[:, own].clone()
+                low, high = level_range(grid, None if zero_EGO is None else zero_EGO[:, group])
+                local_EgO = gradient_ECO[:, start - first : start - first + size].clone()
+                hessian_Egg, at_work = hessian_EKK[:, own, own], (level_EKO[:, own], delta_EKO[:, own], local_EgO)
+                _move_scale(scale_EGO[:, group], *at_work, hessian_Egg, dtype)
+                _move_codes(scale_EGO[:, group], *at_work, hessian_Egg, low, high)
+                moved_EgO = torch.sub(delta_EKO[:, own], before_EgO, out=before_EgO)
+                slope_EgO = gradient_ECO[:, start - first : start - first + size].mul(2)
+                change_EO += slope_EgO.baddbmm_(hessian_Egg, moved_EgO).mul_(moved_EgO).sum(1)
+                if own.stop < last:
+                    hessian_ECg = hessian_EKK[:, own.stop : last, own]
+                    gradient_ECO[:, own.stop - first :].baddbmm_(hessian_ECg, moved_EgO)
+    squares_EO += delta_EKO.square_().sum(1)
     low, _ = level_range(grid, None if zero_EGO is None else zero_EGO.repeat_interleave(size, 1))
-    return Quantized(
+    found = Quantized(
         level_EKO.sub_(low).to(torch.uint8).transpose(1, 2).contiguous(),
         scale_EGO.to(dtype).transpose(1, 2).contiguous(),
         quantized.zero,
         grid,
     )
+    return Polished(found, change_EO, squares_EO)
 
 
 def _move_scale(
@@ -84,22 +112,22 @@ def _move_codes(
 ) -> None:
     """Give each code of a group its best value given all others, column by column, in place."""
     size = level_EgO.shape[1]
-    diagonal_Eg1 = hessian_Egg.diagonal(dim1=1, dim2=2)[..., None].contiguous()
+    # The best value of a code is ŵ_j + P_j / H_jj; a column without weight, and a group without a scale, keep theirs.
+    diagonal_Eg1 = hessian_Egg.diagonal(dim1=1, dim2=2)[..., None]
+    inverse_Eg1 = 1 / torch.where(diagonal_Eg1 > 0, diagonal_Eg1, torch.inf)
+    per_level_EO = 1 / torch.where(scale_EO == 0, torch.inf, scale_EO)
+    move_EbO = torch.empty_like(level_EgO[:, :BLOCK])
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
-        before_EbO = delta_EgO[:, start:stop].clone()
         for column in range(start, stop):
-            level_EO, diagonal_E1 = level_EgO[:, column], diagonal_Eg1[:, column]
-            # The best value is ŵ_j + P_j / H_jj; a column without weight keeps its code.
-            best_EO = torch.addcmul(
-                local_EgO[:, column] / torch.where(diagonal_E1 > 0, diagonal_E1, torch.inf), scale_EO, level_EO
-            )
-            found_EO = nearest_level(best_EO, scale_EO, low, high)
-            move_EO = (found_EO - level_EO).mul_(scale_EO)
-            level_EgO[:, column] = found_EO
-            delta_EgO[:, column] -= move_EO
+            level_EO, move_EO = level_EgO[:, column], move_EbO[:, column - start]
+            ratio_EO = (local_EgO[:, column] * inverse_Eg1[:, column]).mul_(per_level_EO).add_(level_EO)
+            found_EO = level_of_ratio(ratio_EO, low, high)
+            torch.sub(found_EO, level_EO, out=move_EO).mul_(scale_EO)
+            level_EO.copy_(found_EO)
             rest_EbO = local_EgO[:, column + 1 : stop]
             rest_EbO.addcmul_(hessian_Egg[:, column + 1 : stop, column, None], move_EO[:, None], value=-1)
+        moved_EbO = move_EbO[:, : stop - start]
+        delta_EgO[:, start:stop] -= moved_EbO
         if stop < size:
-            change_EbO = delta_EgO[:, start:stop] - before_EbO
-            local_EgO[:, stop:].baddbmm_(hessian_Egg[:, stop:, start:stop], change_EbO)
+            local_EgO[:, stop:].baddbmm_(hessian_Egg[:, stop:, start:stop], moved_EbO, alpha=-1)

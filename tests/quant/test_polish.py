@@ -58,7 +58,7 @@ def test_equals_a_plain_loop(grid):
     hessian_EKK += 0.5 * torch.eye(48)
     start = round_to_nearest(weight_EOK, grid, scale_dtype=torch.float32)
     for sweeps in (1, 3):
-        found = dequantize(polish(weight_EOK, hessian_EKK, start, sweeps))
+        found = dequantize(polish(weight_EOK, hessian_EKK, start, sweeps).quantized)
         close = 0
         for expert, row in itertools.product(range(2), range(4)):
             own = Quantized(
@@ -68,6 +68,22 @@ def test_equals_a_plain_loop(grid):
             got = trace_error(weight_EOK[expert, row : row + 1], found[expert, row : row + 1], hessian_EKK[expert])
             close += abs(got - expected) <= 1e-4 * expected
         assert close >= 7  # in float32 a code in the middle of two may go the other way, and paths part
+
+
+@every_grid
+def test_says_what_changed(grid):
+    """Of every row tr(Δ H Δᵀ) and ‖Δ‖², against both in float64; more columns than a panel, the last one narrower."""
+    weight_EOK, hessian_EKK = random_problem(experts=2, rows=4, columns=336, tokens=200, seed=2)
+    start = round_to_nearest(weight_EOK, grid)
+    found = polish(weight_EOK, hessian_EKK, start, 2)
+    before, after = (weight_EOK.double() - dequantize(q).double() for q in (start, found.quantized))
+    for got, of in (
+        (found.change_EO, hessian_EKK.double()),
+        (found.squares_EO, torch.eye(336).double().expand(2, -1, -1)),
+    ):
+        errors = [((delta @ of) * delta).sum(2) for delta in (before, after)]
+        torch.testing.assert_close(got, errors[1] - errors[0], rtol=1e-4, atol=2e-6 * float(errors[0].max()))
+    assert (found.change_EO < 0).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -84,7 +100,7 @@ def test_never_worse(grid, tokens, dtype, seed):
     last = round_to_nearest(weight_EOK, grid, scale_dtype=dtype)
     size = float(hessian_EKK.diagonal(dim1=1, dim2=2).sum()) * 0.0025
     for sweeps in (0, 1, 1):
-        found = polish(weight_EOK, hessian_EKK, last, sweeps)
+        found = polish(weight_EOK, hessian_EKK, last, sweeps).quantized
         assert found.scale.dtype == dtype
         assert (found.zero is None and last.zero is None) or torch.equal(found.zero, last.zero)
         assert int(found.codes.max()) <= grid.max_code
