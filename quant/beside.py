@@ -32,7 +32,7 @@ from .gptq import gptq
 from .grid import Grid, Quantized, dequantize
 from .hqq import half_quadratic
 from .options import MixedOptions
-from .packed import Encoding, Stack
+from .stack import Encoding, Stack
 from .packed_linear import packed
 from .rtn import output_error, round_to_nearest
 from .solver import SolverOptions

@@ -24,7 +24,8 @@ from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch
 
 from .float8 import decode_float8, quantized_inputs, spread_scales
-from .packed import PackedExperts, PackedProjection, fused_module, keeping_dtype
+from .packed import PackedExperts, PackedProjection, fused_module
+from .stack import keeping_dtype
 from .run_packed import product, weights_at_once
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import sidecar_files
 from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.constants import FORMAT_VERSION, GGUF, QUANT_METHOD
+from moe_compress.constants import GGUF, QUANT_METHOD
 from moe_compress.errors import RunError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
@@ -176,8 +176,7 @@ def result_config(
         blocks[str(index)] = {**descriptions[index], "axes": kinds.index(axes)}
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        # Nothing but experts: what a reader of the first version knows.
-        "format_version": FORMAT_VERSION if matrices else 1,
+        "format_version": format_version(blocks, matrices),
         "stack": model.stack,
         "axes": kinds,
         "blocks": blocks,
@@ -185,6 +184,14 @@ def result_config(
     }
     config["experts_implementation"] = hf.IMPLEMENTATION  # without the package: an error, not experts at random
     return config, "native"
+
+
+def format_version(blocks: Mapping[str, Any], matrices: Mapping[str, Any]) -> int:
+    """The first version of the native format that knows all of this: what older readers know stays theirs to read."""
+    projections = [p for b in blocks.values() for p in (b.get("layout") or {}).get("projections", {}).values()]
+    if any("low_rank" in projection for projection in projections):
+        return 3
+    return 2 if matrices else 1
 
 
 def _block(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def test_damaged_folders_are_refused(damage, runs, tmp_path):
     elif damage == "unknown":
         tensors[name.replace(".codes", ".codebook")] = torch.zeros(2)
     elif damage == "newer":
-        config["quantization_config"]["format_version"] = 3
+        config["quantization_config"]["format_version"] = 4
     else:
         config["quantization_config"]["matrices"]["model.layers.0.self_attn.p_proj"] = {"bits": 4}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

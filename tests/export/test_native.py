@@ -408,7 +408,7 @@ def test_misshaped_tensors(name, damaged):
 
 
 def _newer(_, config):
-    config["format_version"] = 3
+    config["format_version"] = 4
 
 
 def _unknown_kind(_, config):

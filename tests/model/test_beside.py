@@ -13,7 +13,7 @@ from moe_compress.model.beside import KINDS, OUTER
 from moe_compress.model.families import installed
 from moe_compress.progress import Progress
 from moe_compress.quant.grid import Grid
-from moe_compress.quant.packed import Stack
+from moe_compress.quant.stack import Stack
 from moe_compress.quant.packed_linear import packed
 from moe_compress.quant.rtn import round_to_nearest
 

@@ -20,7 +20,8 @@ from moe_compress.model import FusedExperts, MoEModel, families, hf, observe
 from moe_compress.model.sweep import Sweep
 from moe_compress.progress import Progress
 from moe_compress.quant.grid import Grid, dequantize
-from moe_compress.quant.packed import Stack, pack_experts
+from moe_compress.quant.packed import pack_experts
+from moe_compress.quant.stack import Stack
 from moe_compress.quant.rtn import round_to_nearest
 
 FOUND = discover()
