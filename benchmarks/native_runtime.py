@@ -35,9 +35,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import moe_compress
 from moe_compress.quant import packed, run_packed
+from moe_compress.quant.grid import Grid
 from moe_compress.quant.packing import packed_words
 from moe_compress.quant.stack import Encoding, Stack
-from moe_compress.quant.grid import Grid
 
 HIDDEN, NEURONS, EXPERTS, CHOSEN = 2048, 768, 128, 8
 GROUP = 64

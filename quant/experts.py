@@ -27,11 +27,11 @@ from .hqq import half_quadratic
 from .layer_rows import LayerRows, Rows
 from .low_rank import Pair, SharedSums, correction
 from .packed import pack_experts
-from .stack import Stack
 from .rotation import Rotation
 from .rtn import output_error, round_to_nearest
 from .run_low_rank import LowRank
 from .solver import SolverOptions
+from .stack import Stack
 
 # Dense weights (float32) and solver workspace made at a time.
 CHUNK_BYTES = 512 << 20

@@ -78,7 +78,8 @@ class _Shares(Accumulator):
             )
             for m, (name, stacked) in enumerate(matrices):
                 hessian = activated if name == "down" else read
-                found, spectra = zip(*(self._share(stacked[here], hessian, own.grid(bits)) for bits in own.bits))
+                by_width = [self._share(stacked[here], hessian, own.grid(bits)) for bits in own.bits]
+                found, spectra = zip(*by_width, strict=True)
                 share[here, m] = torch.where(seen_C1, torch.stack(found, dim=1).cpu(), 1.0)
                 left[here, m] = torch.where(seen_C1.unsqueeze(1), torch.stack(spectra, dim=1).cpu(), 1.0)
         return {"share": share, **({"left": left} if own.ranks else {})}

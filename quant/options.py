@@ -124,8 +124,8 @@ class MixedOptions(SolverOptions):
     low_rank: LowRankOptions | None = Field(
         default=None,
         description="Pairs of low-rank factors that make up for what quantizing loses, added at run time (Quant "
-        "Experts; target: native). `ranks`: that a matrix may get beside its width, by the same program; `shared`: rank "
-        "of a pair that all experts of a projection have in common; `rounds`: of quantizing and fitting in turn",
+        "Experts; target: native). `ranks`: that a matrix may get beside its width, by the same program; `shared`: "
+        "rank of a pair that all experts of a projection have in common; `rounds`: of quantizing and fitting in turn",
     )
     protect_super_experts: bool = Field(
         default=True, description="Experts with massive activations get the largest of `widths`"

@@ -25,8 +25,8 @@ from moe_compress.model.dispatch import Dispatch
 
 from .float8 import decode_float8, quantized_inputs, spread_scales
 from .packed import PackedExperts, PackedProjection, fused_module
-from .stack import keeping_dtype
 from .run_packed import product, weights_at_once
+from .stack import keeping_dtype
 
 
 class ScaledProjection(PackedProjection):

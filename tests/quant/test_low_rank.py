@@ -9,16 +9,19 @@ from packs import DENSE, mixture, pack_block, put
 from test_packed import ROUTINGS, expected, first_block, routing
 
 from moe_compress.errors import RunError
+from moe_compress.model import FusedExperts
+from moe_compress.quant.gain import SolverGain, _Shares
+from moe_compress.quant.gptq import gptq
 from moe_compress.quant.grid import Grid, dequantize
 from moe_compress.quant.low_rank import Pair, SharedSums, correction, pair_bytes, shares_left
 from moe_compress.quant.packed import build_packed
 from moe_compress.quant.rtn import round_to_nearest
 from moe_compress.quant.run_low_rank import LowRank
 
-E, O, K = 4, 12, 20
+E, OUT, K = 4, 12, 20
 
 
-def problem(seed=0, out=O, rows=50):
+def problem(seed=0, out=OUT, rows=50):
     """Errors of rounding [E, O, K] and moments of correlated inputs [E, K, K]."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(E, out, K, generator=generator)
@@ -35,7 +38,7 @@ def left(error, hessian):
 
 
 @pytest.mark.parametrize("rows", [50, 6])  # 6: singular moments
-@pytest.mark.parametrize("out", [O, 3 * K])
+@pytest.mark.parametrize("out", [OUT, 3 * K])
 @pytest.mark.parametrize("rank", [1, 3, 12])
 def test_no_pair_of_the_rank_leaves_less(rank, out, rows):
     """Exactly what Eckart and Young leave of D H^½, from numpy's decomposition in float64."""
@@ -63,8 +66,8 @@ def test_it_heeds_what_is_read():
     assert (left(error - ours.product, hessian) < 0.9 * left(error - plain.product, hessian)).all()
     assert (left(error - ours.stored().product, hessian) < 1.001 * left(error - ours.product, hessian)).all()
     assert (left(error - correction(error, hessian, 40).product, hessian) < 1e-4 * left(error, hessian)).all()
-    assert not correction(torch.zeros(E, O, K), hessian, 2).product.any()
-    assert sum(t.nbytes for t in vars(ours.stored()).values()) == E * pair_bytes(O, K, 3)
+    assert not correction(torch.zeros(E, OUT, K), hessian, 2).product.any()
+    assert sum(t.nbytes for t in vars(ours.stored()).values()) == E * pair_bytes(OUT, K, 3)
     with pytest.raises(RunError, match="finite"):
         correction(error / 0, hessian, 1)
 
@@ -72,7 +75,7 @@ def test_it_heeds_what_is_read():
 def test_a_shared_pair_is_the_best_for_all():
     """Against alternating least squares from several starts on the sum over experts itself, float64."""
     error, hessian = problem(5)
-    common = torch.randn(O, 1, generator=torch.Generator().manual_seed(1)) @ torch.ones(1, K)
+    common = torch.randn(OUT, 1, generator=torch.Generator().manual_seed(1)) @ torch.ones(1, K)
     error = error + common
     count = torch.tensor([3.0, 1.0, 0.0, 7.0])
     sums = SharedSums()
@@ -93,7 +96,37 @@ def test_a_shared_pair_is_the_best_for_all():
             right = np.linalg.solve(side.T @ side, side.T @ seen @ np.linalg.inv(moment))
         best = min(best, objective(torch.from_numpy(side @ right)))
     assert objective(pair.product) == pytest.approx(best, rel=1e-3)
-    assert best < 0.8 * objective(torch.zeros(O, K))
+    assert best < 0.8 * objective(torch.zeros(OUT, K))
+
+
+def shares(**settings):
+    experts = FusedExperts(first_block("qwen3_moe").experts_module)
+    return _Shares(SolverGain(bits=(2,), group_size=4, **settings), experts)
+
+
+def test_what_a_rank_is_foreseen_to_leave():
+    """The spectrum of rounding's error, its columns times R_jj of the damped H in GPTQ's order; near GPTQ's own."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(E, OUT, K, generator=generator)
+    _, hessian = problem(1)
+    grid, ranks = Grid(2, 4), (0, 1, 4)
+    share, left_over = shares(ranks=ranks)._share(weight, hessian, grid)
+    rounded = (dequantize(round_to_nearest(weight, grid)) - weight).double()
+    for e in range(E):
+        h = hessian[e].double() / hessian[e].double().diagonal().mean() + 0.01 * torch.eye(K)
+        order = hessian[e].diagonal().argsort(descending=True)
+        backwards = order.flip(0)
+        factor = torch.linalg.cholesky(h[backwards][:, backwards]).diagonal().flip(0)  # R_jj in GPTQ's order
+        singular = torch.linalg.svdvals(rounded[e][:, order] * factor)
+        wanted = [float(singular[r:].square().sum() / singular.square().sum()) for r in ranks]
+        assert left_over[e].tolist() == pytest.approx(wanted, rel=1e-3)
+    own_share, own = shares(ranks=ranks, solve=True)._share(weight, hessian, grid)
+    solved = weight - dequantize(gptq(weight, hessian, grid).quantized)
+    for rank, column in zip(ranks, own.T, strict=True):
+        kept = left(solved - correction(solved, hessian, rank).product if rank else solved, hessian)
+        assert column.numpy() == pytest.approx(kept / left(solved, hessian), rel=1e-3)
+    assert torch.allclose(left_over, own, atol=0.2)
+    assert share.shape == own_share.shape == (E,)
 
 
 def with_pairs(block, choose, shared):
