@@ -251,10 +251,10 @@ class QuantizeMixed(Pass):
     def _matrix_bytes(self, layer: LayerShape) -> Ints:
         """Bytes of each matrix of an expert at each choice, [M, B]; the expert's biases count as part of the last."""
 
-        def size(width: float, rank: int, *sides: int) -> int:
+        def size(width: float, rank: int, rows: int, columns: int) -> int:
             encoding = Encoding(width, self.options.group_size, self.options.symmetric or width < 2)
-            beside = self.target.beside(width, self.options.group_size, *sides)
-            return encoding.matrix_bytes(*sides) + beside + pair_bytes(*sides, rank)
+            beside = self.target.beside(width, self.options.group_size, rows, columns)
+            return encoding.matrix_bytes(rows, columns) + beside + pair_bytes(rows, columns, rank)
 
         wide, narrow = (
             [size(*choice, *sides) for choice in self.options.choices]

@@ -76,19 +76,17 @@ class LowRank(nn.Module):
 
     def matrices(self, experts: Sequence[int]) -> Tensor:
         """What is added to the matrices of some experts, float32 [len(experts), O, K]."""
-        parts = []
-        for expert in experts:
-            rank = self.ranks[expert]
-            own = [Pair(*self.shared()).product] if self.shared is not None else []
-            if rank:
-                left_SOr, right_SrK = self.get_submodule(f"r{rank}")()
-                slot = self.ranks[:expert].count(rank)
-                own.append(Pair(left_SOr[slot], right_SrK[slot]).product)
-            parts.append(sum(own) if own else None)
         some: Factors = next(iter(self.children()))  # type: ignore[assignment]
         left, right = some()
-        zero = torch.zeros(left.shape[-2], right.shape[-1], device=left.device)
-        return torch.stack([zero if part is None else part for part in parts])
+        added = torch.zeros(len(experts), left.shape[-2], right.shape[-1], device=left.device)
+        if self.shared is not None:
+            added += Pair(*self.shared()).product
+        for place, expert in enumerate(experts):
+            if rank := self.ranks[expert]:
+                left_SOr, right_SrK = self.get_submodule(f"r{rank}")()
+                slot = self.ranks[:expert].count(rank)
+                added[place] += Pair(left_SOr[slot], right_SrK[slot]).product
+        return added
 
     def add(self, output: Tensor, input_RK: Tensor, dispatch: Dispatch, backward: bool = False) -> Tensor:
         """`output` [R, O] and what the pairs give for the rows [R, K]; `backward`: the other way around.
