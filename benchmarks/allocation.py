@@ -21,7 +21,7 @@ import numpy as np
 import pulp
 
 from moe_compress.budget.knapsack import solve_arrays
-from moe_compress.quant.packed import Encoding
+from moe_compress.quant.stack import Encoding
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
 HIDDEN, NEURONS, GROUP = 2048, 768, 64

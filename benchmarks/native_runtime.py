@@ -36,6 +36,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import moe_compress
 from moe_compress.quant import packed, run_packed
 from moe_compress.quant.grid import Grid
+from moe_compress.quant.packing import packed_words
+from moe_compress.quant.stack import Encoding, Stack
 
 HIDDEN, NEURONS, EXPERTS, CHOSEN = 2048, 768, 128, 8
 GROUP = 64
@@ -57,9 +59,9 @@ def experts_like(widths: list[int]) -> packed.PackedExperts:
         assignment, stacks = [""] * EXPERTS, {}
         for position, bits in enumerate(widths):
             own = range(position, EXPERTS, len(widths))
-            words = packed.packed_words(inner, bits)
+            words = packed_words(inner, bits)
             grid = Grid(bits, GROUP)
-            stack = packed.Stack(packed.Encoding(bits, GROUP), len(own), out, inner, device="cpu")
+            stack = Stack(Encoding(bits, GROUP), len(own), out, inner, device="cpu")
             stack.codes.data = torch.randint(-(1 << 31), 1 << 31, (len(own), out, words), dtype=torch.int32)
             stack.scale.data = torch.randn(len(own), out, grid.groups(inner)).mul_(0.02).to(torch.bfloat16)
             stacks[stack.encoding.name] = stack

@@ -71,6 +71,16 @@ ALLOCATORS: dict[str, dict[str, Any]] = {
     "relative, per layer": {"scope": "layer"},
     "relative (default)": {},
     "relative (default), rotated": {"rotate": "down"},
+    "relative, low rank": {"low_rank": {"ranks": [0, 2, 4, 8]}},
+    "relative, low rank, one width": {"widths": [2], "low_rank": {"ranks": [0, 1, 2, 4, 8, 16]}},
+    "relative, low rank, one width, two rounds": {
+        "widths": [2],
+        "low_rank": {"ranks": [0, 1, 2, 4, 8, 16], "rounds": 2},
+    },
+    "relative, low rank, one width, shared 2": {
+        "widths": [2],
+        "low_rank": {"ranks": [0, 1, 2, 4, 8, 16], "shared": 2},
+    },
     "relative, gate and up free": {"tie_gate_up": False},
     "relative, widths 1 to 6 and 8": {"widths": [1, 2, 3, 4, 5, 6, 8]},
     "relative, greedy": {"allocation": "greedy"},

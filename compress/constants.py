@@ -1,7 +1,7 @@
 """Names that are written into files, and read back by parts that mustn't import each other."""
 
 QUANT_METHOD = "moe_compress"
-# The newest that this package reads. Written is the oldest that knows all that is there, see export/write.py.
+# The newest that this package reads; what is written is the first that knows all that is there (export/write.py).
 FORMAT_VERSION = 3
 
 # What servers read, and what its own field `quant_method` calls it.

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch
-from moe_compress.quant.packed import PackedExperts, PackedProjection, fused_module, keeping_dtype
+from moe_compress.quant.packed import PackedExperts, PackedProjection, fused_module
 from moe_compress.quant.run_packed import by_chunks
+from moe_compress.quant.stack import keeping_dtype
 
 # The width that products see is a multiple of this: grouped products want rows of whole 16 bytes.
 _STEP = 8

@@ -32,10 +32,10 @@ from .gptq import gptq
 from .grid import Grid, Quantized, dequantize
 from .hqq import half_quadratic
 from .options import MixedOptions
-from .packed import Encoding, Stack
 from .packed_linear import packed
 from .rtn import output_error, round_to_nearest
 from .solver import SolverOptions
+from .stack import Encoding, Stack
 
 # Dense rows made at a time, bytes.
 _CHUNK_BYTES = 64 << 20

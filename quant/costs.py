@@ -90,9 +90,13 @@ class Cost:
         return per_matrix or self.scaled(options)
 
     def of(self, measured: Measured, asked: Asked) -> Tensor:
-        """[E, B] or [E, M, B], scaled by what GPTQ leaves where that is known."""
+        """[E, B] or [E, M, B], scaled by what GPTQ leaves where that is known; with ranks, B are `options.choices`."""
         found = self.evaluate(measured, asked)
-        return found * measured["solver_gain"]["share"] if self.scaled(asked.options) else found
+        if not self.scaled(asked.options):
+            return found
+        gain = measured["solver_gain"]
+        found = found * gain["share"]
+        return found if "left" not in gain else (found.unsqueeze(-1) * gain["left"].flip(-1)).flatten(-2)
 
 
 COSTS: dict[str, Cost] = {}
@@ -126,6 +130,7 @@ def solver_gain(options: MixedOptions) -> Statistic:
         options.damping,
         options.shrinkage,
         options.solver_gain == "solved",
+        () if options.low_rank is None else tuple(options.low_rank.ranks),
     )
 
 

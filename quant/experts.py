@@ -8,8 +8,9 @@ Letters: E experts, C experts of a chunk, H hidden, I neurons, O and K output an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,27 +21,41 @@ from moe_compress.errors import InputError
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 
 from .compensation import compensated
-from .gptq import gptq, shrink_hessians, shrinkage_of
+from .gptq import GptqResult, gptq, shrink_hessians, shrinkage_of
 from .grid import Quantized, dequantize
 from .hqq import half_quadratic
 from .layer_rows import LayerRows, Rows
-from .packed import Stack, pack_experts
+from .low_rank import Pair, SharedSums, correction
+from .packed import pack_experts
 from .rotation import Rotation
-from .rtn import round_to_nearest
+from .rtn import output_error, round_to_nearest
+from .run_low_rank import LowRank
 from .solver import SolverOptions
+from .stack import Stack
 
 # Dense weights (float32) and solver workspace made at a time.
 CHUNK_BYTES = 512 << 20
 
 # Projection → the width of every expert's matrix.
 Widths = dict[str, list[float]]
+# Projection → the rank of what is added to every expert's matrix.
+Ranks = Mapping[str, Sequence[int]]
+Choices = dict[str, list[tuple[float, int]]]  # both
+NO_RANKS: Ranks = MappingProxyType({})
 
 
 def quantize_experts(
-    block: MoEBlock, widths: Widths, options: SolverOptions, inputs: BlockInputs | None
+    block: MoEBlock,
+    widths: Widths,
+    options: SolverOptions,
+    inputs: BlockInputs | None,
+    ranks: Ranks = NO_RANKS,
+    shared_rank: int = 0,
 ) -> list[dict[str, Any]]:
     """Quantize and pack a block's experts by the method of `options`; GPTQ needs the block's `inputs`.
 
+    With `ranks` (GPTQ), each matrix gets a pair of that rank which makes up for what quantizing lost; a pair of
+    `shared_rank`, that all experts of a projection have in common, for what the others leave.
     Returns for every expert its `bits` by projection, and what the solver says (tokens, errors, damping).
     """
     experts = FusedExperts(block.experts_module)
@@ -48,22 +63,48 @@ def quantize_experts(
     names = [name for name, _ in experts.weights().matrices()]
     report: list[dict[str, Any]] = [{"bits": {n: widths[n][e] for n in names}} for e in range(experts.num_experts)]
     rotation = options.rotation(block.layer, experts.intermediate_size)
-    for solved in solve_experts(experts, widths, options, inputs, rotation):
+    pairs: dict[str, list[tuple[list[int], Pair]]] = {}
+    sums: dict[str, SharedSums] = {name: SharedSums() for name in names} if shared_rank else {}
+    for solved in solve_experts(experts, widths, options, inputs, rotation, ranks, sums):
         matrices.setdefault(solved.projection, []).append((solved.experts, Stack.holding(solved.quantized)))
+        if solved.pair is not None:
+            pairs.setdefault(solved.projection, []).append((solved.experts, solved.pair))
         for expert, values in solved.report.items():
             report[expert].update(values)
-    pack_experts(block, matrices, rotation)
+    shared = {name: own.pair(shared_rank).stored() for name, own in sums.items()}
+    added = {
+        name: low_rank_of(experts.num_experts, pairs.get(name, []), shared.get(name)) for name in {**pairs, **shared}
+    }
+    pack_experts(block, matrices, rotation, added)
     return report
+
+
+def low_rank_of(experts: int, pairs: list[tuple[list[int], Pair]], shared: Pair | None) -> LowRank:
+    """The module with the pairs of some experts of a projection, each with those of the same rank."""
+    found = {e: (pair.left[i], pair.right[i]) for members, pair in pairs for i, e in enumerate(members)}
+    ranks = [found[e][0].shape[-1] if e in found else 0 for e in range(experts)]
+    routed = {}
+    for rank in sorted(set(ranks) - {0}):
+        lefts, rights = zip(*(found[e] for e in range(experts) if ranks[e] == rank), strict=True)
+        routed[rank] = Pair(torch.stack(lefts), torch.stack(rights))
+    return LowRank(ranks, routed, shared)
 
 
 @dataclass(frozen=True)
 class Solved:
-    """One projection of some experts, quantized; what to say of each expert."""
+    """One projection of some experts, quantized; what is added to it, as stored; what to say of each expert."""
 
     projection: str
     experts: list[int]
     quantized: Quantized
     report: dict[int, dict[str, Any]]
+    pair: Pair | None = None
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """The matrices that this stands for, but for a shared pair."""
+        if self.pair is None:
+            return dequantize(self.quantized, dtype)
+        return (dequantize(self.quantized) + self.pair.product).to(dtype)
 
 
 def solve_experts(
@@ -72,16 +113,22 @@ def solve_experts(
     options: SolverOptions,
     inputs: BlockInputs | None,
     rotation: Rotation | None = None,
+    ranks: Ranks = NO_RANKS,
+    sums: Mapping[str, SharedSums] = MappingProxyType({}),
 ) -> Iterator[Solved]:
     """Every projection of every expert by the method of `options`, some experts at a time; nothing is changed.
 
-    With a `rotation`, down projections are those to be multiplied with rotated activations.
+    With a `rotation`, down projections are those to be multiplied with rotated activations. `ranks`: see
+    quantize_experts; `sums` (projection → what a shared pair follows from) take in what is left. Both need GPTQ.
     """
     if options.method != "gptq":
         return _without_data(experts, widths, options, rotation)
     if inputs is None:
         raise InputError("GPTQ needs what the experts read")
-    return _by_gptq(experts, widths, options, rotation, inputs)
+    names = [name for name, _ in experts.weights().matrices()]
+    everyone = {name: ranks.get(name, [0] * experts.num_experts) for name in names}
+    choices = {name: list(zip(widths[name], everyone[name], strict=True)) for name in names}
+    return _by_gptq(experts, choices, options, rotation, inputs, sums)
 
 
 def _without_data(
@@ -100,7 +147,12 @@ def _without_data(
 
 
 def _by_gptq(
-    experts: FusedExperts, widths: Widths, options: SolverOptions, rotation: Rotation | None, inputs: BlockInputs
+    experts: FusedExperts,
+    choices: Choices,
+    options: SolverOptions,
+    rotation: Rotation | None,
+    inputs: BlockInputs,
+    sums: Mapping[str, SharedSums],
 ) -> Iterator[Solved]:
     weights, layer = experts.weights(), LayerRows(experts, inputs, options.hessian)
     mean_HH, mean_II = layer.means()
@@ -111,10 +163,10 @@ def _by_gptq(
         exact = weights.part(rows.experts)
         hessian_CHH = shrink_hessians(rows.moment(rows.input_RH), rows.evidence_C, options.shrinkage, mean_KK=mean_HH)
         coarse = dict(exact.items())
-        for solved in _solve(inward, exact, hessian_CHH, rows, widths, options):
+        for solved in _solve(inward, exact, hessian_CHH, rows, choices, options, sums):
             if options.compensate:
                 value = coarse[solved.projection].clone()
-                value[[e - rows.experts.start for e in solved.experts]] = dequantize(solved.quantized, value.dtype)
+                value[[e - rows.experts.start for e in solved.experts]] = solved.value(value.dtype)
                 coarse[solved.projection] = value
             yield solved
         del hessian_CHH
@@ -133,7 +185,7 @@ def _by_gptq(
             cross_CII /= counted_C.clamp_min(1e-9).to(cross_CII)[:, None, None]
             exact = replace(exact, down=compensated(exact.down, hessian_CII, cross_CII, options.damping))
             del cross_CII
-        yield from _solve(["down"], exact, hessian_CII, rows, widths, options)
+        yield from _solve(["down"], exact, hessian_CII, rows, choices, options, sums)
 
 
 def _solve(
@@ -141,23 +193,18 @@ def _solve(
     weights: ExpertWeights,
     hessian_CKK: Tensor,
     rows: Rows,
-    widths: Widths,
+    choices: Choices,
     options: SolverOptions,
+    sums: Mapping[str, SharedSums],
 ) -> Iterator[Solved]:
     """Projections of a chunk of experts, all of which read what `hessian_CKK` is of."""
-    for alike, members in _alike([widths[n] for n in names], rows.experts).items():
+    for alike, members in _alike([choices[n] for n in names], rows.experts).items():
         local = [e - rows.experts.start for e in members]
         # Matrices that read the same and get the same width are one matrix with more rows.
         for own in [names] if len(set(alike)) == 1 else [[name] for name in names]:
             stacked = torch.cat([getattr(weights, name)[local] for name in own], dim=1)
-            solved = gptq(
-                stacked,
-                hessian_CKK[local],
-                options.grid(widths[own[0]][members[0]]),
-                damping=options.damping,
-                sweeps=options.sweeps,
-                search=options.search,
-            )
+            width, rank = choices[own[0]][members[0]]
+            solved, pairs = _corrected(stacked, hessian_CKK[local], width, rank, len(own), options)
             what = "_".join(own)
             report = {
                 expert: {
@@ -165,20 +212,54 @@ def _solve(
                     f"{what}_error": float(solved.error_E[i]),
                     f"{what}_rtn_error": float(solved.rtn_error_E[i]),
                     f"{what}_damping": float(solved.damping_E[i]),
+                    **({f"{what}_rank": rank} if rank else {}),
                 }
                 for i, (expert, place) in enumerate(zip(members, local, strict=True))
             }
             height = stacked.shape[1] // len(own)
             for position, name in enumerate(own):
                 part = slice(position * height, (position + 1) * height)
-                yield Solved(name, members, _rows(solved.quantized, part), report if position == 0 else {})
+                said = report if position == 0 else {}
+                found = Solved(name, members, _rows(solved.quantized, part), said, pairs[position] if rank else None)
+                if name in sums:
+                    error = stacked[:, part].float() - found.value(torch.float32)
+                    sums[name].add(error, hessian_CKK[local], rows.evidence_C[local])
+                yield found
 
 
-def _alike(widths: Sequence[Sequence[float]], experts: range) -> dict[tuple[float, ...], list[int]]:
-    """The widths of some projections → those of `experts` that have just these."""
-    found: dict[tuple[float, ...], list[int]] = {}
+def _corrected(
+    weight_EOK: Tensor, hessian_EKK: Tensor, width: float, rank: int, parts: int, options: SolverOptions
+) -> tuple[GptqResult, list[Pair]]:
+    """Matrices quantized, and the pair of each of the equal `parts` of their rows; errors are what both leave."""
+
+    def quantized(target_EOK: Tensor) -> GptqResult:
+        return gptq(
+            target_EOK,
+            hessian_EKK,
+            options.grid(width),
+            damping=options.damping,
+            sweeps=options.sweeps,
+            search=options.search,
+        )
+
+    solved = quantized(weight_EOK)
+    if not rank:
+        return solved, []
+    for turn in range(options.low_rank_rounds):
+        error_EOK = weight_EOK.float() - dequantize(solved.quantized)
+        pairs = [correction(part, hessian_EKK, rank).stored() for part in error_EOK.chunk(parts, dim=1)]
+        added_EOK = torch.cat([pair.product for pair in pairs], dim=1)
+        if turn + 1 < options.low_rank_rounds:
+            solved = quantized(weight_EOK - added_EOK)
+    error_E = output_error(error_EOK - added_EOK, hessian_EKK).sum(1)
+    return replace(solved, error_E=error_E), pairs
+
+
+def _alike(choices: Sequence[Sequence[Any]], experts: range) -> dict[tuple[Any, ...], list[int]]:
+    """The choices of some projections → those of `experts` that have just these."""
+    found: dict[tuple[Any, ...], list[int]] = {}
     for expert in experts:
-        found.setdefault(tuple(own[expert] for own in widths), []).append(expert)
+        found.setdefault(tuple(own[expert] for own in choices), []).append(expert)
     return dict(sorted(found.items()))
 
 

@@ -21,8 +21,9 @@ from moe_compress.calib.statistics import Accumulator, Result
 from moe_compress.model import FusedExperts, Tap
 
 from .at_widths import AtWidths
-from .gptq import foreseen_share, gptq, shrink_hessians
+from .gptq import conditional, foreseen_share, gptq, shrink_hessians
 from .grid import Grid, Quantized, dequantize
+from .low_rank import shares_left
 from .rtn import output_error, round_to_nearest
 
 # Moments made at a time; solvers take about as much again.
@@ -34,6 +35,9 @@ class SolverGain(AtWidths):
     """Share of round-to-nearest's error tr(ΔW·H·ΔWᵀ) that GPTQ leaves, on the grids that will be used.
 
     Result: `share` [E, M, B], M in the order gate (where there is one), up, down; 1 for experts that saw no token.
+    With `ranks`: also `left` [E, M, B, ranks], what a low-rank pair of each rank, the best for H, leaves of GPTQ's
+    error. Its spectrum is that of δ·diag(R), H = R Rᵀ, where δ is rounding's error, if GPTQ's targets round as the
+    weights do (see gptq.py): its columns are as independent as δ's, each R_jj times as large.
     `solve`: GPTQ really runs, on every matrix at every width, which takes B times as long as quantizing does;
     otherwise the share is foreseen from H alone (`gptq.foreseen_share`). H is shrunk as for GPTQ, towards the mean of
     the experts that are measured together (`shrinkage`: tokens that it counts for).
@@ -43,6 +47,7 @@ class SolverGain(AtWidths):
     damping: float = 0.01
     shrinkage: float | None = None
     solve: bool = False
+    ranks: tuple[int, ...] = ()
 
     def accumulator(self, experts: FusedExperts) -> Accumulator:
         """See AtWidths."""
@@ -61,6 +66,7 @@ class _Shares(Accumulator):
         own, weights = self.settings, self.experts.weights()
         matrices = weights.matrices()
         share = torch.ones(self.experts.num_experts, len(matrices), len(own.bits), dtype=torch.float64)
+        left = torch.ones(*share.shape, len(own.ranks), dtype=torch.float64)
         for part in self.inputs.moments(self.experts, _CHUNK_BYTES):
             if not part.rows_C.any():
                 continue
@@ -72,17 +78,29 @@ class _Shares(Accumulator):
             )
             for m, (name, stacked) in enumerate(matrices):
                 hessian = activated if name == "down" else read
-                found = [self._share(stacked[here], hessian, own.grid(bits)) for bits in own.bits]
+                by_width = [self._share(stacked[here], hessian, own.grid(bits)) for bits in own.bits]
+                found, spectra = zip(*by_width, strict=True)
                 share[here, m] = torch.where(seen_C1, torch.stack(found, dim=1).cpu(), 1.0)
-        return {"share": share}
+                left[here, m] = torch.where(seen_C1.unsqueeze(1), torch.stack(spectra, dim=1).cpu(), 1.0)
+        return {"share": share, **({"left": left} if own.ranks else {})}
 
-    def _share(self, weight_COK: Tensor, hessian_CKK: Tensor, grid: Grid) -> Tensor:
+    def _share(self, weight_COK: Tensor, hessian_CKK: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """What GPTQ leaves, [C], and what pairs leave of that, [C, ranks]."""
+
         def error(quantized: Quantized) -> Tensor:
             return dequantize(quantized).sub_(weight_COK)
 
         rounded_COK = error(round_to_nearest(weight_COK, grid))
         if not self.settings.solve:
-            return foreseen_share(rounded_COK.square().sum(1), hessian_CKK, self.settings.damping)
+            damping, unit_CKK = self.settings.damping, torch.eye(hessian_CKK.shape[-1]).to(hessian_CKK)
+            share_C = foreseen_share(rounded_COK.square().sum(1), hessian_CKK, damping)
+            if not self.settings.ranks:
+                return share_C, share_C[:, None][:, :0]
+            conditional_CK = conditional(hessian_CKK, damping)
+            whitened_COK = rounded_COK * conditional_CK.sqrt().unsqueeze(1)
+            return share_C, shares_left(whitened_COK, unit_CKK.expand_as(hessian_CKK), list(self.settings.ranks))
         solved_COK = error(gptq(weight_COK, hessian_CKK, grid, damping=self.settings.damping).quantized)
         before_C = output_error(rounded_COK, hessian_CKK).sum(1)
-        return torch.where(before_C > 0, output_error(solved_COK, hessian_CKK).sum(1) / before_C, 1.0)
+        share_C = torch.where(before_C > 0, output_error(solved_COK, hessian_CKK).sum(1) / before_C, 1.0)
+        ranks = list(self.settings.ranks)
+        return share_C, shares_left(solved_COK, hessian_CKK, ranks) if ranks else share_C[:, None][:, :0]

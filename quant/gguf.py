@@ -31,7 +31,8 @@ from .gguf_blocks import BlockType, dequantize, find_type
 from .gguf_cost import BlockTypeError
 from .gguf_quantize import quantize
 from .importance import channel_squares
-from .packed import Stack, pack_experts
+from .packed import pack_experts
+from .stack import Stack
 
 _DENSE = {
     "embeddings": ["Q6_K", "Q8_0", "BF16"],

@@ -176,6 +176,16 @@ def foreseen_share(squares_EK: Tensor, hessian_EKK: Tensor, damping: float = 0.0
     return torch.where((diagonal_EK.sum(1) > 0) & (alone_E > 0), share_E, 1.0)
 
 
+def conditional(hessian_EKK: Tensor, damping: float = 0.01) -> Tensor:
+    """R_jj² of every column, [E, K] float32, in the order that GPTQ takes: what one rounding error there costs.
+
+    Of the damped Hessian, divided by its mean diagonal.
+    """
+    hessian_EKK, _ = normalised(hessian_EKK, 0)
+    order_EK = hessian_EKK.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    return feedback(hessian_EKK, order_EK, damping, 0)[1]
+
+
 def shrinkage_of(strength: float | None, columns: int) -> float:
     """κ: how many tokens the layer's mean counts for."""
     return columns / 4 if strength is None else strength

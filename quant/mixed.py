@@ -29,8 +29,10 @@ from .allocate import LOADED, Allocation, Choices, Unit, by_layer, greedy, progr
 from .beside import Beside, quantize_matrices
 from .costs import COSTS, Asked, find_cost
 from .experts import quantize_experts
+from .low_rank import pair_bytes
 from .options import MixedOptions
-from .packed import PROJECTIONS, Encoding
+from .packed import PROJECTIONS
+from .stack import Encoding
 
 
 @register
@@ -82,6 +84,11 @@ class QuantizeMixed(Pass):
                 f"quantize.mixed: the target {self.target.name!r} can't rotate what down projections read: leave "
                 "`rotate` out, or take target: native"
             )
+        if options.low_rank is not None and self.target.quantized_format != "native":
+            raise RecipeError(
+                f"quantize.mixed: the target {self.target.name!r} can't add low-rank factors to packed experts: leave "
+                "`low_rank` out, or take target: native"
+            )
         for index, layer in shape.layers.items():
             for what, length in (("hidden size", layer.hidden), ("neurons", layer.intermediate)):
                 if self.options.group_size != -1 and length % self.options.group_size:
@@ -122,16 +129,22 @@ class QuantizeMixed(Pass):
         table = []
         for index, own in choices.items():
             column_U = found.column_U[index]
-            width_EM = np.array(widths, dtype=object)[column_U][own.unit_EM]
+            width_EM, rank_EM = (
+                np.array(values, dtype=object)[column_U][own.unit_EM]
+                for values in zip(*self.options.choices, strict=True)
+            )
             names = self._projections(shape.layers[index])
-            bits = {name: width_EM[:, m].tolist() for m, name in enumerate(names)}
-            layers[index] = {"bits": bits, "protected": protected.get(index, [])}
-            table.append({"layer": index, **self._row(own, column_U, width_EM, shape.layers[index])})
+            layers[index] = {"bits": dict(zip(names, width_EM.T.tolist(), strict=True))}
+            if self.options.low_rank is not None:
+                layers[index]["ranks"] = dict(zip(names, rank_EM.T.tolist(), strict=True))
+            layers[index]["protected"] = protected.get(index, [])
+            table.append({"layer": index, **self._row(own, column_U, width_EM, rank_EM, shape.layers[index])})
         summary = {
             **found.summary,
             "expert_bytes": sum(row["bytes"] for row in table),
             "budget_bytes": self._budget(shape),
             "matrices_per_width": {str(w): sum(row[f"at {w}"] for row in table) for w in widths},
+            **self._rank_counts(table),
             "layers": table,
             **self._beside.summary(shape, beside),
         }
@@ -140,14 +153,23 @@ class QuantizeMixed(Pass):
             self.name, layers, summary, [self._said(found), *notes, *found.notes, *self._beside.notes(shape)], beside
         )
 
-    def _row(self, own: Choices, column_U: Ints, width_EM: Any, layer: LayerShape) -> dict[str, Any]:
+    def _rank_counts(self, table: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """How many matrices have each rank, where any may."""
+        if self.options.low_rank is None:
+            return {}
+        return {"matrices_per_rank": {str(r): sum(t[f"rank {r}"] for t in table) for r in self.options.low_rank.ranks}}
+
+    def _row(self, own: Choices, column_U: Ints, width_EM: Any, rank_EM: Any, layer: LayerShape) -> dict[str, Any]:
         """A layer of the plan for people: matrices at each width, and what the layer would cost all at one width."""
         unit = np.arange(len(column_U))
-        used = int(own.size_UB[unit, column_U].sum())
+        used = int(own.size_UB[unit, column_U].sum()) + self._shared_bytes(layer)
         row: dict[str, Any] = {"bits": 8 * used / layer.weights, "bytes": used}
         row |= {f"at {width}": int((width_EM == width).sum()) for width in self.options.widths}
+        if self.options.low_rank is not None:
+            row |= {f"rank {rank}": int((rank_EM == rank).sum()) for rank in self.options.low_rank.ranks}
         if self.options.allocation != "uniform":
-            row |= {f"cost at {w}": float(own.cost_UB[:, b].sum()) for b, w in enumerate(self.options.widths)}
+            plain = [(w, b) for b, (w, rank) in enumerate(self.options.choices) if rank == 0]
+            row |= {f"cost at {w}": float(own.cost_UB[:, b].sum()) for w, b in plain}
             row["cost"] = float(own.cost_UB[unit, column_U].sum())
         return row
 
@@ -166,7 +188,9 @@ class QuantizeMixed(Pass):
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Quantize and pack a block's experts."""
-        report = quantize_experts(block, decision["bits"], self.options, inputs)
+        ranks, low_rank = decision.get("ranks", {}), self.options.low_rank
+        shared = 0 if low_rank is None else low_rank.shared
+        report = quantize_experts(block, decision["bits"], self.options, inputs, ranks, shared)
         for expert, values in enumerate(report):
             values["protected"] = expert in decision["protected"]
         return {"experts": report}
@@ -203,8 +227,9 @@ class QuantizeMixed(Pass):
         return max if self.options.allocation == "uniform" else min
 
     @property
-    def _extremes(self) -> tuple[float, float]:
-        return min(self.options.widths), max(self.options.widths)
+    def _extremes(self) -> tuple[tuple[float, int], tuple[float, int]]:
+        """The smallest width and rank, and the largest."""
+        return min(self.options.choices), max(self.options.choices)
 
     @staticmethod
     def _projections(layer: LayerShape) -> tuple[str, ...]:
@@ -224,25 +249,35 @@ class QuantizeMixed(Pass):
         return f"{max(fitting)} does" if fitting else f"nothing that the target {self.target.name!r} loads does"
 
     def _matrix_bytes(self, layer: LayerShape) -> Ints:
-        """Bytes of each matrix of an expert at each width, [M, B]; the expert's biases count as part of the last."""
-        encodings = [Encoding(b, self.options.group_size, self.options.symmetric or b < 2) for b in self.options.widths]
+        """Bytes of each matrix of an expert at each choice, [M, B]; the expert's biases count as part of the last."""
+
+        def size(width: float, rank: int, rows: int, columns: int) -> int:
+            encoding = Encoding(width, self.options.group_size, self.options.symmetric or width < 2)
+            beside = self.target.beside(width, self.options.group_size, rows, columns)
+            return encoding.matrix_bytes(rows, columns) + beside + pair_bytes(rows, columns, rank)
+
         wide, narrow = (
-            [e.matrix_bytes(*sides) + self.target.beside(e.bits, e.group_size, *sides) for e in encodings]
+            [size(*choice, *sides) for choice in self.options.choices]
             for sides in ((layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate))
         )
         size_MB = np.array([*[wide] * (layer.matrices - 1), narrow], dtype=np.int64)
         size_MB[-1] += layer.biases * layer.weight_bytes
         return size_MB
 
-    def _layer_bytes(self, layer: LayerShape, width: float) -> int:
-        sizes = self._matrix_bytes(layer)[:, self.options.widths.index(width)]
-        return layer.num_experts * int(sizes.sum())
+    def _layer_bytes(self, layer: LayerShape, choice: tuple[float, int]) -> int:
+        sizes = self._matrix_bytes(layer)[:, self.options.choices.index(choice)]
+        return layer.num_experts * int(sizes.sum()) + self._shared_bytes(layer)
+
+    def _shared_bytes(self, layer: LayerShape) -> int:
+        """Of the pairs that all experts of a layer have in common."""
+        low_rank = self.options.low_rank
+        return 0 if low_rank is None else layer.matrices * pair_bytes(layer.intermediate, layer.hidden, low_rank.shared)
 
     def _choices(self, profile: Profile, index: int, protected: Sequence[int]) -> Choices:
         layer, unit, size_MB = profile.shape.layers[index], self._unit, self._matrix_bytes(profile.shape.layers[index])
         if self.options.allocation == "uniform":  # a mixture of experts, or of layers, whatever the unit
             unit = "expert" if unit in ("expert", "matrix") else "layer"
-            costs = np.zeros((layer.num_experts, len(self.options.widths)))
+            costs = np.zeros((layer.num_experts, len(self.options.choices)))
         else:
             costs = self._costs(profile, index)
         unit_EM = unit_of(unit, layer.num_experts, layer.matrices, self.options.tie_gate_up)
@@ -262,7 +297,7 @@ class QuantizeMixed(Pass):
     ) -> tuple[Allocation, dict[int, dict[str, dict[str, Any]]]]:
         """Widths of experts' units, and `Plan.beside`."""
         shape, options = profile.shape, self.options
-        budget = self._budget(shape)
+        budget = self._budget(shape) - sum(self._shared_bytes(layer) for layer in shape.layers.values())
         if self._beside.statistic is None:  # what is beside, if anything, has the largest width, experts the rest
             fixed = self._beside.total(shape, max(options.dense_widths))
             return self._ruled(choices, shape, budget - fixed), self._beside.decided(profile, None)

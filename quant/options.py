@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .allocate import Rule, Unit
 from .costs import find_cost
@@ -42,6 +42,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2406.08155: two widths, the matrices with the highest outlier scores get the larger.
     "quantmoe-bench": {"cost": "outlier", "scope": "global", "unit": "matrix", "tie_gate_up": False, "widths": [2, 4]},
 }
+
+
+class LowRankOptions(BaseModel):
+    """Ranks of what is added to quantized matrices."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ranks: list[Annotated[int, Field(ge=0, le=4096)]] = Field(default=[0, 8, 16], min_length=1)
+    shared: int = Field(default=0, ge=0, le=4096)
+    rounds: int = Field(default=1, ge=1, le=10)
+
+    @field_validator("ranks")
+    @classmethod
+    def _with_none(cls, value: list[int]) -> list[int]:
+        return sorted({0, *value})
 
 
 class MixedOptions(SolverOptions):
@@ -106,6 +121,12 @@ class MixedOptions(SolverOptions):
     alphaq_gamma: float = Field(
         default=1.0, ge=0, description="AlphaQ: exponent of the heavy tail (the paper's best: 10 to 200, by model)"
     )
+    low_rank: LowRankOptions | None = Field(
+        default=None,
+        description="Pairs of low-rank factors that make up for what quantizing loses, added at run time (Quant "
+        "Experts; target: native). `ranks`: that a matrix may get beside its width, by the same program; `shared`: "
+        "rank of a pair that all experts of a projection have in common; `rounds`: of quantizing and fitting in turn",
+    )
     protect_super_experts: bool = Field(
         default=True, description="Experts with massive activations get the largest of `widths`"
     )
@@ -161,6 +182,36 @@ class MixedOptions(SolverOptions):
                     f"`{option}: {value}` is of experts alone: with {self.include} set `{option}: {allowed}`"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _low_rank(self) -> Self:
+        """Ranks are fitted to what experts read, and cost what they leave of rounding's error."""
+        if self.low_rank is None:
+            return self
+        for option, value, allowed in (
+            ("method", self.method, "gptq"),
+            ("allocation", self.allocation, "program"),
+            ("cover", self.cover, 0),
+        ):
+            if value != allowed:
+                raise ValueError(f"`low_rank` doesn't go with `{option}: {value}`: set `{option}: {allowed}`")
+        if not find_cost(self.cost).scaled(self):
+            raise ValueError(
+                "`low_rank` needs a cost that is a squared error of rounding, scaled by what GPTQ leaves: "
+                "set `cost: relative` and `solver_gain: foreseen`"
+            )
+        return self
+
+    @property
+    def low_rank_rounds(self) -> int:
+        """See SolverOptions."""
+        return 1 if self.low_rank is None else self.low_rank.rounds
+
+    @property
+    def choices(self) -> list[tuple[float, int]]:
+        """Width and rank that a matrix may get: the plain largest width last, which protected experts get."""
+        ranks = [0] if self.low_rank is None else self.low_rank.ranks
+        return [(width, rank) for width in self.widths for rank in reversed(ranks)]
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

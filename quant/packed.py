@@ -4,7 +4,8 @@ Each projection (gate, up, down) of all experts of a layer is held in stacks. A 
 several experts in one encoding: packed integers with group scales (and zero points), or dense. Which expert is in
 which stack is a list, so any mixture of widths is just several stacks, and the tensors in memory are the tensors in the
 file. While running, only experts that got tokens are unpacked, a few at a time (run_packed.py), or inside the matrix
-product on a GPU (kernels/triton_moe.py); a dense copy of the layer never exists.
+product on a GPU (kernels/triton_moe.py); a dense copy of the layer never exists. Matrices of low rank may be added to
+those of a projection (run_low_rank.py).
 
 docs/format.md specifies the tensors byte by byte.
 
@@ -13,8 +14,8 @@ Letters: E experts, S experts of a stack, O/K output and input features of a pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -23,150 +24,12 @@ from torch import Tensor, nn
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch
 from moe_compress.model.experts import run_experts
-from moe_compress.quant.gguf_blocks import TYPES
-from moe_compress.quant.grid import Grid, Quantized
-from moe_compress.quant.packing import pack, packed_words
 from moe_compress.quant.rotation import Rotation
-from moe_compress.quant.run_packed import dense, fused_kernel, multiply
-from moe_compress.quant.trits import TERNARY
+from moe_compress.quant.run_low_rank import LowRank
+from moe_compress.quant.run_packed import fused_kernel
+from moe_compress.quant.stack import Encoding, Stack, keeping_dtype, name_of
 
 PROJECTIONS = ("gate", "up", "down")
-
-_EVERY = slice(None)
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How the matrices of a stack are stored.
-
-    Attributes:
-        bits: width of a code, 1.58 for ternary ones; 0 for dense weights.
-        group_size: weights that share a scale (along the input), -1 for a whole row.
-        symmetric: no zero points are stored.
-        dtype: of the scales, or of dense weights.
-        blocks: name of a GGUF block type, which says all; the others then don't count.
-    """
-
-    bits: float
-    group_size: int = -1
-    symmetric: bool = True
-    dtype: str = "bfloat16"
-    blocks: str = ""
-
-    @property
-    def name(self) -> str:
-        """Name of its tensors: "b3g64", "t158g64" (ternary), "dense", "gguf_Q4_K"; "z" where zero points are stored."""
-        if self.blocks:
-            return f"gguf_{self.blocks}"
-        if self.bits == 0:
-            return "dense"
-        group = "row" if self.group_size == -1 else f"g{self.group_size}"
-        width = "t158" if self.bits == TERNARY else f"b{self.bits}"
-        return f"{width}{group}{'' if self.symmetric else 'z'}"
-
-    @property
-    def grid(self) -> Grid:
-        """The grid of the codes."""
-        return Grid(self.bits, self.group_size, self.symmetric)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of the scales, or of dense weights."""
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
-
-    def matrix_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of one stored matrix, scales, zero points and padding included."""
-        if self.blocks:
-            return out_features * TYPES[self.blocks].row_bytes(in_features)
-        size = self.torch_dtype.itemsize
-        if self.bits == 0:
-            return out_features * in_features * size
-        groups = self.grid.groups(in_features)
-        zeros = 0 if self.symmetric else 4 * packed_words(groups, self.bits)
-        return out_features * (4 * packed_words(in_features, self.bits) + groups * size + zeros)
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in config.json."""
-        if self.blocks:
-            return {"bits": 0, "blocks": self.blocks}
-        values: dict[str, Any] = {"bits": self.bits, "dtype": self.dtype}
-        if self.bits:
-            values |= {"group_size": self.group_size, "symmetric": self.symmetric}
-        return values
-
-
-class Stack(nn.Module):
-    """The same projection of several experts in one encoding.
-
-    Parameters (never trained): `codes` int32 [S, O, W], `scale` [S, O, G], `zero` int32 [S, O, Wz] if asymmetric; or
-    `weight` [S, O, K]; or `blocks` uint8 [S, O, bytes of a row].
-    """
-
-    def __init__(self, encoding: Encoding, count: int, out_features: int, in_features: int, device: str = "meta"):
-        super().__init__()
-        self.encoding = encoding
-        self.out_features, self.in_features = out_features, in_features
-
-        def tensor(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(count, *shape, dtype=dtype, device=device), requires_grad=False)
-
-        if encoding.blocks:
-            self.blocks = tensor(out_features, TYPES[encoding.blocks].row_bytes(in_features), dtype=torch.uint8)
-            return
-        if encoding.bits == 0:
-            self.weight = tensor(out_features, in_features, dtype=encoding.torch_dtype)
-            return
-        groups = encoding.grid.groups(in_features)
-        self.codes = tensor(out_features, packed_words(in_features, encoding.bits), dtype=torch.int32)
-        self.scale = tensor(out_features, groups, dtype=encoding.torch_dtype)
-        if not encoding.symmetric:
-            self.zero = tensor(out_features, packed_words(groups, encoding.bits), dtype=torch.int32)
-
-    @classmethod
-    def holding(cls, value: Quantized | Tensor) -> Stack:
-        """A stack with these matrices: quantized [S, O, K], or dense weights of that shape."""
-        if isinstance(value, Tensor):
-            count, out_features, in_features = value.shape
-            stack = cls(Encoding(0, dtype=_name(value.dtype)), count, out_features, in_features)
-            stack.weight = nn.Parameter(value.contiguous(), requires_grad=False)
-            return stack
-        count, out_features, in_features = value.codes.shape
-        grid = value.grid
-        encoding = Encoding(grid.bits, grid.group_size, grid.symmetric, _name(value.scale.dtype))
-        stack = cls(encoding, count, out_features, in_features)
-        stack.codes = nn.Parameter(pack(value.codes, grid.bits), requires_grad=False)
-        stack.scale = nn.Parameter(value.scale.contiguous(), requires_grad=False)
-        if value.zero is not None:
-            stack.zero = nn.Parameter(pack(value.zero, grid.bits), requires_grad=False)
-        return stack
-
-    @classmethod
-    def of_blocks(cls, blocks_SOB: Tensor, name: str, in_features: int) -> Stack:
-        """A stack with matrices in GGUF blocks: uint8 [S, O, bytes of a row] of the type `name`."""
-        count, out_features, _ = blocks_SOB.shape
-        stack = cls(Encoding(0, blocks=name), count, out_features, in_features)
-        stack.blocks = nn.Parameter(blocks_SOB.contiguous(), requires_grad=False)
-        return stack
-
-    def forward(
-        self,
-        slots: list[int],
-        work: Tensor | torch.dtype,
-        counts: list[int] | None = None,
-        backward: bool = False,
-        rows: slice | Tensor = _EVERY,
-    ) -> Tensor:
-        """The matrices in some slots in a dtype (of each, some rows), [len(slots), O, K]; or, given rows [R, K] and how
-        many are each slot's, these times the slots' matrices, [R, O] (`backward`: [R, O] → [R, K]). A call, so that
-        offloading hooks see it."""
-        if isinstance(work, Tensor):
-            return multiply(self, work, slots, counts or [], backward)
-        index = torch.tensor(slots, device=next(self.parameters()).device)
-        return dense(self, index[:, None] if isinstance(rows, Tensor) else index, rows, work)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(keeping_dtype(fn), recurse)
-        return self
 
 
 class PackedProjection(nn.Module):
@@ -175,10 +38,21 @@ class PackedProjection(nn.Module):
     Args:
         stacks: encoding name → stack; slots of a stack are its experts in ascending order.
         assignment: encoding name of each expert.
+        low_rank: what is added to the matrices in the stacks, if anything is.
     """
 
-    def __init__(self, stacks: dict[str, Stack], assignment: Sequence[str], out_features: int, in_features: int):
+    low_rank: LowRank | None
+
+    def __init__(
+        self,
+        stacks: dict[str, Stack],
+        assignment: Sequence[str],
+        out_features: int,
+        in_features: int,
+        low_rank: LowRank | None = None,
+    ):
         super().__init__()
+        self.low_rank = low_rank
         self.assignment = list(assignment)
         self.out_features, self.in_features = out_features, in_features
         self.names = sorted(stacks)
@@ -199,6 +73,12 @@ class PackedProjection(nn.Module):
 
     def matrices(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The matrices of some experts, unpacked: [len(experts), O, K]."""
+        if self.low_rank is not None:
+            return (self._stacked(experts, torch.float32) + self.low_rank.matrices(experts)).to(dtype)
+        return self._stacked(experts, dtype)
+
+    def _stacked(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What the stacks hold of `matrices`."""
         parts = []
         order = []
         for name in self.names:
@@ -220,6 +100,11 @@ class PackedProjection(nn.Module):
 
     def products(self, input_RK: Tensor, dispatch: Dispatch, backward: bool = False) -> Tensor:
         """`linear` without autograd; `backward`: the rows [R, O] times the matrices transposed → [R, K]."""
+        output = self._stack_products(input_RK, dispatch, backward)
+        return output if self.low_rank is None else self.low_rank.add(output, input_RK, dispatch, backward)
+
+    def _stack_products(self, input_RK: Tensor, dispatch: Dispatch, backward: bool) -> Tensor:
+        """`products` with what the stacks hold."""
         kernel = None if backward else fused_kernel(input_RK.device.type)
         if kernel is not None and kernel.takes(input_RK, list(self.stacks.values())):
             return kernel.grouped_packed(input_RK, self, dispatch.offsets_E)  # type: ignore[no-any-return]
@@ -342,11 +227,12 @@ class PackedExperts(nn.Module):
                 "out_features": projection.out_features,
                 "in_features": projection.in_features,
                 "experts": projection.assignment,
+                **({} if projection.low_rank is None else {"low_rank": projection.low_rank.to_json()}),
             }
         return {
             "encodings": {name: encodings[name].to_json() for name in sorted(encodings)},
             "projections": projections,
-            "biases": {n: _name(p.dtype) for n, p in self._parameters.items() if p is not None},
+            "biases": {n: name_of(p.dtype) for n, p in self._parameters.items() if p is not None},
             **({} if self.rotation is None else {"rotation": self.rotation.to_json()}),
         }
 
@@ -378,7 +264,9 @@ def build_packed(block: MoEBlock, layout: dict[str, Any]) -> PackedExperts:
             e: Stack(encodings[e], assignment.count(e), out_features, entry["in_features"])
             for e in dict.fromkeys(assignment)
         }
-        projections[name] = PackedProjection(stacks, assignment, out_features, entry["in_features"])
+        sides = out_features, entry["in_features"]
+        low_rank = LowRank.from_json(entry["low_rank"], *sides) if "low_rank" in entry else None
+        projections[name] = PackedProjection(stacks, assignment, *sides, low_rank)
         if f"{name}_bias" in layout["biases"]:
             dtype = getattr(torch, layout["biases"][f"{name}_bias"])
             biases[f"{name}_bias"] = torch.empty(len(assignment), out_features, dtype=dtype, device="meta")
@@ -387,7 +275,10 @@ def build_packed(block: MoEBlock, layout: dict[str, Any]) -> PackedExperts:
 
 
 def pack_experts(
-    block: MoEBlock, matrices: dict[str, list[tuple[list[int], Stack]]], rotation: Rotation | None = None
+    block: MoEBlock,
+    matrices: dict[str, list[tuple[list[int], Stack]]],
+    rotation: Rotation | None = None,
+    low_rank: Mapping[str, LowRank] = MappingProxyType({}),
 ) -> PackedExperts:
     """Replace a block's fused experts by packed ones.
 
@@ -396,6 +287,7 @@ def pack_experts(
         matrices: projection → [(experts, their matrices in the same order)]; every expert once. Several entries may
             share an encoding.
         rotation: with which the down projections given are rotated.
+        low_rank: projection → what is added to its matrices, where anything is.
 
     Returns:
         The module now in place.
@@ -414,7 +306,7 @@ def pack_experts(
         shape = getattr(weights, name).shape
         stacks = {encoding: _joined(sorted(parts, key=lambda p: p[0])) for encoding, parts in collected.items()}
         ordered = [assignment[e] for e in range(shape[0])]
-        projections[name] = PackedProjection(stacks, ordered, shape[1], shape[2])
+        projections[name] = PackedProjection(stacks, ordered, shape[1], shape[2], low_rank.get(name))
     module = PackedExperts(original, projections, biases, rotation)
     block.replace_experts(module)
     return module
@@ -436,17 +328,3 @@ def fused_module(block: MoEBlock) -> nn.Module:
     """The fused experts that a block had or has: what other experts replace, and take the arithmetic from."""
     module = block.experts_module
     return module._original.module if isinstance(module, PackedExperts) else module  # type: ignore[no-any-return]
-
-
-def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `module.to` does to a tensor, without the cast: scales and biases stay what was stored, in any dtype."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        result = move(tensor)
-        return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-    return moved
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

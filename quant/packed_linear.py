@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .packed import Encoding, Stack
+from .stack import Encoding, Stack
 
 
 class _Matrix(nn.Module):

@@ -35,7 +35,8 @@ from moe_compress.quant.packing import unpack
 from moe_compress.quant.trits import TERNARY
 
 if TYPE_CHECKING:
-    from moe_compress.quant.packed import Encoding, PackedProjection, Stack
+    from moe_compress.quant.packed import PackedProjection
+    from moe_compress.quant.stack import Encoding, Stack
 
 # Weights unpacked at a time, by thread: every operation costs microseconds to start, and what it leaves should stay in
 # the cache (5 bytes a weight).

@@ -24,8 +24,9 @@ from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch
 
 from .float8 import decode_float8, quantized_inputs, spread_scales
-from .packed import PackedExperts, PackedProjection, fused_module, keeping_dtype
+from .packed import PackedExperts, PackedProjection, fused_module
 from .run_packed import by_chunks
+from .stack import keeping_dtype
 
 
 class ScaledProjection(PackedProjection):

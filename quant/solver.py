@@ -49,6 +49,11 @@ class SolverOptions(PassOptions):
         description="GPTQ: sweeps of coordinate descent over codes and scales afterwards (QuantEase)",
     )
 
+    @property
+    def low_rank_rounds(self) -> int:
+        """How often matrices that get low-rank pairs are quantized, and their pairs fitted to what that leaves."""
+        return 1
+
     def rotation(self, layer: int, neurons: int) -> Rotation | None:
         """How what a layer's down projections read is rotated."""
         return None if self.rotate == "none" else Rotation.random(neurons, layer)

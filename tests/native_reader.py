@@ -78,8 +78,10 @@ class Native:
         self.config = json.loads((folder / "config.json").read_text())
         self.quantization = self.config["quantization_config"]
         assert self.quantization["quant_method"] == "moe_compress"
-        wide = any("neurons" in b or b["kind"] == "ragged" for b in self.quantization["blocks"].values())
-        assert self.quantization["format_version"] == (3 if wide else 2 if "matrices" in self.quantization else 1)
+        blocks = self.quantization["blocks"]
+        newer = any({"neurons", "routing"} & b.keys() or b["kind"] == "ragged" for b in blocks.values())
+        newer = newer or '"low_rank"' in json.dumps(blocks)
+        assert self.quantization["format_version"] == (3 if newer else 2 if "matrices" in self.quantization else 1)
         self.tensors = read_tensors(folder)
         self.used: set[str] = set()
         self.columns: dict[str, int] = {}
@@ -105,6 +107,8 @@ class Native:
                 members = [e for e, own in enumerate(entry["experts"]) if own == encoding]
                 stack = f"{self.prefix(layer)}{name}_proj.{encoding}."
                 result[name][members] = self._stack(stack, layout["encodings"][encoding], encoding, shape)
+            if "low_rank" in entry:
+                self._add(f"{self.prefix(layer)}{name}_proj.low_rank.", entry["low_rank"], result[name])
         if "rotation" in layout:
             result["down"] = result["down"] @ rotation_of(**layout["rotation"]).T  # W from W Q
         for name, dtype in layout["biases"].items():
@@ -143,6 +147,25 @@ class Native:
         stack = self._stack(f"{path}.{name}.", encoding, name, (1, rows, columns))
         assert stack.shape == (1, rows, columns)
         return stack[0]
+
+    def _add(self, prefix: str, entry: dict, weight: np.ndarray) -> None:
+        """Add low-rank factors to the weights of a projection."""
+
+        def factors(name: str, rank: int, *count: int) -> tuple[np.ndarray, np.ndarray]:
+            stored = [self._take(f"{prefix}{name}.{side}") for side in ("left", "right")]
+            assert [s[0] for s in stored] == 2 * [STORED[entry["dtype"]]]
+            assert [s[1] for s in stored] == [[*count, weight.shape[1], rank], [*count, rank, weight.shape[2]]]
+            return as_float(*stored[0]), as_float(*stored[1])
+
+        assert len(entry["ranks"]) == len(weight)
+        if entry["shared_rank"]:
+            left, right = factors("shared", entry["shared_rank"])
+            weight += left @ right
+        for rank in set(entry["ranks"]) - {0}:
+            members = [e for e, own in enumerate(entry["ranks"]) if own == rank]
+            left, right = factors(f"r{rank}", rank, len(members))
+            for slot, expert in enumerate(members):
+                weight[expert] += left[slot] @ right[slot]
 
     def _stack(self, prefix: str, encoding: dict, name: str, shape: tuple[int, int, int]) -> np.ndarray:
         bits, columns = encoding["bits"], shape[2]

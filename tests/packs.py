@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moe_compress.model import MoEModel
 from moe_compress.quant.grid import Grid
-from moe_compress.quant.packed import Stack, pack_experts
+from moe_compress.quant.packed import pack_experts
 from moe_compress.quant.rtn import round_to_nearest
+from moe_compress.quant.stack import Stack
 
 DENSE = (0, -1, True)  # (bits, group size, symmetric)
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from moe_compress.quant.trits import TERNARY
 
 if TYPE_CHECKING:
-    from moe_compress.quant.packed import Encoding, PackedProjection, Stack
+    from moe_compress.quant.packed import PackedProjection
+    from moe_compress.quant.stack import Encoding, Stack
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 TRITS = tl.constexpr(9)  # stands for the width of ternary codes

@@ -23,8 +23,9 @@ from moe_compress.export.write import write_folder
 from moe_compress.model import MoEModel
 from moe_compress.progress import Progress
 from moe_compress.quant.grid import Grid
-from moe_compress.quant.packed import Stack, pack_experts
+from moe_compress.quant.packed import pack_experts
 from moe_compress.quant.rtn import round_to_nearest
+from moe_compress.quant.stack import Stack
 
 KINDS = ["arithmetic", *(f"continuation_{k}" for k in ("novels", "scripture", "spanish", "wordnet", "python"))]
 

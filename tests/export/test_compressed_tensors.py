@@ -32,7 +32,8 @@ from moe_compress.pipeline import plan_run
 from moe_compress.probe import streamed
 from moe_compress.progress import Progress
 from moe_compress.quant.grid import Grid, Quantized
-from moe_compress.quant.packed import Encoding, Stack, pack_experts
+from moe_compress.quant.packed import pack_experts
+from moe_compress.quant.stack import Encoding, Stack
 from moe_compress.recipe import make_recipe
 
 CT = "compressed-tensors"

@@ -21,8 +21,8 @@ from moe_compress.export.write import write_folder
 from moe_compress.model import MoEModel
 from moe_compress.model.expert_names import ExpertNames
 from moe_compress.progress import Progress
-from moe_compress.quant.packed import Encoding
 from moe_compress.quant.scheme import QuantizeScheme, SchemeOptions
+from moe_compress.quant.stack import Encoding
 
 CT = "compressed-tensors"
 

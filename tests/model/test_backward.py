@@ -14,7 +14,8 @@ from moe_compress.model import MoEModel, hf
 from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import Divergence, NextToken, predicted_tokens
 from moe_compress.model.sweep import Sweep
-from moe_compress.quant.packed import Stack, pack_experts
+from moe_compress.quant.packed import pack_experts
+from moe_compress.quant.stack import Stack
 from moe_compress.resources import holding_all
 
 # Plain; correction bias and dense first layer; experts without a gate beside attention and mamba layers; residual

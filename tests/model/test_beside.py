@@ -13,9 +13,9 @@ from moe_compress.model.beside import KINDS, OUTER
 from moe_compress.model.families import installed
 from moe_compress.progress import Progress
 from moe_compress.quant.grid import Grid
-from moe_compress.quant.packed import Stack
 from moe_compress.quant.packed_linear import packed
 from moe_compress.quant.rtn import round_to_nearest
+from moe_compress.quant.stack import Stack
 
 NAMES = [n for n in discover() if installed().get(n) == "supported"]
 # Shared experts and a dense layer; tied; convolutions; a norm with an MLP; classes that look at weights' dtypes.

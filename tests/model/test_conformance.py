@@ -20,8 +20,9 @@ from moe_compress.model import FusedExperts, MoEModel, families, hf, observe
 from moe_compress.model.sweep import Sweep
 from moe_compress.progress import Progress
 from moe_compress.quant.grid import Grid, dequantize
-from moe_compress.quant.packed import Stack, pack_experts
+from moe_compress.quant.packed import pack_experts
 from moe_compress.quant.rtn import round_to_nearest
+from moe_compress.quant.stack import Stack
 
 FOUND = discover()
 SUPPORTED = [name for name in FOUND if families.refusal(name) is None]

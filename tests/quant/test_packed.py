@@ -12,8 +12,9 @@ from packs import DENSE, mixture, pack_block, put, spread
 from reference import outputs_ETH
 
 from moe_compress.model import MoEModel
-from moe_compress.quant import packed, run_packed
+from moe_compress.quant import run_packed
 from moe_compress.quant.grid import Grid, Quantized
+from moe_compress.quant.stack import Stack
 
 # Gate and up concatenated; transposed, interleaved, biases; no gate, inputs of size 28; a norm after each expert.
 LAYOUTS = sorted({"qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"} & set(discover()))
@@ -154,7 +155,7 @@ def test_unpacked_columns_in_any_order_are_the_same_weights(group):
         codes = torch.randint(0, grid.max_code + 1, (3, 5, 256), dtype=torch.uint8, generator=generator)
         scale = torch.randn(3, 5, grid.groups(256), generator=generator)
         zero = None if symmetric else (codes[..., : scale.shape[-1]]).clone()
-        stack = packed.Stack.holding(Quantized(codes, scale, zero, grid))
+        stack = Stack.holding(Quantized(codes, scale, zero, grid))
         order = run_packed.Order.of(stack.encoding, 256)
         as_stored = bits in (8, 1.58) or (group == 16 and bits in (3, 5, 6, 7))
         assert (order.planes == 1) == as_stored
@@ -230,7 +231,7 @@ def test_no_dense_copy_of_a_layer_appears(monkeypatch):
     assert sum(p.numel() * 4 for p in dense.parameters()) == 3 * 24 * one
     # Only experts that got tokens are unpacked.
     seen = []
-    monkeypatch.setattr(packed.Stack, "forward", _counting(packed.Stack.forward, seen))
+    monkeypatch.setattr(Stack, "forward", _counting(Stack.forward, seen))
     module(hidden[:2], index[:2], weight[:2])
     assert sum(seen) == 3 * 2
 

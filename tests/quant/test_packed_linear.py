@@ -9,8 +9,8 @@ from torch import nn
 
 from moe_compress.quant import run_packed
 from moe_compress.quant.grid import Grid, Quantized
-from moe_compress.quant.packed import Stack
 from moe_compress.quant.packed_linear import PackedEmbedding, PackedHead, PackedLinear, build, packed
+from moe_compress.quant.stack import Stack
 
 ENCODINGS = [(b, g, s) for b in range(1, 9) for g, s in ((16, True), (-1, True), (8, False)) if b > 1 or s]
 

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 from moe_compress.model.dispatch import Dispatch  # noqa: E402
 from moe_compress.quant.grid import Grid, Quantized  # noqa: E402
 from moe_compress.quant.kernels.triton_moe import grouped_packed, takes  # noqa: E402
-from moe_compress.quant.packed import PackedProjection, Stack  # noqa: E402
+from moe_compress.quant.packed import PackedProjection  # noqa: E402
+from moe_compress.quant.stack import Stack  # noqa: E402
 
 WIDTHS = [(0, -1, True), (1, 16, True), (1.58, 16, True)] + [
     (bits, group, symmetric) for bits in range(2, 9) for group, symmetric in ((-1, True), (16, False))
