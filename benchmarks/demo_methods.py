@@ -2,7 +2,7 @@
 
     python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
 
-Groups: prune, criteria, merge, quantize (default: all). Prints one table per group; every row is a fresh copy of the
+Groups: prune, criteria, neurons, merge, quantize (default: all). Prints one table per group; every row is a fresh copy of the
 model, compressed by the same function that `moe_compress.compress` offers. Perplexities are means over the texts of the
 nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the original.
 """
@@ -28,6 +28,8 @@ from moe_compress.progress import Monitor
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "moe-demo"
 GROUPINGS = ("router", "weights", "coactivation")
+NEURONS = ("random", "magnitude", "output", "camera", "tenp", "heapr", "fisher", "refit", "refit_in_turn")
+NEURONS_FREE = ("output", "heapr", "fisher", "refit_in_turn")
 CLUSTERS = ("dominant", "absorb", "kmeans", "average")
 
 GROUPS: dict[str, dict[str, list[Any]]] = {
@@ -45,6 +47,19 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
             *((c, {"criterion": c}) for c in ("easy_ep", "tcess", "mone", "max_activation", "stun")),
             *((c, {"criterion": c}) for c in ("gram_greedy", "naee")),
             ("gram_greedy, global", {"criterion": "gram_greedy", "scope": "global"}),
+        )
+    },
+    "neurons": {
+        f"{name} {keep:.0%}": [{"prune.neurons": {"keep": keep, **options}}]
+        for keep in (0.75, 0.5)
+        for name, options in (
+            *(
+                (f"{c}{'' if refit else ', no refit'}", {"criterion": c, "refit": refit})
+                for c in NEURONS
+                for refit in (False, True)
+            ),
+            *((f"{c}, {w}", {"criterion": c, "width": w}) for c in NEURONS_FREE for w in ("layer", "free")),
+            *((f"{c}, free per layer", {"criterion": c, "width": "free", "scope": "layer"}) for c in NEURONS_FREE),
         )
     },
     "merge": {

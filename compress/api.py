@@ -218,7 +218,8 @@ def _saying_what_is_left(storage: MemoryStorage) -> Iterator[None]:
 def _settle(view: MoEModel) -> None:
     """Make the model's own config say what it is now."""
     values, form = result_config(view, view.descriptions())
-    for path in view.count_paths:
+    said = view.narrowed({i: view.block(i).experts.intermediate_size for i in view.moe_layers})
+    for path in [*view.count_paths, *(said if isinstance(said, list) else ())]:
         config: Any = view.module.config
         for key in path[:-1]:
             config = getattr(config, key)

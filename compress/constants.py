@@ -2,7 +2,8 @@
 
 QUANT_METHOD = "moe_compress"
 # The newest that this package reads. Written is the oldest that knows all that is there: 1 for experts alone, 2 where
-# matrices beside them are packed, 3 where rules stand between routers and experts.
+# matrices beside them are packed, 3 where rules stand between routers and experts, or experts have other widths than
+# config.json says.
 FORMAT_VERSION = 3
 
 # What servers read, and what its own field `quant_method` calls it.

@@ -369,9 +369,12 @@ class _Applying:
     def _round(self, layer: Layer, block: MoEBlock) -> None:
         """Give live weights the values that will be stored: what follows must see those."""
         tensors, description = block.state()
+        stored = self.model.stored_dtypes(layer.index)
         if description["kind"] == "fused":
-            stored = self.model.stored_dtypes(layer.index)
             block.assign({n: t.to(stored.get(n, t.dtype)).to(t.dtype) for n, t in tensors.items()})
+        if description["kind"] == "ragged":  # holds its dense weights as they are stored
+            came = next(d for n, d in stored.items() if n.startswith(block.path) and "down_proj" in n)
+            block.assign({n: tensors[n].to(came) for n in block.weight_names() if not n.endswith("_bias")})
 
     def _commit(self, layer: Layer, report: dict[str, Any]) -> None:
         stored = self.model.stored_dtypes(layer.index)
@@ -401,6 +404,7 @@ class _Applying:
         report["kind"] = description["kind"]
         if block.rules:
             report["rules"] = [rule.kind for rule in block.rules]
+        report["neurons"] = block.experts.intermediate_size
         stored_bytes = sum(tensors[n].numel() * tensors[n].element_size() for n in block.weight_names())
         beside = self.step.target.beside_layer(description["layout"]) if "layout" in description else 0
         report["expert_bytes"] = stored_bytes + beside
@@ -408,10 +412,12 @@ class _Applying:
 
 
 def _measured(shape: ModelShape, index: int, report: dict[str, Any]) -> Any:
+    layer = shape.layers[index].with_width(report.get("neurons", shape.layers[index].intermediate))
     return replace(
-        shape.layers[index],
+        layer,
         num_experts=report["num_experts"],
         kind=report["kind"],
         bytes=report["expert_bytes"],
+        neurons=report.get("all_neurons", 0),
         rules=tuple(report.get("rules", ())),
     )

@@ -59,7 +59,10 @@ def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: st
         raise RecipeError(
             f"target {target.name!r} runs no rules that skip experts, which layers {ruled} have: set `target: native`"
         )
-    uniform = len({layer.num_experts for layer in shape.layers.values()}) == 1
+    said = model.narrowed({i: None if layer.neurons else layer.intermediate for i, layer in shape.layers.items()})
+    if isinstance(said, str) and target.quantized_format != "native":
+        raise RecipeError(f"target {target.name!r} reads the experts' width from config.json: {said}; take 'native'")
+    uniform = len({layer.num_experts for layer in shape.layers.values()}) == 1 and isinstance(said, list)
     form = target.dense_format if uniform and not packed and not ruled else target.quantized_format
     if form is None:
         raise RecipeError(

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_compress.model.dispatch import grouped_linear
+from moe_compress.model.dispatch import Dispatch, grouped_linear
 from moe_compress.quant import gguf_blocks
 from moe_compress.quant.grid import Quantized, dequantize
 from moe_compress.quant.packing import unpack
 from moe_compress.quant.trits import TERNARY
 
 if TYPE_CHECKING:
-    from moe_compress.quant.packed import Encoding, Stack
+    from moe_compress.quant.packed import Encoding, PackedProjection, Stack
 
 # Weights unpacked at a time, by thread: every operation costs microseconds to start, and what it leaves should stay in
 # the cache (5 bytes a weight).
@@ -187,6 +187,26 @@ def _ordered(stack: Stack, order: Order, index: Tensor | slice, rows: slice, scr
         _by_group(values_NOPQ, zero_NOG.float() - 128, torch.Tensor.sub_)
     _by_group(values_NOPQ, scale_NOG, torch.Tensor.mul_)
     return values_NOPQ.view(*shape_NOPQ[:2], features)
+
+
+def by_chunks(projection: PackedProjection, input_RK: Tensor, dispatch: Dispatch, backward: bool = False) -> Tensor:
+    """Each expert's rows times its own of a projection's matrices → [R, O]; of the experts with rows, some at a time.
+
+    `backward`: rows [R, O] times the matrices transposed → [R, K].
+    """
+    counts = dispatch.counts_E.tolist()
+    visited = [expert for expert, count in enumerate(counts) if count]
+    sides = (projection.out_features, projection.in_features)
+    output = input_RK.new_empty(len(input_RK), sides[backward])
+    size, start = max(1, weights_at_once() // (sides[0] * sides[1])), 0
+    for first in range(0, len(visited), size):
+        experts = visited[first : first + size]
+        own = [counts[e] for e in experts]
+        rows = slice(start, start + sum(own))
+        weight_NOK = projection.matrices(experts, input_RK.dtype)
+        output[rows] = product(input_RK[rows], weight_NOK.transpose(-2, -1) if backward else weight_NOK, own)
+        start = rows.stop
+    return output
 
 
 def product(input_RK: Tensor, weight_NOK: Tensor, counts: list[int]) -> Tensor:

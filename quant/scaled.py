@@ -25,7 +25,7 @@ from moe_compress.model.dispatch import Dispatch
 
 from .float8 import decode_float8, quantized_inputs, spread_scales
 from .packed import PackedExperts, PackedProjection, fused_module, keeping_dtype
-from .run_packed import product, weights_at_once
+from .run_packed import by_chunks
 
 
 class ScaledProjection(PackedProjection):
@@ -60,18 +60,7 @@ class ScaledProjection(PackedProjection):
 
     def products(self, input_RK: Tensor, dispatch: Dispatch, backward: bool = False) -> Tensor:
         """Rows times matrices (`backward`: transposed); of the experts with rows, some at a time."""
-        counts = dispatch.counts_E.tolist()
-        visited = [expert for expert, count in enumerate(counts) if count]
-        output = input_RK.new_empty(len(input_RK), self.in_features if backward else self.out_features)
-        size, start = max(1, weights_at_once() // (self.out_features * self.in_features)), 0
-        for first in range(0, len(visited), size):
-            experts = visited[first : first + size]
-            own = [counts[e] for e in experts]
-            rows = slice(start, start + sum(own))
-            weight_NOK = self.matrices(experts, input_RK.dtype)
-            output[rows] = product(input_RK[rows], weight_NOK.transpose(-2, -1) if backward else weight_NOK, own)
-            start = rows.stop
-        return output
+        return by_chunks(self, input_RK, dispatch, backward)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, keeping_dtype(fn), recurse)

@@ -163,14 +163,21 @@ def result_config(
     uniform = len(counts) == 1
     if uniform:
         config = with_count(config, model.count_paths, next(iter(counts)))
+    widths = {i: _width(d, model.config_widths[i]) for i, d in descriptions.items()}
+    said = model.narrowed(widths)
+    if isinstance(said, list) and said:
+        config = with_count(config, said, next(w for w in widths.values() if w is not None))
+        descriptions = {i: {k: v for k, v in d.items() if k != "neurons"} for i, d in descriptions.items()}
     dense = all(d["kind"] == "fused" for d in descriptions.values())
     ruled = [i for i, d in descriptions.items() if d.get("routing")]
     if ruled and target is not None and target.quantized_format != "native":
         config, ruled = with_top_k(model, config, _same_top_k(descriptions)), []
-    if dense and uniform and not matrices and not ruled:
+    if dense and uniform and not matrices and not ruled and isinstance(said, list):
         return config, "hf"
     if ruled and quantized != "native":
         raise RunError(f"layers {ruled} have rules that skip experts, which can't be written as {quantized}")
+    if quantized != "native" and isinstance(said, str):
+        raise RunError(f"config.json can't say how wide the experts are, which {quantized} needs: {said}")
     if quantized in SERVED:
         return config, quantized  # different numbers of experts break a rule of it
     if quantized == GGUF:
@@ -187,7 +194,8 @@ def result_config(
         blocks[str(index)] = {**descriptions[index], "axes": kinds.index(axes)}
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        "format_version": 3 if ruled else 2 if matrices else 1,
+        # The oldest that knows what is in it: nothing but packed experts is what a reader of the first version knows.
+        "format_version": 3 if ruled or isinstance(said, str) else 2 if matrices else 1,
         "stack": model.stack,
         "axes": kinds,
         "blocks": blocks,
@@ -204,6 +212,14 @@ def _same_top_k(descriptions: Mapping[int, dict[str, Any]]) -> int:
     if len(counts) != 1 or not all(len(own) == 1 and own[0]["kind"] == "top_k" for own in rules):
         raise RunError("rules that skip experts can be written for other runtimes only where all layers have one top-k")
     return int(counts.pop())
+
+
+def _width(description: Mapping[str, Any], in_config: int) -> int | None:
+    """Neurons of each expert of a block; None where they differ."""
+    if description["kind"] == "fused":
+        return int(description.get("neurons", in_config))
+    projections = description["layout"]["projections"]
+    return int(projections["down"]["in_features"]) if isinstance(projections, dict) else None
 
 
 def _block(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.errors import UnsupportedModelError
 
 from . import hf
+from .experts import FusedExperts
 
 ConfigPath = tuple[str, ...]
 
@@ -99,6 +101,43 @@ def with_count(values: dict[str, Any], paths: list[ConfigPath], count: int) -> d
         old = parent[path[-1]]
         parent[path[-1]] = [count] * len(old) if isinstance(old, list) else count
     return changed
+
+
+def width_keys(
+    config: PreTrainedConfig, values: dict[str, Any], cls: type[PreTrainedModel], stack: str
+) -> list[ConfigPath]:
+    """Paths of the numbers in `values` that set the number of neurons of the experts in `stack`, and nothing else.
+
+    Raises UnsupportedModelError when no key does, naming what else the one that does sets (shared experts, dense layers).
+    """
+
+    def built(changed: dict[str, Any]) -> nn.Module:
+        return hf.meta_skeleton(type(config).from_dict(copy.deepcopy(changed)), cls)
+
+    one = built(values)
+    paths = expert_counts(one, stack)
+    widths = {path: FusedExperts(one.get_submodule(path)).intermediate_size for path in paths}
+    shapes = {name: tensor.shape for name, tensor in one.state_dict().items()}
+    beside: dict[str, str] = {}
+    for key, value in _numbers(values):
+        if value not in widths.values():
+            continue
+        try:
+            two = built(with_count(values, [key], 2 * value))
+            wide = {path: FusedExperts(two.get_submodule(path)).intermediate_size for path in paths}
+        except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, StrictDataclassError):
+            continue  # the config's own validation refuses the key alone
+        if wide != {path: 2 * width for path, width in widths.items()}:
+            continue
+        changed = [n for n, t in two.state_dict().items() if t.shape != shapes.get(n)]
+        other = next((n for n in changed if not n.startswith(tuple(f"{p}." for p in paths))), None)
+        if other is None:
+            return [key]
+        beside[".".join(key)] = other
+    told = "; ".join(f"{key!r} also sets the size of {other}" for key, other in beside.items())
+    raise UnsupportedModelError(
+        f"no number in the config of {cls.__name__} sets the width of its experts alone ({told or 'no key follows it'})"
+    )
 
 
 def expert_axes(

@@ -62,7 +62,10 @@ def read_routing(output: Any, tokens: int) -> Routing | None:
 EXPERTS_KINDS: dict[str, str] = {
     "packed": "moe_compress.quant.packed:build_packed",
     "scaled": "moe_compress.quant.scaled:build_scaled",
+    "ragged": "moe_compress.prune.ragged:build_ragged",
 }
+# Attribute of a fused experts module whose number of neurons isn't the one that its config says.
+_NARROWED = "moe_compress_neurons"
 
 
 def rule_prefix(path: str) -> str:
@@ -248,6 +251,25 @@ class MoEBlock:
                 self.module, f"{self.router_path}.tid2eid", families.remap_hash_table(table, kept, before, slots_E)
             )
 
+    def narrow(self, kept_EI: Tensor) -> None:
+        """Keep these neurons of each expert, [E, I'] numbers, ascending; the experts must be fused."""
+        experts = FusedExperts(self.experts_module)
+        weights = experts.weights()
+        kept = kept_EI.to(weights.down.device)
+        wide = kept.unsqueeze(2).expand(-1, -1, experts.hidden_size)
+
+        def chosen(name: str, value: Tensor) -> Tensor:
+            if name == "down_bias":
+                return value
+            if name == "down":
+                return value.gather(2, wide.transpose(1, 2))
+            return value.gather(1, wide if value.dim() == 3 else kept)
+
+        narrowed = {name: chosen(name, value) for name, value in weights.items()}
+        self._resize(kept.shape[1], weights.down.device)
+        for name, value in experts.weights().items():
+            value.copy_(narrowed[name])
+
     def replace_experts(self, module: nn.Module) -> None:
         """Put another experts module in place (same forward signature); rules stay in front of it."""
         routes = routes_of(self.experts_module)
@@ -282,6 +304,8 @@ class MoEBlock:
         description: dict[str, Any] = {"kind": self.kind, "num_experts": self.num_experts, "experts": self.path}
         if self.kind != "fused":
             description["layout"] = self.experts_module.describe()  # type: ignore[operator]
+        elif hasattr(self.experts_module, _NARROWED):
+            description["neurons"] = self.experts.intermediate_size
         if self.rules:
             description[CHILD] = [rule.describe() for rule in self.rules]
         whole = self.module.state_dict()
@@ -297,6 +321,8 @@ class MoEBlock:
                 shape[dim] = count + extra
                 set_tensor(self.module, name, torch.empty(shape, dtype=tensor.dtype, device="meta"))
             self._set_count(count)
+        if "neurons" in description and description["neurons"] != self.experts.intermediate_size:
+            self._resize(int(description["neurons"]), "meta")
         if description["kind"] != "fused":
             self.replace_experts(build_experts(self, description["kind"], description["layout"]))
         if rules := description.get(CHILD):
@@ -345,6 +371,10 @@ class MoEBlock:
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
         return getattr(self.module.get_submodule(path), leaf)  # type: ignore[no-any-return]
+
+    def _resize(self, neurons: int, device: str | torch.device) -> None:
+        FusedExperts(self.experts_module).resize(neurons, device)
+        setattr(self.experts_module, _NARROWED, neurons)
 
     def _set_count(self, count: int) -> None:
         for attribute in self.axes.attributes:

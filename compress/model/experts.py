@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import Dispatch, grouped_linear
+from .tensors import set_tensor
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Experts(Protocol):
     def hidden_size(self) -> int:
         """Size H of their input and output."""
 
+    @property
+    def intermediate_size(self) -> int:
+        """Number of neurons I of each expert, of the widest where they differ."""
+
     def weights(self) -> ExpertWeights:
         """All experts."""
 
@@ -121,6 +126,17 @@ class FusedExperts:
         gate, up = self._halves(turn(self.module.gate_up_proj.data), dim=-2)
         gate_bias, up_bias = self._halves(self.module.gate_up_proj_bias.data, dim=-1) if self.has_bias else (None, None)
         return ExpertWeights(up, down, gate, gate_bias, up_bias, down_bias)
+
+    def resize(self, neurons: int, device: str | torch.device = "meta") -> None:
+        """Give the module's parameters another number of neurons; what they hold is undefined."""
+        rows, columns = (2, 1) if self.transposed else (1, 2)
+        halves = {"gate_up_proj": (rows, 2), "gate_up_proj_bias": (1, 2), "up_proj": (rows, 1), "up_proj_bias": (1, 1)}
+        for name, (dim, each) in {**halves, "down_proj": (columns, 1)}.items():
+            parameter = self.module._parameters.get(name)
+            if parameter is not None:
+                shape = list(parameter.shape)
+                shape[dim] = each * neurons
+                set_tensor(self.module, name, torch.empty(shape, dtype=parameter.dtype, device=device))
 
     def expert(self, index: int) -> ExpertWeights:
         """One expert: gate [I, H], up [I, H], down [H, I]."""

@@ -26,7 +26,7 @@ from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ, QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
 
 from . import beside, families, hf, offload
-from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index
+from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index, width_keys
 from .beside import OUTER, Matrix
 from .block import MoEBlock, check_version
 from .disk import DiskWeights, Overlay
@@ -71,6 +71,7 @@ class MoEModel:
         device: where inputs go.
         stack: module path of the decoder layers that are compressed.
         count_paths: keys of the config that hold the number of experts.
+        config_widths: layer → neurons of each expert, as the config says.
         untouched: experts modules elsewhere (other towers), which stay as they are.
     """
 
@@ -88,6 +89,7 @@ class MoEModel:
         self._axes = expert_axes(module, structure, self.count_paths, self.stack)
         self._paths = _one_per_layer(self._axes, self.stack)
         self.original_experts = self.block(self.moe_layers[0]).num_experts
+        self.config_widths = {i: self.block(i).experts.intermediate_size for i in self.moe_layers}
         self._remember()
 
     # --- building ----------------------------------------------------------------------------------------------
@@ -179,6 +181,26 @@ class MoEModel:
         if self.weights is None:
             raise ValueError("this model is in memory, not read from a folder")
         return self.weights.source
+
+    @functools.cached_property
+    def width_paths(self) -> list[ConfigPath]:
+        """Keys of the config that set the experts' width. Raises UnsupportedModelError where none sets that alone."""
+        values = decoded({k: v for k, v in self.config_values.items() if k != "quantization_config"})
+        return width_keys(self.module.config, values, type(self.module), self.stack)
+
+    def narrowed(self, widths: Mapping[int, int | None]) -> str | list[ConfigPath]:
+        """How a config says that layers' experts have these widths: the keys to change, none where it says so already,
+        or why it can't. None stands for experts of unequal width."""
+        if all(widths[i] == width for i, width in self.config_widths.items()):
+            return []
+        if None in widths.values():
+            return "experts of a layer differ in width"
+        if len(set(widths.values())) > 1:
+            return "layers differ in the width of their experts"
+        try:
+            return self.width_paths
+        except UnsupportedModelError as error:
+            return str(error)
 
     @property
     def overlay(self) -> Overlay | None:

@@ -21,13 +21,14 @@ class LayerShape:
         num_experts: experts.
         top_k: experts per token.
         groups: (routing groups, groups a token may use) or None.
-        hidden, intermediate: sizes H and I of the experts' projections.
+        hidden, intermediate: sizes H and I of the experts' projections; I of the widest where they differ.
         matrices: projections per expert (3 with a gate, 2 without).
         biases: bias entries per expert.
         weight_bytes: bytes of one stored weight before quantization.
         bytes: what all experts of the layer take on disk.
         kind: "fused" (dense weights) or what holds them now.
         rules: kinds of the rules between router and experts.
+        neurons: of all experts together, where they differ in width; 0: E · I.
     """
 
     num_experts: int
@@ -41,6 +42,7 @@ class LayerShape:
     bytes: int
     kind: str = "fused"
     rules: tuple[str, ...] = ()
+    neurons: int = 0
 
     @property
     def routing_groups(self) -> int:
@@ -55,6 +57,8 @@ class LayerShape:
     @property
     def weights(self) -> int:
         """Weights in all experts' projections."""
+        if self.neurons:
+            return self.neurons * self.matrices * self.hidden
         return self.num_experts * self.weights_per_expert
 
     @property
@@ -65,6 +69,11 @@ class LayerShape:
     def with_experts(self, count: int) -> LayerShape:
         """The same with another number of dense experts."""
         return replace(self, num_experts=count, bytes=count * self.dense_bytes_per_expert)
+
+    def with_width(self, intermediate: int) -> LayerShape:
+        """The same with another number of neurons in every (dense) expert."""
+        biases = self.biases and self.biases - (self.matrices - 1) * (self.intermediate - intermediate)
+        return replace(self, intermediate=intermediate, biases=biases).with_experts(self.num_experts)
 
 
 @dataclass(frozen=True)
@@ -133,13 +142,14 @@ def model_shape(model: MoEModel) -> ModelShape:
             top_k=block.top_k,
             groups=block.groups,
             hidden=experts.hidden_size,
-            intermediate=int(one.up.shape[0]),
+            intermediate=experts.intermediate_size,
             matrices=len(one.matrices()),
             biases=sum(v.numel() for n, v in one.items() if n.endswith("_bias")),
             weight_bytes=next(dtypes[n] for n in names if "down_proj" in n).itemsize,
             bytes=sum(tensors[n].numel() * dtypes[n].itemsize for n in names),
             kind=block.kind,
             rules=tuple(rule.kind for rule in block.rules),
+            neurons=sum(getattr(experts, "widths", ())),
         )
     others: dict[str, tuple[int, ...]] = {}
     if model.weights is not None:
