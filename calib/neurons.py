@@ -1,8 +1,8 @@
 """What the single neurons of a layer's experts do: sizes, projections, gradients, and what solving again would leave.
 
 A neuron (e, j) of an expert is row j of its gate and up projections and column w_j of its down projection; what it adds
-to the output f_e is a_j·w_j, whatever the others do. Like calib/statistics.py: accumulators over taps. Each token counts
-as much as it weighs. Results are [E, I].
+to the output f_e is a_j·w_j, whatever the others do. Like calib/statistics.py: accumulators over taps. Each token
+counts as much as it weighs. Results are [E, I].
 
 Letters: E experts, I neurons of each, H hidden, T tokens, R rows (token, expert).
 """
@@ -94,8 +94,8 @@ class _Sums(Accumulator):
 class NeuronProjections(Statistic):
     """How far each neuron goes in the direction of its expert's whole output (TENP, arXiv 2606.09885).
 
-    Result: `counts` [E]; `projected` [E, I] float64, Σ over routed tokens of ⟨a_j·w_j, f⟩ / ‖f‖, with sign; f is what the
-    down projection puts out, without bias or norm. Costs one product the size of the down projection.
+    Result: `counts` [E]; `projected` [E, I] float64, Σ over routed tokens of ⟨a_j·w_j, f⟩ / ‖f‖, with sign; f is what
+    the down projection puts out, without bias or norm. Costs one product the size of the down projection.
     """
 
     name: ClassVar[str] = "neuron_projections"
@@ -127,13 +127,15 @@ class _Projections(Accumulator):
 class NeuronGradients(Statistic):
     """What removing single neurons does to the next token's loss, to second order.
 
-    With δ_t the gradient at the expert's own output f_e(x_t) (so the routing weight is in it) of the loss summed over the
-    text: removing neuron j changes f_e(x_t) by −a_tj·w_j, and the loss by about −Σ_t a_tj·(δ_t·w_j) + ½ Σ_t (a_tj·δ_t·w_j)².
+    With δ_t the gradient at the expert's own output f_e(x_t) (so the routing weight is in it) of the loss summed over
+    the text: removing neuron j changes f_e(x_t) by −a_tj·w_j, and the loss by about −Σ_t a_tj·(δ_t·w_j) + ½ Σ_t
+    (a_tj·δ_t·w_j)².
 
-    Result: `counts` [E]; each [E, I] float64, sums over routed tokens: `squares` Σ a²; `projected` Σ (δ·w_j)²: n_e times
-    w_jᵀ G w_j with HEAPr's G = E[δ δᵀ] (arXiv 2509.22299), without making any G [H, H]; `joint` Σ (a·δ·w_j)², the Fisher
-    along the very change, with the correlation of a and δ; `slope` Σ a·(δ·w_j). `tokens` []: tokens of the text. Halves of
-    `joint` over `tokens` are nats per token. Costs one product the size of the down projection on the way back.
+    Result: `counts` [E]; each [E, I] float64, sums over routed tokens: `squares` Σ a²; `projected` Σ (δ·w_j)²: n_e
+    times w_jᵀ G w_j with HEAPr's G = E[δ δᵀ] (arXiv 2509.22299), without making any G [H, H]; `joint` Σ (a·δ·w_j)², the
+    Fisher along the very change, with the correlation of a and δ; `slope` Σ a·(δ·w_j). `tokens` []: tokens of the text.
+    Halves of `joint` over `tokens` are nats per token. Costs one product the size of the down projection on the way
+    back.
 
     Raises UnsupportedModelError where a norm follows the experts: a neuron's part is then no sum.
     """
@@ -182,9 +184,10 @@ class NeuronRemoval(Statistic):
 
     Without neuron j the best the others can do is W_jᵀW_j / (H⁻¹)_jj worse (optimal brain surgeon, a whole column at a
     time), H = Σ g² a aᵀ + λ over routed tokens, with the ridge of merge/refit.py: λ = ridge · (I / rows) · mean of H's
-    diagonal. Result, each [E, I] float64: `alone`, every neuron on its own; `in_turn`, the cheapest neuron of what is left
-    removed again and again, with W and H⁻¹ after each removal as it leaves them: what its removal cost, not less than the
-    one before. In that order sets of any size are chosen by what they lose together. 0 for an expert that saw no token.
+    diagonal. Result, each [E, I] float64: `alone`, every neuron on its own; `in_turn`, the cheapest neuron of what is
+    left removed again and again, with W and H⁻¹ after each removal as it leaves them: what its removal cost, not less
+    than the one before. In that order sets of any size are chosen by what they lose together. 0 for an expert that saw
+    no token.
 
     Memory: E·I²·4 bytes. `in_turn` costs 4·E·I³ multiplications.
     """

@@ -1,7 +1,7 @@
 """How much a neuron of an expert matters: functions of statistics, registered by name, each with its source.
 
-Every criterion returns one score per neuron, [E, I] float64: the lowest go first. Adding one: a function here, or in any
-file, under `@neuron_criterion`. Shared experts are left as they are, whatever a paper does with them.
+Every criterion returns one score per neuron, [E, I] float64: the lowest go first. Adding one: a function here, or in
+any file, under `@neuron_criterion`. Shared experts are left as they are, whatever a paper does with them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class NeuronCriterion:
         score: results by statistic name, a generator for what draws → [E, I].
         comparable: whether scores of different layers compare as they stand; otherwise a choice across layers compares
             shares of each layer's sum.
-        signed: whether scores may be negative; shares of a sum then say nothing, so no choice across layers can be made.
+        signed: whether scores may be negative; shares of a sum then say nothing, so no choice across layers can be
+        made.
     """
 
     name: str

@@ -79,8 +79,8 @@ class NeuronOptions(PassOptions):
         across = self.width == "layer" or (self.width == "free" and self.scope == "global")
         if across and find_neuron_criterion(self.criterion).signed:
             raise ValueError(
-                f"scores of the criterion {self.criterion!r} may be negative, and a choice across layers compares shares "
-                "of their sum; take width: uniform, or free with scope: layer, or another criterion"
+                f"scores of the criterion {self.criterion!r} may be negative, and a choice across layers compares "
+                "shares of their sum; take width: uniform, or free with scope: layer, or another criterion"
             )
         return self
 

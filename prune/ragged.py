@@ -1,9 +1,9 @@
 """Experts of unequal width: the module that runs them, and that the `native` format stores as it is.
 
 The neurons of all experts of a layer lie one after the other, expert by expert, without padding: row n of each of the
-matrices [N, H] is one neuron (the down projection's column, too, is a row here). While running, the experts that got tokens are
-spread to the widest of them, a few at a time, so that the products stay batched; what lies beyond an expert's own width
-is masked, whatever the activation makes of it. docs/format.md specifies the tensors.
+matrices [N, H] is one neuron (the down projection's column, too, is a row here). While running, the experts that got
+tokens are spread to the widest of the layer, a few at a time, so that the products stay batched; what lies beyond an
+expert's own width is masked, whatever the activation makes of it. docs/format.md specifies the tensors.
 
 Letters: E experts, N neurons of all experts, I neurons of the widest, H hidden, R rows by expert.
 """

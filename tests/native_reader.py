@@ -78,7 +78,8 @@ class Native:
         self.config = json.loads((folder / "config.json").read_text())
         self.quantization = self.config["quantization_config"]
         assert self.quantization["quant_method"] == "moe_compress"
-        assert self.quantization["format_version"] == (2 if "matrices" in self.quantization else 1)
+        wide = any("neurons" in b or b["kind"] == "ragged" for b in self.quantization["blocks"].values())
+        assert self.quantization["format_version"] == (3 if wide else 2 if "matrices" in self.quantization else 1)
         self.tensors = read_tensors(folder)
         self.used: set[str] = set()
         self.columns: dict[str, int] = {}
@@ -111,6 +112,25 @@ class Native:
             assert stored[0] == STORED[dtype]
             result[name] = as_float(*stored)
         return result
+
+    def ragged(self, layer: str) -> list[dict[str, np.ndarray]]:
+        """Per expert of a ragged block: projection → float32 [O, K], bias → [O]."""
+        layout, prefix = self.quantization["blocks"][layer]["layout"], self.prefix(layer)
+        ends = np.cumsum(layout["widths"])
+        experts: list[dict[str, np.ndarray]] = [{} for _ in ends]
+        for name in layout["projections"]:
+            stored = self._take(f"{prefix}{name}_proj.rows")
+            assert stored[0] == STORED[layout["dtype"]]
+            assert stored[1] == [ends[-1], layout["hidden_size"]]
+            for expert, own in enumerate(np.split(as_float(*stored), ends[:-1])):
+                experts[expert][name] = own.T if name == "down" else own
+        for name, dtype in layout["biases"].items():
+            stored = self._take(prefix + name)
+            assert stored[0] == STORED[dtype]
+            values = as_float(*stored)
+            for expert, own in enumerate(values if name == "down_bias" else np.split(values, ends[:-1])):
+                experts[expert][name] = own
+        return experts
 
     def matrix(self, path: str) -> np.ndarray:
         """A matrix beside the experts, float32 [O, K]."""

@@ -108,7 +108,8 @@ def width_keys(
 ) -> list[ConfigPath]:
     """Paths of the numbers in `values` that set the number of neurons of the experts in `stack`, and nothing else.
 
-    Raises UnsupportedModelError when no key does, naming what else the one that does sets (shared experts, dense layers).
+    Raises UnsupportedModelError when no key does, naming what else the one that does sets (shared experts, dense
+    layers).
     """
 
     def built(changed: dict[str, Any]) -> nn.Module:

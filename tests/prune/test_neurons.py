@@ -4,10 +4,12 @@ import copy
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import recipe
 from families import input_batch, tiny_model
+from native_reader import Native
 from pydantic import ValidationError
 from reference import activations_ETI, build, experts_calls, joined
 
@@ -88,7 +90,8 @@ def test_layers_get_widths_of_their_own():
     plan = prune(keep=0.5, criterion="output", width="layer", multiple=1, minimum=0.25).plan(profile_of(SCORES))
     shares = {i: (torch.tensor(s) / torch.tensor(s).sum()).sort(descending=True).values for i, s in SCORES.items()}
     best = max(
-        ((a, 4 - a) for a in (1, 2, 3)), key=lambda w: sum(float(shares[i][:, :n].sum()) for i, n in zip((0, 2), w))
+        ((a, 4 - a) for a in (1, 2, 3)),
+        key=lambda w: sum(float(shares[i][:, :n].sum()) for i, n in zip((0, 2), w, strict=True)),
     )
     assert {i: [len(k) for k in rows] for i, rows in kept(plan).items()} == {0: [best[0]] * 2, 2: [best[1]] * 2}
 
@@ -140,7 +143,7 @@ def test_families_whose_config_cannot_say_it_are_refused(tmp_path):
     model = tiny_model("deepseek_v3")
     ids = input_batch(model, 2, 12)["input_ids"]
     step = [{"prune.neurons": {"keep": 0.5, "criterion": "magnitude", "refit": False}}]
-    with pytest.raises(RecipeError, match="'moe_intermediate_size' also sets the size of .*shared_experts"):
+    with pytest.raises(RecipeError, match=r"'moe_intermediate_size' also sets the size of .*shared_experts"):
         moe_compress.compress(copy.deepcopy(model), passes=step, calibration=ids, target="transformers")
     result = moe_compress.compress(model, passes=step, calibration=ids)
     result.save(tmp_path / "out")
@@ -285,6 +288,27 @@ def test_the_same_plan_from_disk_and_in_memory(small):
             collect(sweep, step.statistics(), store, Progress(), NextToken(batches))
         plans.append(step.plan(Profile(model_shape(view), store, len(view.layers))))
     assert [d["kept"] for d in plans[0].layers.values()] == [d["kept"] for d in plans[1].layers.values()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ragged_files_are_what_the_document_says(name, tmp_path):
+    model = tiny_model(name).to(torch.bfloat16)
+    ids = input_batch(model, 2, 12)["input_ids"]
+    step = {"keep": 0.5, "criterion": "output", "width": "free"}
+    result = moe_compress.compress(model, passes=[{"prune.neurons": step}], calibration=ids)
+    result.save(tmp_path / "out")
+    file = Native(tmp_path / "out")
+    for layer, block in file.quantization["blocks"].items():
+        module = model.get_submodule(file.prefix(layer).removesuffix("."))
+        assert block["kind"] == "ragged"
+        for expert, own in enumerate(file.ragged(layer)):
+            held = module.expert(expert)
+            assert own.keys() == {n for n, _ in held.items()}
+            for n, value in held.items():
+                assert np.array_equal(own[n], value.float().numpy())
+    prefixes = tuple(file.prefix(i) for i in file.quantization["blocks"])
+    left = {n for n in file.tensors if n.startswith(prefixes)} - file.used
+    assert not left
 
 
 def test_quantizing_follows_narrow_experts_but_not_ragged_ones(small, text, tmp_path):
