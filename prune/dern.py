@@ -252,4 +252,5 @@ def clusters(
         centre = torch.where(filled.unsqueeze(1), normalize(total, dim=1, eps=1e-30), centre.flatten(0, 1))
         centre = centre.view(groups, centres, -1)
         length = torch.where(filled, sizes / mass.clamp_min(1e-300), length)
-    return centre * length.view(groups, centres, 1)
+    found: Tensor = centre * length.view(groups, centres, 1)
+    return found

@@ -57,7 +57,8 @@ class RaggedProjection(PackedProjection):
         neurons_CIH = self(torch.tensor(list(experts))).to(dtype)
         inside = within([self.widths[e] for e in experts], neurons_CIH.shape[1]).to(neurons_CIH.device)
         neurons_CIH = neurons_CIH * inside.unsqueeze(2)
-        return neurons_CIH.transpose(1, 2) if self.down else neurons_CIH
+        matrices: Tensor = neurons_CIH.transpose(1, 2) if self.down else neurons_CIH
+        return matrices
 
     def products(self, input_RK: Tensor, dispatch: Dispatch, backward: bool = False) -> Tensor:
         """Rows times matrices (`backward`: transposed); of the experts with rows, some at a time."""

@@ -112,8 +112,9 @@ def width_keys(
     layers).
     """
 
-    def built(changed: dict[str, Any]) -> nn.Module:
-        return hf.meta_skeleton(type(config).from_dict(copy.deepcopy(changed)), cls)
+    def built(changed: dict[str, Any]) -> PreTrainedModel:
+        model: PreTrainedModel = hf.meta_skeleton(type(config).from_dict(copy.deepcopy(changed)), cls)
+        return model
 
     one = built(values)
     paths = expert_counts(one, stack)

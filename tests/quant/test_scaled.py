@@ -23,7 +23,7 @@ from moe_compress.export.verify import verify
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.shape import model_shape
 from moe_compress.pipeline import plan_run
-from moe_compress.quant import scaled as scaled_module
+from moe_compress.quant import run_packed
 from moe_compress.quant.scheme import QuantizeScheme, SchemeOptions
 from moe_compress.recipe import make_recipe
 
@@ -142,7 +142,7 @@ def test_a_token_alone_or_among_others_is_the_same(monkeypatch):
     for token in range(12):
         alone = module(hidden[token : token + 1], index[token : token + 1], weight[token : token + 1])
         torch.testing.assert_close(alone[0], output[token])
-    monkeypatch.setattr(scaled_module, "weights_at_once", lambda: 1)
+    monkeypatch.setattr(run_packed, "weights_at_once", lambda: 1)
     torch.testing.assert_close(module(hidden, index, weight), output)
     assert module(hidden[:0], index[:0], weight[:0]).shape == (0, 32)
 
