@@ -121,7 +121,7 @@ def width_keys(
     widths = {path: FusedExperts(one.get_submodule(path)).intermediate_size for path in paths}
     shapes = {name: tensor.shape for name, tensor in one.state_dict().items()}
     beside: dict[str, str] = {}
-    for key, value in _numbers(values):
+    for key, value in numbers(values):
         if value not in widths.values():
             continue
         try:
