@@ -418,6 +418,7 @@ def _measured(shape: ModelShape, index: int, report: dict[str, Any]) -> Any:
         num_experts=report["num_experts"],
         kind=report["kind"],
         bytes=report["expert_bytes"],
+        neurons=report.get("all_neurons", 0),
         rules=tuple(report.get("rules", ())),
         neurons=report.get("all_neurons", 0),
     )

@@ -35,7 +35,7 @@ class NeuronOptions(PassOptions):
 
     keep: float | None = Field(default=None, gt=0, le=1, description="Share of the neurons that stays, e.g. 0.75")
     neurons: int | None = Field(default=None, ge=1, description="Instead of `keep`: neurons of an expert, on average")
-    criterion: str = Field(default="fisher", description="How neurons are scored; the lowest go first")
+    criterion: str = Field(default="output", description="How neurons are scored; the lowest go first")
     width: Literal["uniform", "layer", "free"] = Field(
         default="uniform",
         description="uniform: all experts of the model alike, what servers load; layer: all experts of a layer alike; "
