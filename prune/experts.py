@@ -181,6 +181,7 @@ class PruneExperts(Pass):
                 "scores": found.double(),
                 "protected": as_mask(protected.get(index, []), len(found)),
                 "unseen": (profile.of(index, Routing())["counts"] == 0).sum(),
+                "weighed": torch.tensor(text.modality_weights is not None),
             }
             for index, found in scores.items()
         }
@@ -196,6 +197,9 @@ class PruneExperts(Pass):
             keep = {i: self.learned[i]["keep"].nonzero().flatten().tolist() for i in scores}
             unseen = {i: int(self.learned[i]["unseen"]) for i in scores}
             extra, notes = self._verdict(next(iter(self.learned.values())))
+            unweighed = sorted({s.name for s in self._measures() if not s.weighs_tokens})
+            if unweighed and any(bool(found["weighed"]) for found in self.learned.values()):
+                notes.append(f"modality_weights don't reach {', '.join(unweighed)}")
         else:
             scores, protected = self._scores(profile)
             keep = self._choose(profile, scores, protected, {})
