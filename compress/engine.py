@@ -181,7 +181,6 @@ def _learned(
     monitor: Monitor,
 ) -> dict[int, Result]:
     """What a pass learns, kept beside the statistics of the model that it learns on."""
-    calibrated = calibrated.of(step.domains())
     if calibrated.text is None:
         raise InputError(f"{step.name} learns on calibration text, and that is missing")
     store = storage.statistics(state, calibrated.digest)
