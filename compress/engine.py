@@ -420,5 +420,4 @@ def _measured(shape: ModelShape, index: int, report: dict[str, Any]) -> Any:
         bytes=report["expert_bytes"],
         neurons=report.get("all_neurons", 0),
         rules=tuple(report.get("rules", ())),
-        neurons=report.get("all_neurons", 0),
     )

@@ -48,8 +48,8 @@ class PruneOptions(PassOptions, ExpertCounts):
     )
     check: bool | None = Field(
         default=None,
-        description="Hold sequences out and keep the uniform plan if it predicts them better than the other; default: "
-        "with scope: sensitivity",
+        description="Hold sequences out and keep the uniform plan if it predicts them better (before any refit); "
+        "default: with scope: sensitivity",
     )
     held_out: float = Field(default=0.125, gt=0, lt=1, description="check: share of the sequences that judges")
     measured_tokens: int = Field(default=2048, ge=1, description="sensitivity: measured: tokens of each run")
@@ -181,6 +181,7 @@ class PruneExperts(Pass):
                 "scores": found.double(),
                 "protected": as_mask(protected.get(index, []), len(found)),
                 "unseen": (profile.of(index, Routing())["counts"] == 0).sum(),
+                "weighed": torch.tensor(text.modality_weights is not None),
             }
             for index, found in scores.items()
         }
@@ -196,6 +197,9 @@ class PruneExperts(Pass):
             keep = {i: self.learned[i]["keep"].nonzero().flatten().tolist() for i in scores}
             unseen = {i: int(self.learned[i]["unseen"]) for i in scores}
             extra, notes = self._verdict(next(iter(self.learned.values())))
+            unweighed = sorted({s.name for s in self._measures() if not s.weighs_tokens})
+            if unweighed and any(bool(found["weighed"]) for found in self.learned.values()):
+                notes.append(f"modality_weights don't reach {', '.join(unweighed)}")
         else:
             scores, protected = self._scores(profile)
             keep = self._choose(profile, scores, protected, {})
@@ -296,8 +300,9 @@ class PruneExperts(Pass):
             costs = {i: dropping_costs(profile.of(i, RemovalLoss())["fisher"], order) for i, order in orders.items()}
             return {i: {len(found) - 1 - n: float(c) for n, c in enumerate(found)} for i, found in costs.items()}
         floors = self.options.guards.floors(shape, sum(self._counts(shape).values()), protected)
-        each = max(1, text.tokens // len(text))
-        sample = text.chosen(range(min(len(text), -(-self.options.measured_tokens // each))))
+        count = min(len(text), -(-self.options.measured_tokens * len(text) // text.tokens))
+        spread = torch.linspace(0, len(text) - 1, count).round().long().tolist()  # from all domains
+        sample = text.chosen(sorted(set(spread)))
         return measured_costs(lesson, sample, orders, floors, {i: s.routing_groups for i, s in shape.layers.items()})
 
     def _choose(

@@ -27,7 +27,6 @@ from .sparsegpt import sparsegpt
 
 # Dense weights (float32), their order and a solver's workspace, made at a time.
 CHUNK_BYTES = 512 << 20
-PROJECTIONS = ("gate", "up", "down")
 
 
 class SparseOptions(Protocol):

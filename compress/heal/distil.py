@@ -139,22 +139,19 @@ def distil(
     weights = experts.weights()
     places = [held_T.nonzero().flatten(), (~held_T).nonzero().flatten()]
     held, taught = (wanted.chosen(p) for p in places)
-    before = {name: value.clone() for name, value in weights.matrices()}
     # Once for all: what counts is float32, whatever the layer computes in.
     sizes = [max(w.size(), 1e-30) for w in (held, taught)]
     first = [w.squared_error(experts, weights) / s for w, s in zip((held, taught), sizes, strict=True)]
     per_expert = _BYTES * sum(getattr(weights, name)[0].numel() for name in projections)
+    moved_E = [0.0] * experts.num_experts
     kept = False
-    if first[0] > 0 and taught.size() > 0:
+    if first[0] > 0 and sizes[1] > 1e-30:
         for part in chunks([per_expert] * experts.num_experts, memory_limit):
-            kept |= _part(experts, part, taught, held, zeros, dtypes, options, projections)
+            found = _part(experts, part, taught, held, zeros, dtypes, options, projections)
+            if found is not None:
+                kept, moved_E[part.start : part.stop] = True, found
     last = [w.squared_error(experts, weights) / s for w, s in zip((held, taught), sizes, strict=True)]
-    moved_E, norm_E = torch.zeros(2, experts.num_experts, dtype=torch.float64, device=weights.up.device)
-    for name, value in before.items():
-        moved_E += (getattr(weights, name) - value).square().sum((-2, -1), dtype=torch.float64)
-        norm_E += value.square().sum((-2, -1), dtype=torch.float64)
-    share_E = (moved_E / norm_E.clamp_min(1e-300)).sqrt()
-    return Distilled((first[0], last[0]), (first[1], last[1]), kept, share_E.tolist())
+    return Distilled((first[0], last[0]), (first[1], last[1]), kept, moved_E)
 
 
 def _part(
@@ -166,14 +163,14 @@ def _part(
     dtypes: Mapping[str, torch.dtype],
     options: Teaching,
     projections: Sequence[str],
-) -> bool:
-    """Train some experts, all others as they are; says whether the held-out tokens gained by it."""
+) -> list[float] | None:
+    """Train some experts, all others as they are; how far each moved, or None where held-out tokens don't gain."""
     live = experts.weights().part(part)
     taught, held = (_left_to(experts, part, w) for w in (taught, held))
     reached = (taught.weight_TK != 0).any(-1)
     taught = taught.chosen(reached.nonzero().flatten())
     if not len(taught.hidden_TH):
-        return False
+        return None
     fixed = live.map(lambda value: value.float().contiguous())
     masters = {n: getattr(fixed, n).clone().requires_grad_() for n in projections}
     stays = {n: ~zeros[n][part.start : part.stop] for n in projections if n in zeros}
@@ -197,10 +194,13 @@ def _part(
         now = held.squared_error(experts, replace(fixed, **{n: v.float() for n, v in stored.items()}))
         if now < best:
             best, found = now, stored
-    if found is not None:
-        for name, value in found.items():
-            getattr(live, name).copy_(value)
-    return found is not None
+    if found is None:
+        return None
+    size_C = sum(value.double().square().sum(dim=(1, 2)) for _, value in live.matrices())
+    change_C = sum((value.double() - getattr(fixed, n)).square().sum(dim=(1, 2)) for n, value in found.items())
+    for name, value in found.items():
+        getattr(live, name).copy_(value)
+    return torch.as_tensor(change_C / size_C).sqrt().tolist()
 
 
 def _learn(

@@ -17,7 +17,7 @@ from moe_compress.calib.batches import held_out
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.errors import RunError, UnsupportedModelError
-from moe_compress.model import FusedExperts, MoEBlock
+from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 
@@ -102,7 +102,7 @@ class HealExperts(Pass):
             ones_T if counted_T is None else counted_T,
         )
         zeros = self._zeros(dict(weights.matrices()))
-        share = [float(torch.cat([(v == 0).flatten() for _, v in weights.matrices()]).double().mean())]
+        share = [_share_of_zeros(weights)]
         done = distil(
             experts,
             wanted,
@@ -112,7 +112,7 @@ class HealExperts(Pass):
             self.options,
             projections,
         )
-        share.append(float(torch.cat([(v == 0).flatten() for _, v in weights.matrices()]).double().mean()))
+        share.append(_share_of_zeros(weights))
         return {
             "error_before": done.held[0],
             "error_after": done.held[1],
@@ -132,6 +132,10 @@ class HealExperts(Pass):
         if self.options.keep_zeros is None:
             found = {n: z & (z.double().mean(dim=(1, 2), keepdim=True) >= _PATTERN) for n, z in found.items()}
         return {name: zero for name, zero in found.items() if bool(zero.any())}
+
+
+def _share_of_zeros(weights: ExpertWeights) -> float:
+    return sum(int((value == 0).sum()) for _, value in weights.matrices()) / weights.parameters
 
 
 def _stored(block: MoEBlock, projection: str, inputs: BlockInputs) -> torch.dtype:

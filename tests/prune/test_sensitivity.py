@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -227,6 +228,23 @@ def test_the_better_plan_is_used_and_both_are_told(scope, monkeypatch):
     summary = report["passes"][0]["summary"]
     assert summary["used"] == "uniform"
     assert (summary["held_out_kl_uniform"], summary[f"held_out_kl_{scope}"]) == (0.5, 0.75)
+
+
+def test_only_the_text_of_the_domains_is_measured():
+    model = planted()
+    text = text_of(model)
+    tagged = replace(text, domain=["a", "b"] * 12)
+    options = {"keep": 0.75, "scope": "sensitivity", "check": False}
+    found = []
+    for batches, domains in ((tagged, ["a"]), (text.chosen(range(0, 24, 2)), None), (text, None)):
+        report = moe_compress.compress(
+            copy.deepcopy(model),
+            passes=[{"prune.experts": {**options, "domains": domains}}],
+            calibration=batches,
+            monitor=Monitor(show=False),
+        ).report
+        found.append([e["prune.experts"]["score"] for layer in report["layers"] for e in layer["experts"]])
+    assert found[0] == found[1] != found[2]
 
 
 def test_what_cannot_be():
