@@ -2,9 +2,10 @@
 
     python benchmarks/factorise.py [quality] [time] [--tokens 2000] [--keep 0.75 0.5] [--only NAME]
 
-`quality`: mean over the six texts of the nats per token lost, for every method at the bytes of 25 % and 50 % fewer experts,
-beside pruning by REAP and merge.average with that many fewer. `time`: one layer of 16 experts of 512 × 256, two per
-token, float32: seconds, bytes and multiply-adds of gate, up and down as U_e V_e beside dense experts, by rank and tokens.
+`quality`: mean over the six texts of the nats per token lost, for every method at the bytes of 25 % and 50 % fewer
+experts, beside pruning by REAP and merge.average with that many fewer. `time`: one layer of 16 experts of 512 × 256,
+two per token, float32: milliseconds, bytes and multiply-adds of gate, up and down as U_e V_e beside dense experts, by
+rank and tokens.
 """
 
 from __future__ import annotations
@@ -29,18 +30,32 @@ from moe_compress.model import FusedExperts
 from moe_compress.model.experts import run_experts
 from moe_compress.progress import Monitor
 
-METHODS = [
-    ("prune.experts (REAP)", [{"prune.experts": {}}]),
-    ("merge.average", [{"merge.average": {}}]),
-    ("svd", [{"merge.factorise": {"method": "svd"}}]),
-    ("svd, in steps of 16", [{"merge.factorise": {"method": "svd", "step": 16}}]),
-    ("d2-moe, base by Fisher", [{"merge.factorise": {"method": "d2-moe"}}]),
-    ("d2-moe, base by frequency", [{"merge.factorise": {"method": "d2-moe", "base": "frequency"}}]),
-    ("resmoe", [{"merge.factorise": {"method": "resmoe"}}]),
-    ("latent", [{"merge.factorise": {"method": "latent"}}]),
-    ("mc-smoe, without merging", [{"merge.factorise": {"method": "mc-smoe"}}]),
-    ("mobe", [{"merge.factorise": {"method": "mobe"}}]),
-]
+FACTORISED = {
+    "svd": {"method": "svd"},
+    "d2-moe, base by Fisher": {"method": "d2-moe"},
+    "d2-moe, base by frequency": {"method": "d2-moe", "base": "frequency"},
+    "resmoe": {"method": "resmoe"},
+    "latent": {"method": "latent"},
+    "mobe": {"method": "mobe"},
+    "mc-smoe, without merging": {"method": "mc-smoe"},
+}
+
+
+def methods(keep: float) -> dict[str, list[dict[str, dict[str, float | str]]]]:
+    """Rows of the table → passes that leave that share of the experts' bytes."""
+    half = (1 + keep) / 2  # half of the bytes by merging, the rest by factorising
+    return {
+        "prune.experts (REAP)": [{"prune.experts": {"keep": keep}}],
+        "merge.average": [{"merge.average": {"keep": keep}}],
+        **{name: [{"merge.factorise": {"keep": keep, **options}}] for name, options in FACTORISED.items()},
+        "merge.average, then mc-smoe": [
+            {"merge.average": {"keep": half, "preset": "m-smoe"}},
+            {"merge.factorise": {"keep": keep / half, "method": "mc-smoe"}},
+        ],
+        "merge.average, then svd": [{"merge.average": {"keep": half}}, {"merge.factorise": {"keep": keep / half}}],
+    }
+
+
 EXPERTS, HIDDEN, NEURONS, CHOSEN = 16, 512, 256, 2
 
 
@@ -52,24 +67,24 @@ def quality(tokens: int, keeps: list[float], only: str) -> None:
     text = load_batches(Calibration(sources=[source], length=256, sequences=128, balance=True), tokenizer, ROOT)
     print(f"{'':30}{'keep':>6}{'experts, share':>16}{'nats lost':>11}{'multiply-adds':>15}{'seconds':>9}", flush=True)
     for keep in keeps:
-        for name, passes in METHODS:
+        for name, passes in methods(keep).items():
             if only not in name:
                 continue
-            ((call, options),) = passes[0].items()
             start = time.perf_counter()
             report = moe_compress.compress(
                 copy.deepcopy(original),
                 tokenizer=tokenizer,
-                passes=[{call: {"keep": keep, **options}}],
+                passes=passes,
                 calibration=text,
                 evaluate=evaluate,
                 monitor=Monitor(show=False),
             ).report
             before, after = report["before"], report["after"]
             nats = [statistics.mean(map(math.log, r["perplexity"].values())) for r in (before, after)]
-            done = report["passes"][0]["layers"].values() if "operations_per_token" in str(report["passes"]) else []
-            done = list(done) if not isinstance(done, list) else done
-            shares = [d["operations_per_token"] / d["dense_operations_per_token"] for d in done]
+            done = [layer["passes"][-1] for layer in report["layers"]]
+            shares = [
+                d["operations_per_token"] / d["dense_operations_per_token"] for d in done if "operations_per_token" in d
+            ]
             work = f"{statistics.mean(shares):.0%}" if shares else "100%"
             print(
                 f"{name:30}{keep:6.0%}{after['expert_bytes'] / before['expert_bytes']:16.3f}{nats[1] - nats[0]:+11.4f}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import recipe, small_checkpoint, texts
 from families import input_batch, tiny_model
-from native_reader import Native
+from native_reader import STORED, Native, as_float
 from reference import experts_calls, joined, measure
 from transformers import AutoModelForCausalLM
 
@@ -369,45 +369,86 @@ def source(tmp_path_factory):
 
 def dense_terms(file, prefix, entry, experts):
     """A projection's matrices from its tensors by docs/format.md, in loops: float32 [E, O, K]."""
+    rows, columns = entry["out_features"], entry["in_features"]
 
-    def read(name):
-        dtype, shape, raw = file._take(prefix + name)
-        if dtype == "I32":
-            return np.frombuffer(raw, "<i4").reshape(shape)
-        assert dtype == "BF16"
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    def stack(path, encoding, *shape):
+        bits, size = encoding["bits"], encoding.get("group_size")
+        name = "dense"
+        if bits:
+            name = f"b{bits}{'row' if size == -1 else f'g{size}'}{'' if encoding['symmetric'] else 'z'}"
+        return file._stack(f"{prefix}{path}.", encoding, name, shape)
 
-    total = np.zeros((experts, entry["out_features"], entry["in_features"]), np.float32)
+    total = np.zeros((experts, rows, columns), np.float32)
     for term in entry["terms"]:
         kind = term["kind"]
         if kind == "base":
-            matrices = read("base.matrix.weight")
+            matrices = stack("base.matrix", term["matrix"], max(term["group"]) + 1, rows, columns)
             for e, group in enumerate(term["group"]):
                 if group >= 0:
                     total[e] += matrices[group]
         elif kind == "low_rank":
             assert {int(r) for r in term["factors"]} == {*term["ranks"]} - {0}
-            for rank in {*term["ranks"]} - {0}:
-                left, right = (read(f"low_rank.r{rank}.{side}.weight") for side in ("left", "right"))
+            for key, (one, other) in term["factors"].items():
+                rank, shared = int(key), term["shared"]
                 members = [e for e in range(experts) if term["ranks"][e] == rank]
+                left = stack(f"low_rank.r{rank}.left", one, 1 if shared == "left" else len(members), rows, rank)
+                right = stack(f"low_rank.r{rank}.right", other, 1 if shared == "right" else len(members), rank, columns)
                 for slot, e in enumerate(members):
-                    total[e] += (
-                        left[0 if term["shared"] == "left" else slot] @ right[0 if term["shared"] == "right" else slot]
-                    )
+                    total[e] += left[0 if shared == "left" else slot] @ right[0 if shared == "right" else slot]
         elif kind == "basis":
-            left, bases, mixture = read("basis.left.weight"), read("basis.bases.weight"), read("basis.mixture")
-            assert bases.shape[:2] == (term["bases"], term["rank"])
+            one, other = term["factors"]
+            left = stack("basis.left", one, experts, rows, term["rank"])
+            bases = stack("basis.bases", other, term["bases"], term["rank"], columns)
+            stored = file._take(f"{prefix}basis.mixture")
+            assert stored[:2] == (STORED[term["mixture"]], [experts, term["bases"]])
+            mixture = as_float(*stored)
+            assert term["activation"] == "silu"
             for e in range(experts):
                 mixed = sum(mixture[e, b] * bases[b] for b in range(term["bases"]))
                 total[e] += left[e] @ (mixed / (1 + np.exp(-mixed)))
         else:
-            kept, index = read("sparse.kept.weight"), read("sparse.index")
-            for e, place in itertools.product(range(experts), range(term["count"])):
-                if term["axis"] == "rows":
+            count, by_row = term["count"], term["axis"] == "rows"
+            shape = (count, columns) if by_row else (rows, count)
+            kept = stack("sparse.kept", term["kept"], experts, *shape)
+            dtype, stored, raw = file._take(f"{prefix}sparse.index")
+            assert dtype == "I32"
+            index = np.frombuffer(raw, "<i4").reshape(stored)
+            assert (np.diff(index) > 0).all()
+            for e, place in itertools.product(range(experts), range(count)):
+                if by_row:
                     total[e, index[e, place]] += kept[e, place]
                 else:
                     total[e, :, index[e, place]] += kept[e, :, place]
     return total
+
+
+def check_by_the_document(folder, model, ids, kept):
+    """What the file says, put into the source's dense experts, computes what the loaded model computes."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = loaded(ids).logits
+        assert torch.equal(moe_compress.load(folder, dtype=torch.float32)(ids).logits, logits)
+    file = Native(folder)
+    assert file.quantization["format_version"] == 3
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    view = MoEModel.wrap(dense)
+    modules = dict(loaded.named_modules())
+    assert len(file.quantization["blocks"]) == len(view.moe_layers)
+    for layer, block in file.quantization["blocks"].items():
+        assert block["kind"] == "factored"
+        prefix = file.prefix(layer)
+        held = modules[prefix.removesuffix(".")].weights()
+        weights = view.block(int(layer)).experts.weights()
+        for name, entry in block["layout"]["projections"].items():
+            matrices = dense_terms(file, f"{prefix}{name}_proj.", entry, block["num_experts"])
+            used = torch.from_numpy(matrices)
+            torch.testing.assert_close(getattr(held, name), used, rtol=1e-5, atol=1e-5)
+            getattr(weights, name).copy_(used)
+        assert {n for n in file.tensors if n.startswith(prefix)} <= file.used
+    with torch.no_grad():
+        torch.testing.assert_close(dense(ids).logits, logits, rtol=1e-3, atol=1e-3)
+    in_memory = sum(t.numel() * t.element_size() for n, t in loaded.state_dict().items() if ".experts." in n)
+    assert in_memory == kept
 
 
 @pytest.mark.parametrize(("method", "options"), CASES)
@@ -426,33 +467,7 @@ def test_from_recipe_to_file_and_back(source, tmp_path, method, options):
     assert experts == report["after"]["expert_bytes"] == report["passes"][0]["summary"]["expert_bytes"]
     assert 0.6 * before < experts <= forecast.expert_bytes <= keep * before + 3
     assert verify(tmp_path / "out").distance < 1e-5
-    # Loaders.
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        logits = loaded(ids).logits
-        assert torch.equal(moe_compress.load(tmp_path / "out", dtype=torch.float32)(ids).logits, logits)
-    # By the document alone, put into the source's dense experts.
-    file = Native(tmp_path / "out")
-    assert file.quantization["format_version"] == 3
-    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    view = MoEModel.wrap(dense)
-    modules = dict(loaded.named_modules())
-    for layer, block in file.quantization["blocks"].items():
-        assert block["kind"] == "factored"
-        prefix = file.prefix(layer)
-        held = modules[prefix.removesuffix(".")]
-        weights = view.block(int(layer)).experts.weights()
-        for name, entry in block["layout"]["projections"].items():
-            matrices = dense_terms(file, f"{prefix}{name}_proj.", entry, block["num_experts"])
-            used = torch.from_numpy(matrices)
-            torch.testing.assert_close(getattr(held.weights(), name), used, rtol=1e-5, atol=1e-6)
-            getattr(weights, name).copy_(used)
-        assert {n for n in file.tensors if n.startswith(prefix)} <= file.used
-    with torch.no_grad():
-        torch.testing.assert_close(dense(ids).logits, logits, rtol=1e-3, atol=1e-3)
-    in_memory = sum(t.numel() * t.element_size() for n, t in loaded.state_dict().items() if ".experts." in n)
-    assert in_memory == experts
+    check_by_the_document(tmp_path / "out", model, torch.arange(3, 40)[None], experts)
 
 
 def test_same_recipe_same_bytes(source, tmp_path):
@@ -469,6 +484,44 @@ def test_all_bytes_give_the_model_back(source, tmp_path):
     report = moe_compress.run(recipe(source[0], tmp_path / "out", steps, source[1])).report
     assert report["after"]["bytes"] == report["before"]["bytes"]
     assert report["after"]["kl"]["held-out"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("svd", {"bits": 4, "group_size": 8}),
+        ("d2-moe", {"bits": 8, "symmetric": False}),
+        ("mobe", {"method": "hqq"}),
+        ("mc-smoe", {"bits": 3, "group_size": -1}),
+    ],
+)
+def test_factors_quantized(source, tmp_path, method, options):
+    """Read by the document alone, bytes as reported; the narrower, the fewer bytes, and 8 bits lose next to nothing."""
+    model, text = source
+    made = {"keep": 0.7, "method": method, "step": 8, "bases": 2, "fit_steps": 10}
+    if method == "d2-moe":
+        made["base"] = "mean"
+    steps = [{"merge.factorise": made}, {"quantize.factors": options}]
+    report = moe_compress.run(recipe(model, tmp_path / "out", steps, text)).report
+    with Checkpoint(tmp_path / "out") as written:
+        experts = sum(info.nbytes for n, info in written.tensors.items() if ".experts." in n)
+    assert experts == report["after"]["expert_bytes"]
+    bits = options.get("bits", 8)
+    assert experts < (bits / 16 + 0.2) * report["passes"][0]["expert_bytes"]
+    assert verify(tmp_path / "out").distance < 1e-5
+    check_by_the_document(tmp_path / "out", model, torch.arange(3, 40)[None], experts)
+    errors = [f["error"] for layer in report["layers"] for f in layer["passes"][1]["factors"].values()]
+    assert max(errors) < {8: 1e-3, 4: 0.02, 3: 0.08}[bits]
+    assert min(errors) > 0
+
+
+def test_routers_heal_after_it(source, tmp_path):
+    """The factored module hands on gradients and is one of the kinds that heal.router accepts."""
+    steps = [{"merge.factorise": {"keep": 0.5, "step": 8}}, {"heal.router": {"epochs": 1}}]
+    report = moe_compress.run(recipe(source[0], tmp_path / "out", steps, source[1])).report
+    summary = report["passes"][1]["summary"]
+    assert summary["held_out_kl_after"] != summary["held_out_kl_before"]
+    assert report["after"]["expert_bytes"] == report["passes"][0]["expert_bytes"]
 
 
 def test_saved_again(source, tmp_path):
@@ -506,6 +559,11 @@ def test_what_cannot_be_is_refused_before_any_work(source, tmp_path, options, mo
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_but_factors_is_quantized_as_factors(source, tmp_path):
+    with pytest.raises(RecipeError, match=r"quantize\.factors can't change this model: .* are fused already"):
+        plan_run(make_recipe(recipe(source[0], tmp_path / "out", [{"quantize.factors": {}}])))
 
 
 @pytest.mark.parametrize("after", [{"quantize.mixed": {"bits": 4}}, {"prune.experts": {"experts": 6}}])
