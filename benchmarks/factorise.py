@@ -32,12 +32,12 @@ from moe_compress.progress import Monitor
 
 FACTORISED = {
     "svd": {"method": "svd"},
-    "d2-moe, base by Fisher": {"method": "d2-moe"},
     "d2-moe, base by frequency": {"method": "d2-moe", "base": "frequency"},
     "resmoe": {"method": "resmoe"},
     "latent": {"method": "latent"},
-    "mobe": {"method": "mobe"},
     "mc-smoe, without merging": {"method": "mc-smoe"},
+    "mobe": {"method": "mobe"},
+    "d2-moe, base by Fisher": {"method": "d2-moe"},
 }
 
 
@@ -45,9 +45,9 @@ def methods(keep: float) -> dict[str, list[dict[str, dict[str, float | str]]]]:
     """Rows of the table → passes that leave that share of the experts' bytes."""
     half = (1 + keep) / 2  # half of the bytes by merging, the rest by factorising
     return {
+        **{name: [{"merge.factorise": {"keep": keep, **options}}] for name, options in FACTORISED.items()},
         "prune.experts (REAP)": [{"prune.experts": {"keep": keep}}],
         "merge.average": [{"merge.average": {"keep": keep}}],
-        **{name: [{"merge.factorise": {"keep": keep, **options}}] for name, options in FACTORISED.items()},
         "merge.average, then mc-smoe": [
             {"merge.average": {"keep": half, "preset": "m-smoe"}},
             {"merge.factorise": {"keep": keep / half, "method": "mc-smoe"}},
@@ -59,12 +59,12 @@ def methods(keep: float) -> dict[str, list[dict[str, dict[str, float | str]]]]:
 EXPERTS, HIDDEN, NEURONS, CHOSEN = 16, 512, 256, 2
 
 
-def quality(tokens: int, keeps: list[float], only: str) -> None:
+def quality(tokens: int, sequences: int, keeps: list[float], only: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     evaluate = {"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": tokens}
     source = TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")
-    text = load_batches(Calibration(sources=[source], length=256, sequences=128, balance=True), tokenizer, ROOT)
+    text = load_batches(Calibration(sources=[source], length=256, sequences=sequences, balance=True), tokenizer, ROOT)
     print(f"{'':30}{'keep':>6}{'experts, share':>16}{'nats lost':>11}{'multiply-adds':>15}{'seconds':>9}", flush=True)
     for keep in keeps:
         for name, passes in methods(keep).items():
@@ -77,6 +77,7 @@ def quality(tokens: int, keeps: list[float], only: str) -> None:
                 passes=passes,
                 calibration=text,
                 evaluate=evaluate,
+                original=MODEL,
                 monitor=Monitor(show=False),
             ).report
             before, after = report["before"], report["after"]
@@ -143,13 +144,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="quality, time (default: both)")
     parser.add_argument("--tokens", type=int, default=2000, help="tokens of each text")
+    parser.add_argument("--sequences", type=int, default=128, help="of 256 tokens, of calibration text")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5])
     parser.add_argument("--only", default="", help="methods whose name contains this")
     arguments = parser.parse_args()
     if not arguments.what or "time" in arguments.what:
         timing()
     if not arguments.what or "quality" in arguments.what:
-        quality(arguments.tokens, arguments.keep, arguments.only)
+        quality(arguments.tokens, arguments.sequences, arguments.keep, arguments.only)
 
 
 if __name__ == "__main__":

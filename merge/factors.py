@@ -81,14 +81,12 @@ def shared_factors(split: Split, ranks: Ranks, reading: Reading, share_EM: Tenso
             parts[name].append(made.to(dtype))
             errors[name].append(((own.double() - product) @ roots[name]).square().sum((1, 2)).cpu())
     found = Found({}, {name: torch.cat(own) for name, own in errors.items()})
-    for name, own in ranks.items():
+    for name, rank_E in ranks.items():
         if wanted[name] == DENSE:
             continue
-        made = torch.cat(parts[name])
-        factors = (
-            (stored[name][None], made, own, "left") if name == "down" else (made, stored[name][None], own, "right")
-        )
-        found.terms[name] = LowRank.holding(*factors)
+        made, shared = torch.cat(parts[name]), stored[name][None]
+        left, right, side = (shared, made, "left") if name == "down" else (made, shared, "right")
+        found.terms[name] = LowRank.holding(left, right, rank_E, side)
     return found
 
 

@@ -23,7 +23,7 @@ def root_of(moment_EKK: Tensor, damping: float = 0.01) -> Tensor:
     scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     whole = torch.where(scale > 0, moment + damping * scale * eye, eye)
-    info: Tensor
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(whole)
     if bool(info.any()):  # float32 sums of few tokens: as little as it takes
         factor = torch.linalg.cholesky(whole + 1e-6 * torch.where(scale > 0, scale, 1) * eye)

@@ -130,14 +130,11 @@ class Sizes:
         return found
 
 
-def give_out(
-    choices: dict[int, Choices], budget: int, gap: float | None = None
-) -> tuple[dict[int, Ints], dict[str, Any], str]:
+def give_out(choices: dict[int, Choices], budget: int, exact: int = 64) -> tuple[dict[int, Ints], dict[str, Any], str]:
     """Layer → the choice of every unit, least total cost within the budget; what is known of it, and a note or "".
 
-    `gap`: see solve_arrays. The hulls of spectra are all their points, so the relaxation misses the best plan by less
-    than one step of one unit: the default of 1e-4 is met without an integer program wherever there are many units.
-    Raises BudgetError where nothing fits.
+    Spectra fall, so all their points lie on the hull and the relaxation misses the best plan by less than one step of
+    one unit. Only up to `exact` units is that worth an integer program. Raises BudgetError where nothing fits.
     """
     width = max(c.cost_UB.shape[1] for c in choices.values())
     padded = [
@@ -145,7 +142,7 @@ def give_out(
         for c in choices.values()
     ]
     cost, size, mask = (np.concatenate(column) for column in zip(*padded, strict=True))
-    found = solve_arrays(cost, size, budget, mask, gap=gap)
+    found = solve_arrays(cost, size, budget, mask, solver="auto" if len(cost) <= exact else "lagrange")
     ends = np.cumsum([len(c.cost_UB) for c in choices.values()])[:-1]
     columns = dict(zip(choices, np.split(found.choice, ends), strict=True))
     return columns, {"solver": found.solver, "gap": float(found.gap), "cost": float(found.cost)}, found.note

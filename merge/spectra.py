@@ -18,7 +18,7 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Accumulator, Result, Statistic
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock, Tap
-from moe_compress.model.backward import GradientTap
+from moe_compress.model.tap import GradientTap
 
 from .align import permuted
 from .combine import joint_subspace

@@ -236,7 +236,7 @@ class LowRank(Term):
 
     def stacks(self) -> dict[str, Stack]:
         """See Term."""
-        found = {}
+        found: dict[str, Stack] = {}
         for rank, factors in self._by_rank().items():
             found |= {f"r{rank}.left": factors.left, f"r{rank}.right": factors.right}
         return found
