@@ -78,7 +78,9 @@ class Native:
         self.config = json.loads((folder / "config.json").read_text())
         self.quantization = self.config["quantization_config"]
         assert self.quantization["quant_method"] == "moe_compress"
-        newest = any("neurons" in b or b["kind"] in ("ragged", "factored") for b in self.quantization["blocks"].values())
+        newest = any(
+            "neurons" in b or b["kind"] in ("ragged", "factored") for b in self.quantization["blocks"].values()
+        )
         assert self.quantization["format_version"] == (3 if newest else 2 if "matrices" in self.quantization else 1)
         self.tensors = read_tensors(folder)
         self.used: set[str] = set()
