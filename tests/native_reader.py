@@ -79,7 +79,7 @@ class Native:
         self.quantization = self.config["quantization_config"]
         assert self.quantization["quant_method"] == "moe_compress"
         blocks = self.quantization["blocks"]
-        newer = any({"neurons", "routing"} & b.keys() or b["kind"] == "ragged" for b in blocks.values())
+        newer = any({"neurons", "routing"} & b.keys() or b["kind"] in ("ragged", "factored") for b in blocks.values())
         newer = newer or '"low_rank"' in json.dumps(blocks)
         assert self.quantization["format_version"] == (3 if newer else 2 if "matrices" in self.quantization else 1)
         self.tensors = read_tensors(folder)

@@ -223,7 +223,9 @@ def _width(description: Mapping[str, Any], in_config: int) -> int | None:
 
 def format_version(blocks: Mapping[str, dict[str, Any]], matrices: Mapping[str, Any], other_width: bool) -> int:
     """The first version of the native format that knows all of this: what older readers know stays theirs to read."""
-    newest = other_width or any("routing" in block or _has_low_rank(block) for block in blocks.values())
+    newest = other_width or any(
+        "routing" in block or block["kind"] == "factored" or _has_low_rank(block) for block in blocks.values()
+    )
     return 3 if newest else 2 if matrices else 1
 
 

@@ -60,7 +60,7 @@ class HealRouter(Pass):
     summary = "fine-tune routers after pruning, merging or quantizing, towards what the original does"
     paper = "GEMQ (router fine-tuning); Router-KD, arXiv 2603.02217 (mode: model)"
     Options = RouterOptions
-    accepts = frozenset({"fused", "packed"})
+    accepts = frozenset({"fused", "packed", "factored"})
     options: RouterOptions
 
     def learns(self) -> bool:

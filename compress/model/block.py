@@ -63,6 +63,7 @@ EXPERTS_KINDS: dict[str, str] = {
     "packed": "moe_compress.quant.packed:build_packed",
     "scaled": "moe_compress.quant.scaled:build_scaled",
     "ragged": "moe_compress.prune.ragged:build_ragged",
+    "factored": "moe_compress.merge.factored:build_factored",
 }
 # Attribute of a fused experts module whose number of neurons isn't the one that its config says.
 _NARROWED = "moe_compress_neurons"
