@@ -1,11 +1,11 @@
 """A super expert planted into the demo checkpoint: is it found, does protection keep it, and what is lost without?
 
-    python benchmarks/super_expert.py [--scale 100] [--tokens 2000]
+    python benchmarks/super_expert.py [--scale 30 100] [--tokens 2000]
 
-The down projection of the least chosen expert of the first layers is scaled, so that its outputs are massive and what
+The down projection of the least chosen expert of the first layer is scaled, so that its outputs are massive and what
 follows reads them. The planted model is then the original: pruned by frequency, which that expert is the first to fall
-to, with protection and without, and (for comparison) with protection and one expert less kept in its place. KL
-divergence is from the planted model, `nats` its loss on six held-out texts above the planted model's.
+to, with protection and without. KL divergence is from the planted model, `nats` the loss on six held-out texts above
+the planted model's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODEL = ROOT / "demo" / "moe-demo"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, nargs="+", default=[10.0, 30.0, 100.0], help="of the down projection")
+    parser.add_argument("--scale", type=float, nargs="+", default=[30.0, 100.0], help="of the down projection")
     parser.add_argument("--tokens", type=int, default=2000, help="tokens of each held-out text")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
