@@ -164,7 +164,9 @@ def find_patterns(
         monitor.note(f"{untagged} of {len(text)} sequences have no domain and are left out")
     batches, ends = batches_by_domain(text, domains, batch_size)
     feature = find_criterion(_FEATURE)
-    inner = list({s.key: s for s in [*wanted.measures(_share(keep)), *feature.statistics, OutputNorms()]}.values())
+    inner = list(
+        {s.key: s for s in [*wanted.measures(_share(keep)), *feature.measures(_share(keep)), OutputNorms()]}.values()
+    )
     store = MemoryStore()
     with tempfile.TemporaryDirectory() as folder:
         hold = holding(view, text.tokens, Path(folder))
