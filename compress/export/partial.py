@@ -76,6 +76,11 @@ def check_partial(view: MoEModel) -> None:
             raise UnsupportedModelError(
                 f"the experts of layer {index} are {block.kind}: a task's experts are chosen from a dense checkpoint"
             )
+        if block.rules:
+            kinds = ", ".join(rule.kind for rule in block.rules)
+            raise UnsupportedModelError(
+                f"layer {index} has routing rules ({kinds}): choose a task's experts before them"
+            )
         if getattr(block.router, "tid2eid", None) is not None:
             raise UnsupportedModelError(
                 f"layer {index} routes by a table of token ids: prune the checkpoint for the domain instead "
