@@ -186,6 +186,28 @@ def inspect(
 
 @main.command()
 @click.argument("model")
+@click.option("--calibrate", multiple=True, required=True, metavar="TEXT", help="Text file or glob; repeatable.")
+@click.option("--domain-field", default="domain", show_default=True, help="Field of its rows that holds the domain.")
+@click.option("--criterion", default="easy_ep", show_default=True, help="How experts are scored, as in prune.experts.")
+@click.option(
+    "--keep", type=float, default=0.5, show_default=True, help="Share of the experts that a task's model keeps."
+)
+@click.option("--sequences", type=click.IntRange(1), default=96, show_default=True, help="Sequences of all domains.")
+@click.option("--length", type=click.IntRange(2), help="Tokens of a sequence; default: 512, or what the model reads.")
+@click.option("--output", type=click.Path(dir_okay=False), help="File to write; default: MODEL/domains.safetensors.")
+@debug_option
+def domains(model: str, debug: bool, **wanted: Any) -> None:
+    """Find out which experts of the checkpoint MODEL matter for which domain of text, and write it to one file.
+
+    Then `moe_compress.load(MODEL, task="python")`, or a prompt for a task, loads those experts only (docs/domains.md).
+    """
+    from .show_analysis import find_domains, show_domains
+
+    show_domains(*find_domains(model, **wanted))
+
+
+@main.command()
+@click.argument("model")
 @click.option("--against", help="The original: KL divergence and agreement are measured against it.")
 @click.option("--text", multiple=True, help="Text file or glob; repeatable.")
 @click.option("--length", type=int, default=2048, show_default=True, help="Tokens of one window.")

@@ -1,4 +1,4 @@
-"""What `inspect --calibrate` prints."""
+"""What `inspect --calibrate` and `domains` print."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_compress.analysis import analyse
+from moe_compress.analysis import analyse, opened
+from moe_compress.domains import FILE, Patterns, find_patterns
 from moe_compress.errors import InputError
+from moe_compress.model import MoEModel
 from moe_compress.model.model import read_config
+from moe_compress.model.shape import model_shape
 
 from .show import console
 
@@ -97,6 +100,48 @@ def show_analysis(found: dict[str, Any]) -> None:
         )
     for path in [*found.get("plots", []), *([found["traces"]] if "traces" in found else [])]:
         console.print(path, markup=False)
+
+
+def find_domains(
+    model: str,
+    calibrate: Sequence[str],
+    domain_field: str,
+    criterion: str,
+    keep: float,
+    sequences: int,
+    length: int | None,
+    output: str | None,
+) -> tuple[Patterns, MoEModel, Path]:
+    """Patterns of domains, the model, and the file that they are in."""
+    file = Path(output) if output else Path(model) / FILE
+    if not os.access(file.absolute().parent, os.W_OK):
+        raise InputError(f"{file} can't be written: no such folder, or no right to write there; choose an --output")
+    view = opened(model)
+    calibration = {
+        "sources": [{"path": path, "domain_field": domain_field} for path in calibrate],
+        "sequences": sequences,
+        "length": length or usual_length(model),
+        "balance": True,
+        "allow_fewer": True,
+    }
+    found = find_patterns(view, calibration, criterion=criterion, keep=keep)
+    found.save(file)
+    return found, view, file
+
+
+def show_domains(found: Patterns, view: MoEModel, file: Path) -> None:
+    """Which experts domains share, and where it is written."""
+    shape = model_shape(view)
+    kept = {d: {(i, e) for i, own in found.chosen(d, shape.layers).items() for e in own} for d in found.domains}
+    table = Table("domain", "tokens", *found.domains, box=None, pad_edge=False)
+    for domain in found.domains:
+        shared = [f"{len(kept[domain] & kept[other]) / len(kept[domain]):.0%}" for other in found.domains]
+        table.add_row(domain, str(found.tokens[domain]), *shared)
+    console.print(f"experts kept for a domain ({found.keep:.0%}, by {found.criterion}), and how many it shares:")
+    console.print(table)
+    for index, experts in found.super_experts.items():
+        console.print(f"layer {index}: super experts {experts} stay for every domain")
+    console.print(f"domains: {file}", markup=False)
 
 
 def _share(value: float | None) -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_compress.analysis import analyse
     from moe_compress.api import CompressedModel, compress
+    from moe_compress.domains import find_patterns
     from moe_compress.export.loader import load
     from moe_compress.export.verify import verify
     from moe_compress.model import MoEModel, experts_per_token
@@ -37,6 +38,7 @@ _PUBLIC = {
     "analyse": "moe_compress.analysis",
     "compress": "moe_compress.api",
     "experts_per_token": "moe_compress.model",
+    "find_patterns": "moe_compress.domains",
     "load": "moe_compress.export.loader",
     "read_recipe": "moe_compress.recipe",
     "run": "moe_compress.pipeline",
@@ -49,6 +51,7 @@ __all__ = [
     "analyse",
     "compress",
     "experts_per_token",
+    "find_patterns",
     "load",
     "read_recipe",
     "run",

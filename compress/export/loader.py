@@ -9,17 +9,30 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.constants import QUANT_METHOD
+from moe_compress.errors import InputError
 from moe_compress.model import MoEModel, hf
 
 from .registration import register
 from .write import result_config
 
 
-def load(folder: str | Path, **options: Any) -> PreTrainedModel:
+def load(
+    folder: str | Path,
+    *,
+    task: str | None = None,
+    keep: float | None = None,
+    patterns: str | Path | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """Load a checkpoint in any format that this package writes, by transformers' own loader.
 
     Args:
         folder: the checkpoint.
+        task: load the experts of a domain only (docs/domains.md): the name of one that `moe-compress domains` has
+            measured, or a prompt, for the nearest; a line on standard error says which. Bytes of the other experts
+            aren't read, except that a prompt runs through the first layer with experts.
+        keep: with `task`, share of the experts that stay; default: what the patterns were made for.
+        patterns: with `task`, their file; default: domains.safetensors in the folder.
         options: for `from_pretrained` (`dtype`, `device_map`, …).
 
     Returns:
@@ -29,6 +42,12 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
         InputError, CheckpointError, UnsupportedModelError: the folder isn't a checkpoint that can be loaded.
     """
     register()
+    if task is not None:
+        from moe_compress.domains import load_task  # it stands above this package
+
+        return load_task(folder, task, keep=keep, patterns=patterns, **options)
+    if keep is not None or patterns is not None:
+        raise InputError("`keep` and `patterns` belong to a `task`: load(folder, task=…)")
     # Truncated or missing shards: one clear line instead of a loader's.
     with Checkpoint(folder) as checkpoint:
         method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")

@@ -54,7 +54,7 @@ def find_expert_names(
     projections = ["gate", "up", "down"] if view.has_gate else ["up", "down"]
     found: dict[str, str] = {}
     try:
-        stored = to_disk({f"{prefix}{block.path}.{n}": t for n, t in _numbered(view, count).items()})
+        stored = to_disk({f"{prefix}{block.path}.{n}": t for n, t in numbered(view, count).items()})
     except (RuntimeError, ValueError, KeyError, IndexError):
         return None  # the conversion works on the whole tensor: blocks, tiles
     for name, tensor in stored.items():
@@ -73,7 +73,7 @@ def find_expert_names(
     return names if names.experts and regular else None
 
 
-def _numbered(view: FusedExperts, count: int) -> dict[str, Tensor]:
+def numbered(view: FusedExperts, count: int) -> dict[str, Tensor]:
     """Small experts in the layout of the family: expert e's gate, up and down are filled with 3e, 3e + 1, 3e + 2."""
     first = 3 * torch.arange(count, dtype=torch.float32).view(-1, 1, 1)
     gate, up = (first + i + torch.zeros(count, _NEURONS, _HIDDEN) for i in (0, 1))

@@ -37,10 +37,10 @@ def plot_analysis(found: Analysis, folder: Path) -> list[Path]:
     drawn = figure(figsize=(7, 4), layout="constrained")
     axes = drawn.subplots()
     for place, index in enumerate(layers):
-        values = found.maxima[index]
+        largest = found.maxima[index]
         supers = found.layers[index]["super_experts"]
-        axes.scatter([place] * len(values), values, s=8, color="tab:blue")
-        axes.scatter([place] * len(supers), values[supers], s=30, color="tab:red")
+        axes.scatter([place] * len(largest), largest, s=8, color="tab:blue")
+        axes.scatter([place] * len(supers), largest[supers], s=30, color="tab:red")
     axes.set(xlabel="layer", ylabel="max |f|", yscale="log", title="largest output of each expert; super experts red")
     axes.set_xticks(range(len(layers)), [str(i) for i in layers])
     save("maxima.png", drawn)

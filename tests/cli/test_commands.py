@@ -10,7 +10,7 @@ from checkpoints import PRUNE, recipe, write_recipe
 from conftest import ROOT
 from running import digest
 
-COMMANDS = ["run", "inspect", "evaluate", "verify", "passes", "families", "recipes"]
+COMMANDS = ["run", "inspect", "domains", "evaluate", "verify", "passes", "families", "recipes"]
 
 
 def test_help_is_light():
