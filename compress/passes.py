@@ -113,6 +113,7 @@ class Pass(ABC):
 
     Attributes:
         learned: of a pass that learns, layer → what `learn` found, there before `plan` and `apply` are called.
+        profile: what `plan` was given, for `apply` to look up tensors that are too large for a plan.
     """
 
     name: ClassVar[str]
@@ -125,6 +126,7 @@ class Pass(ABC):
         self.options = options
         self.target = target
         self.learned: dict[int, Result] = {}
+        self.profile: Profile | None = None
 
     def statistics(self) -> Sequence[Statistic]:
         """What `plan` needs to have been measured."""
