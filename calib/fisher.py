@@ -72,8 +72,8 @@ def squared_gradients(experts: object, dispatch: Dispatch, input_RH: Tensor, gra
             output = _through(activation.detach(), weights.down, weights, "down", dispatch)
             normed = experts.module.post_expert_norm(output)
             (gradient_RH,) = torch.autograd.grad(normed, output, gradient_RH.to(normed.dtype))
-        inward = grouped_linear(gradient_RH.to(weights.down.dtype), weights.down.transpose(1, 2), offsets)
-        inward = torch.autograd.grad(activation, list(ends.values()), inward.to(activation.dtype))
+        behind = grouped_linear(gradient_RH.to(weights.down.dtype), weights.down.transpose(1, 2), offsets)
+        inward = torch.autograd.grad(activation, list(ends.values()), behind.to(activation.dtype))
     at = {**dict(zip(ends, inward, strict=True)), "down": gradient_RH}
     read = {name: activation.detach() if name == "down" else input_RH for name in at}
     found = {}

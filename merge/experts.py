@@ -44,12 +44,12 @@ PRIOR = 1e-4
 class _MergeExperts(Pass):
     """Grouping, alignment, router, refitting and report; the subclass combines matrices."""
 
-    Options = MergeOptions
     options: MergeOptions
 
     @classmethod
     def choices(cls) -> dict[str, dict[str, str]]:
         """The presets, as the options that they set."""
+        assert issubclass(cls.Options, MergeOptions)
         told = {name: ", ".join(f"{k}: {v}" for k, v in values.items()) for name, values in cls.Options.presets.items()}
         return {"preset": told}
 

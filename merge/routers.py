@@ -54,10 +54,10 @@ class FoldedBias:
             kind = type(block.router).__name__
             self.missing = f"{kind} has no bias on its logits: groups keep their dominant member's row as it is"
             return
-        bias = block.router.bias.detach().double()
+        bias = block.router.get_parameter("bias").detach().double()
         self._folded = torch.stack([bias[torch.tensor(list(g), device=bias.device)].logsumexp(0) for g in groups])
 
     def put(self, block: MoEBlock) -> None:
         """Write the folded biases into the regrouped block."""
         if self.missing is None:
-            block.router.bias.data.copy_(self._folded)
+            block.router.get_parameter("bias").data.copy_(self._folded)
