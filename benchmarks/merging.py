@@ -14,6 +14,7 @@ experts (`--loop`). `align`: how many neurons of a permuted copy are found again
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,9 +94,10 @@ def wanted() -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def timed(label: str, function: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     result = function()
-    print(f"{label:64}{time.perf_counter() - start:10.2f} s", flush=True)
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    print(f"{label:56}{wall:10.2f} s{cpu:10.2f} s of CPU", flush=True)
     return result
 
 
@@ -122,10 +124,18 @@ def layer(experts: int, hidden: int, neurons: int, rows: int, loop: bool) -> Non
     timed("REAM's groups", lambda: grabbed(like, kept, 16))
     pairs = [(e, count + e) for e in range(experts - count)]
     sample = tokens[:1024]
-    timed(f"align {len(pairs)} pairs, activations, exact", lambda: align_experts(view, pairs, sample))
-    timed(f"align {len(pairs)} pairs, activations, approximate", lambda: align_experts(view, pairs, sample, True))
-    timed(f"align {len(pairs)} pairs, weights, exact", lambda: align_experts(view, pairs, None))
     weights = view.weights()
+    original = weights.map(torch.clone)
+    for how, read, approximate in (
+        ("activations, exact", sample, False),
+        ("activations, approximate", sample, True),
+        ("weights, exact", None, False),
+    ):
+        for (_, target), (_, value) in zip(weights.items(), original.items(), strict=True):
+            target.copy_(value)
+        run = functools.partial(align_experts, view, pairs, read, approximate)
+        timed(f"align {len(pairs)} pairs, {how}", run)
+    del original
     groups = [[a, b] for a, b in pairs] + [[e] for e in range(len(pairs), count)]
     both = torch.tensor(pairs)
     share = torch.ones(len(pairs), 2)
