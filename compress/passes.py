@@ -110,7 +110,7 @@ class Pass(ABC):
         paper: where the method is from.
         Options: its options.
         accepts: kinds of experts that it can change (see LayerShape.kind).
-        leaves: kind of the experts behind it; None: as they were.
+        leaves: kinds that the experts may be of behind it; empty: as they were.
 
     Attributes:
         learned: of a pass that learns, layer → what `learn` found, there before `plan` and `apply` are called.
@@ -122,7 +122,7 @@ class Pass(ABC):
     paper: ClassVar[str] = ""
     Options: ClassVar[type[PassOptions]]
     accepts: ClassVar[frozenset[str]] = frozenset({"fused"})
-    leaves: ClassVar[str | None] = None
+    leaves: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: PassOptions, target: Target):
         self.options = options
