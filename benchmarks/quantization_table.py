@@ -12,24 +12,11 @@ the seeds of the mean over the six texts of the nats per token lost against the 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import math
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from cells import ROOT, fill, show
 
-import moe_compress
-from moe_compress.calib.text import Calibration, TextSource, TokenBatches, load_batches
-from moe_compress.evaluate.tasks import score_tasks
-from moe_compress.progress import Monitor
-
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "demo" / "moe-demo"
 GROUP = 64
 
 # Bits a weight really takes at group 64: codes, and a 16-bit scale per group. Ternary rows are whole words of 20 codes.
@@ -115,73 +102,10 @@ def cells(table: str) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
-def calibration(seed: int, tokenizer: Any) -> TokenBatches:
-    settings = Calibration(
-        sources=[TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")],
-        length=256,
-        sequences=128,
-        balance=True,
-        seed=seed,
-    )
-    return load_batches(settings, tokenizer, ROOT)
-
-
-def measure(
-    original: Any, tokenizer: Any, data: Any, options: dict[str, Any], tokens: int, tasks: int
-) -> dict[str, Any]:
-    start = time.perf_counter()
-    result = moe_compress.compress(
-        copy.deepcopy(original),
-        tokenizer=tokenizer,
-        passes=[{"quantize.mixed": options}],
-        calibration=data,
-        evaluate={"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": tokens},
-        monitor=Monitor(show=False),
-    )
-    before, after = result.report["before"], result.report["after"]
-    lost = {name: math.log(value / before["perplexity"][name]) for name, value in after["perplexity"].items()}
-    found = {
-        "lost": lost,
-        "kl": statistics.mean(after["kl"].values()),
-        "bits": after["bits_per_weight"],
-        "seconds": time.perf_counter() - start,
-    }
-    if tasks:
-        with Monitor(show=False).stage("tasks") as progress:
-            scores = score_tasks(
-                result.model,
-                tokenizer,
-                ["demo"],
-                task_path=ROOT / "demo/tasks",
-                batch_size=16,
-                limit=tasks,
-                max_length=None,
-                progress=progress,
-            )
-        found["acc"] = scores["demo"]["acc"]
-    return found
-
-
-def show(done: dict[str, dict[str, Any]], wanted: dict[tuple[str, str], Any]) -> None:
-    columns = list(dict.fromkeys(column for _, column in wanted))
-    for group in ([c for c in columns if "bits" not in c], [c for c in columns if "bits" in c]):
-        rows = list(dict.fromkeys(row for row, column in wanted if column in group))
-        if not group or not rows:
-            continue
-        print(f"\n{'nats above the original (tasks: accuracy)':42}" + "".join(f"{c:>24}" for c in group))
-        for row in rows:
-            line = f"{row:42}"
-            for column in group:
-                own = [v for v in done.values() if (v["row"], v["column"]) == (row, column)]
-                if not own:
-                    line += f"{'':>24}"
-                    continue
-                lost = [statistics.mean(v["lost"].values()) for v in own]
-                spread = f"±{statistics.stdev(lost):.4f}" if len(lost) > 1 else ""
-                accuracy = [v["acc"] for v in own if "acc" in v]
-                shown = f" {statistics.mean(accuracy):.3f}" if accuracy else ""
-                line += f"{statistics.mean(lost):>+10.4f}{spread:<8}{shown:>6}"
-            print(line)
+def settled(seed: int, passes: list[dict[str, Any]]) -> bool:
+    """Whether nothing of a cell depends on the text, so that one seed says all."""
+    options = passes[0]["quantize.mixed"]
+    return bool(seed) and options.get("method", "gptq") != "gptq" and options["allocation"] == "uniform"
 
 
 def main() -> None:
@@ -196,39 +120,23 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="measure nothing, print what is there")
     arguments = parser.parse_args()
     wanted = {
-        (row, column): options
+        (row, column): [{"quantize.mixed": options}]
         for (row, column), options in cells(arguments.table).items()
         if any(part in row for part in arguments.only) and column in (arguments.columns or [column])
     }
-    done: dict[str, dict[str, Any]] = {}
-    if arguments.cells.is_file():
-        done = {(v := json.loads(line))["key"]: v for line in arguments.cells.read_text().splitlines()}
-    if not arguments.print:
-        arguments.cells.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-        for seed in range(arguments.seeds):
-            data = calibration(seed, tokenizer)
-            for (row, column), options in wanted.items():
-                if seed and options.get("method", "gptq") != "gptq" and options["allocation"] == "uniform":
-                    continue  # nothing of it depends on the text
-                key = json.dumps([row, column, seed, arguments.tokens, arguments.tasks, options])
-                if key in done:
-                    continue
-                try:
-                    found = measure(original, tokenizer, data, options, arguments.tokens, arguments.tasks)
-                except moe_compress.MoeCompressError as error:
-                    print(f"{row}, {column}: {error}", flush=True)
-                    continue
-                done[key] = {"key": key, "row": row, "column": column, "seed": seed, **found}
-                with arguments.cells.open("a") as file:
-                    file.write(json.dumps(done[key]) + "\n")
-                print(
-                    f"{row}, {column}, seed {seed}: {statistics.mean(found['lost'].values()):+.4f} "
-                    f"at {found['bits']:.3f} bits, {found['seconds']:.0f} s",
-                    flush=True,
-                )
-    show(done, wanted)
+    done = fill(
+        arguments.cells,
+        wanted,
+        arguments.seeds,
+        tokens=arguments.tokens,
+        tasks=arguments.tasks,
+        skip=settled,
+        measuring=not arguments.print,
+    )
+    columns = list(dict.fromkeys(column for _, column in wanted))
+    title = "nats above the original, KL (tasks: accuracy)"
+    for group in ([c for c in columns if "bits" not in c], [c for c in columns if "bits" in c]):
+        show(done, group, title)
 
 
 if __name__ == "__main__":

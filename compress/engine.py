@@ -240,11 +240,12 @@ def _plan(
     state: str,
     monitor: Monitor,
 ) -> Plan:
+    whole, calibrated = calibrated, calibrated.of(step.domains())
+    store = storage.statistics(state, calibrated.digest)
+    step.profile = Profile(shape, store, len(model.layers))
     saved = commits.plan()
     if saved is not None:
         return Plan.from_json(saved)
-    whole, calibrated = calibrated, calibrated.of(step.domains())
-    store = storage.statistics(state, calibrated.digest)
     lacking = missing(model, step.statistics(), store)
     if blind := [statistic for statistic in lacking if not statistic.reads_text]:
         with monitor.stage(f"{step.name}: look at weights", len(model.layers)) as progress:
@@ -261,7 +262,7 @@ def _plan(
         ):
             collect(sweep, lacking, store, progress, NextToken(batches))
     with monitor.stage(f"{step.name}: plan"):
-        plan = step.plan(Profile(shape, store, len(model.layers)))
+        plan = step.plan(step.profile)
     unweighed = sorted({s.name for s in step.statistics() if not s.weighs_tokens})
     if unweighed and calibrated.text is not None and calibrated.text.modality_weights is not None:
         plan = replace(plan, notes=[*plan.notes, f"modality_weights don't reach {', '.join(unweighed)}"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moe_compress.calib.text import Calibration
 from moe_compress.checkpoint.writer import neighbours, settled
+from moe_compress.contract import followers
 from moe_compress.errors import InputError, RecipeError, nearest
 from moe_compress.export.targets import TARGETS, Target
 from moe_compress.model import MoEModel
@@ -25,8 +26,10 @@ def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[
         for index, layer in shape.layers.items():
             if layer.kind not in step.accepts:
                 before = f"can't follow {passes[number - 1].name}" if number else "can't change this model"
+                able = ", ".join(followers(layer.kind)) or "no pass"
                 raise RecipeError(
-                    f"passes[{number}]: {step.name} {before}: the experts of layer {index} are {layer.kind} already"
+                    f"passes[{number}]: {step.name} {before}: the experts of layer {index} are {layer.kind} already; "
+                    f"what could follow: {able} (docs/passes.md)"
                 )
         layers, shape = shape.layers, step.forecast(shape)
         for index, layer in layers.items():

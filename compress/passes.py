@@ -110,9 +110,11 @@ class Pass(ABC):
         paper: where the method is from.
         Options: its options.
         accepts: kinds of experts that it can change (see LayerShape.kind).
+        leaves: kinds that the experts may be of behind it; empty: as they were.
 
     Attributes:
         learned: of a pass that learns, layer → what `learn` found, there before `plan` and `apply` are called.
+        profile: what `plan` was given, for `apply` to look up tensors that are too large for a plan.
     """
 
     name: ClassVar[str]
@@ -120,11 +122,13 @@ class Pass(ABC):
     paper: ClassVar[str] = ""
     Options: ClassVar[type[PassOptions]]
     accepts: ClassVar[frozenset[str]] = frozenset({"fused"})
+    leaves: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: PassOptions, target: Target):
         self.options = options
         self.target = target
         self.learned: dict[int, Result] = {}
+        self.profile: Profile | None = None
 
     def statistics(self) -> Sequence[Statistic]:
         """What `plan` needs to have been measured."""

@@ -48,7 +48,7 @@ def weight_similarity(reference: ExpertWeights, other: ExpertWeights) -> Tensor:
 
 def activation_similarity(reference_PSI: Tensor, other_PSI: Tensor) -> Tensor:
     """Correlation of neurons' activations over the same tokens, [P, I, I] float32; 0 for one that never changes."""
-    left, right = (_standardized(a) for a in (reference_PSI, other_PSI))
+    left, right = (standardized(a) for a in (reference_PSI, other_PSI))
     return left.transpose(1, 2) @ right
 
 
@@ -96,8 +96,10 @@ def align_experts(
     pairs: Sequence[tuple[int, int]],
     hidden_SH: Tensor | None,
     approximate: bool = False,
-) -> None:
+) -> Tensor:
     """Reorder experts' neurons in place, each like those of another. What every expert computes stays the same.
+
+    Returns the order of every expert's neurons, [E, I] int64: neuron order[e, i] has come to place i.
 
     Args:
         experts: a layer's.
@@ -110,19 +112,23 @@ def align_experts(
     neurons, hidden = weights.up.shape[1:]
     samples = 0 if hidden_SH is None else len(hidden_SH)
     size = 4 * (6 * neurons * hidden + 3 * neurons**2 + samples * (2 * hidden + 6 * neurons))
+    order_EI = torch.arange(neurons).repeat(experts.num_experts, 1)
     for chunk in chunks([size] * len(pairs), _CHUNK_BYTES):
         part = torch.tensor(pairs[chunk.start : chunk.stop])
         reference, other = (weights.map(lambda w, e=e: w[e.to(w.device)]) for e in part.T)  # type: ignore[misc]
         if hidden_SH is None:
             similarity = weight_similarity(reference, other)
         else:
-            similarity = activation_similarity(*(_activations(experts, w, hidden_SH) for w in (reference, other)))
-        moved = permuted(other, assign(similarity).to(other.up.device))
+            similarity = activation_similarity(*(activations_on(experts, w, hidden_SH) for w in (reference, other)))
+        order_PI = assign(similarity)
+        order_EI[part[:, 1]] = order_PI.cpu()
+        moved = permuted(other, order_PI.to(other.up.device))
         for (_, target), (_, value) in zip(weights.items(), moved.items(), strict=True):
             target[part[:, 1].to(target.device)] = value
+    return order_EI
 
 
-def _activations(experts: FusedExperts, weights: ExpertWeights, hidden_SH: Tensor) -> Tensor:
+def activations_on(experts: FusedExperts, weights: ExpertWeights, hidden_SH: Tensor) -> Tensor:
     """Neuron activations of every given expert on every token, [P, S, I]."""
     count, tokens = weights.up.shape[0], len(hidden_SH)
     index = torch.arange(count, device=hidden_SH.device).expand(tokens, count)
@@ -131,7 +137,8 @@ def _activations(experts: FusedExperts, weights: ExpertWeights, hidden_SH: Tenso
     return activation.view(count, tokens, -1)
 
 
-def _standardized(activation_PSI: Tensor) -> Tensor:
+def standardized(activation_PSI: Tensor) -> Tensor:
+    """Every neuron's activations around their mean, of length one over the tokens, float32; 0 if it never changes."""
     values = activation_PSI.float()
     return torch.nn.functional.normalize(values - values.mean(dim=1, keepdim=True), dim=1)
 

@@ -12,6 +12,7 @@ Letters: E experts, C clusters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from scipy.cluster.hierarchy import linkage
@@ -61,15 +62,23 @@ def hierarchical(similarity_EE: Tensor, clusters: int, method: str) -> list[list
     count = len(similarity)
     if not 1 <= clusters <= count:
         raise ValueError(f"{count} experts can't form {clusters} groups")
+    if clusters == count:
+        return [[e] for e in range(count)]
+    squared = similarity.diagonal()
+    distance = (squared.unsqueeze(0) + squared.unsqueeze(1) - 2 * similarity).clamp_min(0).sqrt()
+    distance.fill_diagonal_(0)
+    distance = (distance + distance.T) / 2
+    return cut(linkage(squareform(distance.numpy(), checks=False), method), count, clusters)
+
+
+def cut(steps: Any, count: int, clusters: int) -> list[list[int]]:
+    """The first steps of an agglomeration (scipy's `linkage`), so many that `clusters` groups are left.
+
+    Groups, members ascending, ordered by their first member.
+    """
     groups = {e: [e] for e in range(count)}
-    if clusters < count:
-        squared = similarity.diagonal()
-        distance = (squared.unsqueeze(0) + squared.unsqueeze(1) - 2 * similarity).clamp_min(0).sqrt()
-        distance.fill_diagonal_(0)
-        distance = (distance + distance.T) / 2
-        steps = linkage(squareform(distance.numpy(), checks=False), method)
-        for number, (left, right) in enumerate(steps[: count - clusters, :2].astype(int)):
-            groups[count + number] = groups.pop(left) + groups.pop(right)
+    for number, (left, right) in enumerate(steps[: count - clusters, :2].astype(int)):
+        groups[count + number] = groups.pop(left) + groups.pop(right)
     return sorted(sorted(g) for g in groups.values())
 
 

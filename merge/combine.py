@@ -15,6 +15,26 @@ def weighted_average(matrices_NOK: Tensor, weight_N: Tensor) -> Tensor:
     return torch.einsum("...n,...nok->...ok", share, matrices_NOK.double())
 
 
+def fisher_average(matrices_NOK: Tensor, fisher_NOK: Tensor, weight_N: Tensor, prior: float = 1e-4) -> Tensor:
+    """Every single weight averaged by its own Fisher information: [..., N, O, K] → [..., O, K], in float64.
+
+    The minimum of Σ_i Σ F_i (W − W_i)², what moving to W costs the loss where F is its curvature at every member
+    (Matena and Raffel, arXiv 2111.09832, equation 5; the shared base of D2-MoE, 2502.17298). Weights that no row has
+    touched are averaged by `weight_N`, whose shares are added to F times `prior` of its mean over all members.
+
+    Args:
+        matrices_NOK: members, or their biases [..., N, O].
+        fisher_NOK: F, not negative, of the same shape.
+        weight_N: members' weights, not all zero.
+    """
+    matrices, fisher = matrices_NOK.double(), fisher_NOK.to(matrices_NOK.device, torch.float64)
+    dims = tuple(range(weight_N.dim() - 1, matrices.dim()))
+    share = (weight_N / weight_N.sum(-1, keepdim=True)).to(matrices).reshape(*weight_N.shape, *(1,) * (len(dims) - 1))
+    mean = fisher.mean(dim=dims, keepdim=True)
+    fisher = fisher + share * torch.where(mean > 0, prior * mean, 1)
+    return (fisher * matrices).sum(dims[0]) / fisher.sum(dims[0])
+
+
 def output_gram(matrices_NOK: Tensor, moment_NKK: Tensor | None = None) -> Tensor:
     """Σ_i W_i M_i W_iᵀ over the members, [..., O, O] float64: the second moment of what they put out.
 

@@ -1,12 +1,8 @@
-"""The passes `merge.average` and `merge.subspace`: several experts become one.
+"""The passes `merge.average`, `merge.subspace` and `merge.zip`: several experts become one.
 
-What they share: experts are grouped, each group's members get the neuron order of its dominant member, their weights
-and router rows become one, and down projections are solved again. What that does to the routing is measured on the
-calibration text and reported.
-
-A group's router row can't be exact: that any of the members is chosen follows log Σ exp of their logits, which no row
-gives unless the members' rows differ by a constant only. The row nearest to that function (least squares on the
-calibration tokens) did worse on the demo model than the dominant member's own, so it is no option.
+What they share: experts are grouped, each group's members get the neuron order of its dominant member (or neurons are
+joined one by one), their weights and router rows become one, and down projections are solved again. What that does to
+the routing is measured on the calibration text and reported.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.calib.collect import Profile
+from moe_compress.calib.fisher import WeightFisher
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
 from moe_compress.counts import kept_count
@@ -29,13 +26,15 @@ from moe_compress.passes import Pass, Plan, register
 from moe_compress.prune.criteria import Selection, find_criterion
 from moe_compress.prune.super_experts import super_experts
 
-from .align import align_experts
+from .align import activations_on, align_experts, permuted
 from .cluster import inertia
-from .combine import output_gram, subspace_merge, weighted_average
+from .combine import fisher_average, output_gram, subspace_merge, weighted_average
 from .grouping import group_experts, similarity_statistic
 from .moments import output_moments
-from .options import PRESETS, MergeOptions, SubspaceOptions
-from .refit import LayerRefit, refit_down
+from .options import MergeOptions, SubspaceOptions, ZipOptions
+from .refit import LayerRefit, refit_down, refit_mean
+from .routers import FoldedBias, router_mixing
+from .zipping import zip_experts, zipped_neurons
 
 # Weight of the matrices themselves in the second moment of their outputs: directions that a group's few tokens say
 # nothing about are ordered by the weights, not left to round-off.
@@ -50,13 +49,16 @@ class _MergeExperts(Pass):
     @classmethod
     def choices(cls) -> dict[str, dict[str, str]]:
         """The presets, as the options that they set."""
-        told = {name: ", ".join(f"{k}: {v}" for k, v in values.items()) for name, values in PRESETS.items()}
+        assert issubclass(cls.Options, MergeOptions)
+        told = {name: ", ".join(f"{k}: {v}" for k, v in values.items()) for name, values in cls.Options.presets.items()}
         return {"preset": told}
 
     def statistics(self) -> Sequence[Statistic]:
         """Similarity of experts, how often each is used, and how much it puts out."""
         found: list[Statistic] = [similarity_statistic(self.options), Routing()]
-        by_output = self.options.weight in ("reap", "energy") or self.options.cluster in ("absorb", "ream")
+        if self.options.weight == "fisher":
+            found.append(WeightFisher())
+        by_output = self.options.weight in ("reap", "energy", "fisher") or self.options.cluster in ("absorb", "ream")
         if self.options.protect_super_experts or by_output:
             found.append(OutputNorms())
         return found
@@ -114,13 +116,14 @@ class _MergeExperts(Pass):
         slots = merged_slots(groups, experts)
         by_layer = self.options.refit == "layer" and not FusedExperts(block.experts_module).has_norm
         refit = LayerRefit(block, inputs) if by_layer else None
-        self._align(block, decision, inputs)
-        merged, refitted = self._merged(block, decision, weights, inputs)
-        mixing = torch.zeros(len(groups), experts, dtype=torch.float64)
-        for slot, (members, weight) in enumerate(zip(groups, weights, strict=True)):
-            own = members.index(decision["dominant"][slot])
-            mixing[slot, torch.tensor(members)] = self._router_mixture(weight, own)
+        order_EI = self._align(block, decision, inputs)
+        merged = self._combined(block, decision, weights, inputs, order_EI)
+        refitted = self._refitted(block, decision, weights, inputs, merged)
+        folded = FoldedBias(block, groups) if self.options.router == "folded" else None
+        mixing = router_mixing(self.options.router, groups, weights, decision["dominant"])
         block.regroup(decision["dominant"], mixing, slots)
+        if folded is not None:
+            folded.put(block)
         for (_, new), (_, value) in zip(block.experts.weights().items(), merged.items(), strict=True):
             new.copy_(value)
         if refit is not None:
@@ -131,45 +134,73 @@ class _MergeExperts(Pass):
             "slots": slots,
             "spread_within_groups": decision["spread"],
             "refit": refitted,
+            "router": {"skipped": folded.missing} if folded is not None and folded.missing else self.options.router,
         }
 
-    def _align(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs) -> None:
+    def _align(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs) -> Tensor | None:
+        """The order that experts' neurons came from, [E, I]; None where nothing was moved."""
         if self.options.align == "none":
-            return
+            return None
         pairs = [
             (dominant, e)
             for members, dominant in zip(decision["groups"], decision["dominant"], strict=True)
             for e in members
             if e != dominant
         ]
-        hidden = inputs.hidden_TH
-        taken = (
-            torch.arange(min(self.options.sample, len(hidden))) * len(hidden) // min(self.options.sample, len(hidden))
-        )
-        sample = hidden[taken.to(hidden.device)] if self.options.align == "activations" else None
-        align_experts(FusedExperts(block.experts_module), pairs, sample, self.options.assignment == "approximate")
+        sample = self._sample(inputs) if self.options.align == "activations" else None
+        approximate = self.options.assignment == "approximate"
+        return align_experts(FusedExperts(block.experts_module), pairs, sample, approximate)
 
-    def _merged(
-        self, block: MoEBlock, decision: dict[str, Any], weights: list[Tensor], inputs: BlockInputs
-    ) -> tuple[ExpertWeights, dict[str, Any] | None]:
-        """Group j's weights in slot j, and what refitting each group alone did; groups of a size in one call."""
+    def _sample(self, inputs: BlockInputs) -> Tensor:
+        """Tokens spread over all, [S, H]."""
+        hidden = inputs.hidden_TH
+        count = min(self.options.sample, len(hidden))
+        return hidden[(torch.arange(count) * len(hidden) // count).to(hidden.device)]
+
+    def _combined(
+        self, block: MoEBlock, decision: dict[str, Any], weights: list[Tensor], inputs: BlockInputs,
+        order_EI: Tensor | None,
+    ) -> ExpertWeights:  # fmt: skip
+        """Group j's weights in slot j; groups of a size in one call."""
         groups, experts = decision["groups"], FusedExperts(block.experts_module)
+        fisher = self._fisher(block, order_EI) if self.options.weight == "fisher" else {}
         merged = experts.weights().map(lambda w: w[torch.tensor(decision["dominant"], device=w.device)])
         grams = self._grams(block, groups, inputs)
         for size in sorted({len(g) for g in groups} - {1}):
             slots = torch.tensor([s for s, g in enumerate(groups) if len(g) == size])
             weight_GN = torch.stack([weights[s] for s in slots.tolist()])
             for (name, stacked), (_, target) in zip(experts.weights().items(), merged.items(), strict=True):
-                members = stacked[torch.tensor([groups[s] for s in slots.tolist()], device=stacked.device)]
-                gram = grams[name][slots.to(grams[name].device)] if name in grams else None
-                target[slots.to(target.device)] = self._combine(members, weight_GN, gram).to(target)
+                chosen = torch.tensor([groups[s] for s in slots.tolist()])
+                members = stacked[chosen.to(stacked.device)]
+                if fisher:
+                    value = fisher_average(members, fisher[name][chosen], weight_GN)
+                else:
+                    gram = grams[name][slots.to(grams[name].device)] if name in grams else None
+                    value = self._combine(members, weight_GN, gram)
+                target[slots.to(target.device)] = value.to(target)
+        return merged
+
+    def _refitted(
+        self, block: MoEBlock, decision: dict[str, Any], weights: list[Tensor], inputs: BlockInputs,
+        merged: ExpertWeights,
+    ) -> dict[str, Any] | None:  # fmt: skip
+        """Refit each group alone, in place, where that is asked. Returns what it did, or why nothing can be done."""
+        groups, experts = decision["groups"], FusedExperts(block.experts_module)
         if self.options.refit == "none":
-            return merged, None
+            return None
         if self.options.refit == "layer":
             skipped = "experts end in a norm: their outputs are not linear in the down projections"
-            return merged, {"skipped": skipped} if experts.has_norm else None
+            return {"skipped": skipped} if experts.has_norm else None
+        if self.options.refit == "mean":
+            return asdict(refit_mean(experts, merged, groups, weights, self._sample(inputs), self.options.ridge))
         read = (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)
-        return merged, asdict(refit_down(experts, merged, groups, *read, self.options.ridge))
+        return asdict(refit_down(experts, merged, groups, *read, self.options.ridge))
+
+    def _fisher(self, block: MoEBlock, order_EI: Tensor | None) -> dict[str, Tensor]:
+        """What was measured of the experts' weights, neurons in the order that they have now."""
+        assert self.profile is not None
+        found = ExpertWeights(**self.profile.of(block.layer, WeightFisher()))
+        return dict((found if order_EI is None else permuted(found, order_EI)).items())
 
     def _grams(self, block: MoEBlock, groups: list[list[int]], inputs: BlockInputs) -> dict[str, Tensor]:
         """Projection → second moment of each group's outputs [G, O, O], where the subclass needs it."""
@@ -187,7 +218,7 @@ class _MergeExperts(Pass):
             return torch.ones_like(routing["counts"])
         if self.options.weight == "reap":
             return self._reap(profile, index)
-        if self.options.weight == "energy":
+        if self.options.weight in ("energy", "fisher"):
             return profile.of(index, OutputNorms())["gated_norm_squared"]
         return routing["counts" if self.options.weight == "frequency" else "gate"]
 
@@ -203,13 +234,6 @@ class _MergeExperts(Pass):
         count = kept_count(self.name, index, layer, self.options)
         return criterion.score(measured, Selection(layer, count, (), torch.Generator()))
 
-    def _router_mixture(self, weight_N: Tensor, dominant: int) -> Tensor:
-        if self.options.router == "mean":
-            return torch.full_like(weight_N, 1 / len(weight_N))
-        if self.options.router == "dominant":
-            return torch.nn.functional.one_hot(torch.tensor(dominant), len(weight_N)).double()
-        return weight_N / weight_N.sum()
-
 
 @register
 class MergeAverage(_MergeExperts):
@@ -219,6 +243,34 @@ class MergeAverage(_MergeExperts):
     summary = "groups of experts become their weighted average, neurons aligned, down projections solved again"
     paper = "M-SMoE (arXiv 2310.01334), HC-SMoE (2410.08589), MergeMoE (2510.14436), REAM (2604.04356): see presets"
     Options = MergeOptions
+
+
+@register
+class MergeZip(_MergeExperts):
+    """Groups' neurons are joined, the most alike first, until one expert's number is left."""
+
+    name = "merge.zip"
+    summary = "neurons of a group's experts are joined by correlation, also two of one, until one's number is left"
+    paper = "ZipIt, arXiv 2305.03053"
+    Options = ZipOptions
+    options: ZipOptions
+
+    def _combined(
+        self, block: MoEBlock, decision: dict[str, Any], weights: list[Tensor], inputs: BlockInputs,
+        order_EI: Tensor | None,
+    ) -> ExpertWeights:  # fmt: skip
+        groups, experts = decision["groups"], FusedExperts(block.experts_module)
+        own, sample = experts.weights(), self._sample(inputs)
+        merged = own.map(lambda w: w[torch.tensor(decision["dominant"], device=w.device)])
+        for slot, members in enumerate(groups):
+            if len(members) == 1:
+                continue
+            chosen = own.map(lambda w, m=members: w[torch.tensor(m, device=w.device)])  # type: ignore[misc]
+            place_NI = zipped_neurons(activations_on(experts, chosen, sample))
+            zipped = zip_experts(chosen.map(lambda w: w.unsqueeze(0)), weights[slot][None], place_NI[None])
+            for (_, target), (_, value) in zip(merged.items(), zipped.items(), strict=True):
+                target[slot] = value[0].to(target)
+        return merged
 
 
 @register

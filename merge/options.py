@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,7 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight": "frequency",
         "router": "weighted",
         "align": "none",
-        "refit": "down",
+        "refit": "mean",
+        "ridge": 1e-4,  # the paper's pseudoinverse, as far as few tokens allow
     },
     "ream": {  # arXiv 2604.04356, section 3, similarity of outputs without the router's part
         "grouping": "output",
@@ -55,8 +56,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# The same for merge.zip.
+ZIP_PRESETS: dict[str, dict[str, Any]] = {
+    "zipit": {  # arXiv 2305.03053, section 4, on groups as HC-SMoE (2410.08589, section 3.3) forms them for it
+        "grouping": "output",
+        "cluster": "average",
+        "weight": "equal",
+        "router": "weighted",
+        "refit": "none",
+    },
+}
+
+
 class MergeOptions(PassOptions, ExpertCounts):
-    """Options of both merging passes; `preset` replaces the defaults of those that are not given."""
+    """Options of all merging passes; `preset` replaces the defaults of those that are not given."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     preset: Literal["hc-smoe", "sub-moe", "m-smoe", "mergemoe", "ream"] | None = Field(
         default=None, description="A paper's setting, for all of the options below that are not given"
@@ -72,14 +87,16 @@ class MergeOptions(PassOptions, ExpertCounts):
         "other joins the one most like it; absorb: the same with the experts that REAP scores highest; ream: these, "
         "the highest first, take up to 16 each of those most like them",
     )
-    weight: Literal["frequency", "gate", "equal", "reap", "energy"] = Field(
+    weight: Literal["frequency", "gate", "equal", "reap", "energy", "fisher"] = Field(
         default="energy",
         description="Weights of a group's members: tokens routed to them, routing weight, equal, REAP's score, or "
-        "the energy of their weighted outputs",
+        "the energy of their weighted outputs; fisher: every single weight by its own Fisher information (a backward "
+        "sweep; what is kept of it is as large as the model's experts)",
     )
-    router: Literal["weighted", "dominant", "mean"] = Field(
+    router: Literal["weighted", "dominant", "mean", "folded"] = Field(
         default="dominant",
-        description="The group's router row: rows by weight, the dominant member's row, or the mean",
+        description="The group's router row: rows by weight, the dominant member's row, or the mean; folded: the "
+        "dominant member's row, and on its logit's bias log Σ exp of the members' (families without one are told)",
     )
     align: Literal["none", "weights", "activations"] = Field(
         default="activations",
@@ -90,10 +107,11 @@ class MergeOptions(PassOptions, ExpertCounts):
         default="exact",
         description="How neurons are matched: the best matching (CPU, pair by pair), or one near it, all pairs at once",
     )
-    refit: Literal["none", "down", "layer"] = Field(
+    refit: Literal["none", "down", "mean", "layer"] = Field(
         default="layer",
         description="Solve down projections again on the calibration tokens: down: merged experts' outputs like their "
-        "members'; layer: all experts together, for the layer's output as it was",
+        "members' on the tokens routed to them; mean: like the members' weighted mean on a sample of all tokens; "
+        "layer: all experts together, for the layer's output as it was",
     )
     ridge: float = Field(
         default=0.25,
@@ -108,12 +126,32 @@ class MergeOptions(PassOptions, ExpertCounts):
     @classmethod
     def _preset(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(name := values.get("preset"), str):
-            return {**PRESETS.get(name, {}), **values}
+            return {**cls.presets.get(name, {}), **values}
         return values
+
+
+class ZipOptions(MergeOptions):
+    """Options of `merge.zip`."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = ZIP_PRESETS
+
+    preset: Literal["zipit"] | None = Field(  # type: ignore[assignment]
+        default=None, description="A paper's setting, for all of the options below that are not given"
+    )
+    weight: Literal["frequency", "gate", "equal", "reap", "energy"] = Field(  # type: ignore[assignment]
+        default="energy", description="Weights of a group's members, as in merge.average, for whole members"
+    )
+    align: Literal["none"] = Field(  # type: ignore[assignment]
+        default="none", description="Neurons find each other while they are joined"
+    )
 
 
 class SubspaceOptions(MergeOptions):
     """Options of `merge.subspace`."""
+
+    weight: Literal["frequency", "gate", "equal", "reap", "energy"] = Field(  # type: ignore[assignment]
+        default="energy", description="Weights of a group's members, as in merge.average, for whole members"
+    )
 
     rank: float = Field(
         default=0.9,

@@ -2,10 +2,12 @@
 
 An expert's output is linear in its down projection, so the best one for what is asked of it is a least-squares problem
 (MergeMoE, arXiv 2510.14436, section 4, solves it with a pseudoinverse, which few tokens make ill-conditioned; here a
-ridge holds on to the weights that are there). Two problems are solved:
+ridge holds on to the weights that are there). Three problems are solved:
 
 `refit_down`: each merged expert on its own, so that on its group's tokens it puts out what the members did. Rows count
 by the square of their routing weight.
+
+`refit_mean`: the same on tokens of the whole layer, for the members' weighted mean: MergeMoE's own problem.
 
 `refit_layer`: all experts of a layer together, on the routing as it is after the change, so that the layer puts out
 what it did. This also repairs what no group sees: tokens that the router now sends elsewhere, as after pruning. The
@@ -35,6 +37,8 @@ from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
 from moe_compress.model.experts import ExpertWeights
 from moe_compress.model.offload import runnable
+
+from .align import activations_on
 
 _CHUNK_BYTES = 512 << 20
 _TOKENS_AT_ONCE = 4096
@@ -110,6 +114,51 @@ def refit_down(
         step = _ridge_solve(gram[at], cross[at], ridge * neurons / rows[at].clamp_min(1))
         merged.down[part.to(merged.down.device)] += step.transpose(1, 2).to(merged.down)
         gained += float(2 * (step * cross[at]).sum() - (step * (gram[at] @ step)).sum())
+    return RefitError(error / max(size, 1e-30), (error - gained) / max(size, 1e-30))
+
+
+def refit_mean(
+    experts: FusedExperts, merged: ExpertWeights, groups: Sequence[Sequence[int]], weights: Sequence[Tensor],
+    hidden_SH: Tensor, ridge: float,
+) -> RefitError:  # fmt: skip
+    """Solve the down projections of merged experts, in place, as MergeMoE does (arXiv 2510.14436, section 4).
+
+    min over W of Σ_s ‖Σ_i w_i f_i(x_s) − b − W·a(x_s)‖² + λ‖W − W₀‖², w the members' shares, over the same tokens for
+    all members, whoever they are routed to. With the members' down projections side by side, W' = [w_1 W_1 … w_n W_n],
+    their neurons Q one above the other and the merged expert's P, the paper's W'·T1 with T1 = Q P⁺ is this solution
+    without ridge. `refit_down` asks every member for its own outputs on its own tokens; where all members see the same
+    tokens with the same weights, both are the same.
+
+    Args:
+        experts: before the merge.
+        merged: group j's weights in slot j; `down` is changed where a group has more than one member.
+        groups, weights: members of each slot, and their weights.
+        hidden_SH: tokens.
+        ridge: see the file's head; rows are tokens.
+    """
+    own = experts.weights()
+    tokens, neurons = len(hidden_SH), own.up.shape[1]
+    error, gained, size = 0.0, 0.0, 0.0
+    changed = [s for s, g in enumerate(groups) if len(g) > 1]
+    numbers = [len(groups[s]) + 1 for s in changed]
+    row = 2 * experts.hidden_size + 4 * neurons
+    for part in chunks([4 * n * tokens * row + 24 * neurons**2 for n in numbers], _CHUNK_BYTES):
+        slots = changed[part.start : part.stop]
+        members = torch.tensor([e for s in slots for e in groups[s]], device=own.down.device)
+        place = torch.tensor([p for p, s in enumerate(slots) for _ in groups[s]], device=own.down.device)
+        share = torch.cat([weights[s] / weights[s].sum() for s in slots]).to(own.down.device)
+        _, output = _on_all(experts, own.map(lambda w, m=members: w[m.to(w.device)]), hidden_SH)  # type: ignore[misc]
+        wanted = output.new_zeros(len(slots), *output.shape[1:])
+        wanted.index_add_(0, place, output * share.to(output)[:, None, None])
+        at = torch.tensor(slots, device=own.down.device)
+        now = merged.map(lambda w, s=at: w[s.to(w.device)])  # type: ignore[misc]
+        activation, output = _on_all(experts, now, hidden_SH)
+        left, feature = (wanted - output).double(), activation.double()
+        gram, cross = feature.transpose(1, 2) @ feature, feature.transpose(1, 2) @ left
+        step = _ridge_solve(gram, cross, torch.full((len(slots),), ridge * neurons / tokens).to(gram))
+        merged.down[at.to(merged.down.device)] += step.transpose(1, 2).to(merged.down)
+        error, size = error + float(left.square().sum()), size + float(wanted.double().square().sum())
+        gained += float(2 * (step * cross).sum() - (step * (gram @ step)).sum())
     return RefitError(error / max(size, 1e-30), (error - gained) / max(size, 1e-30))
 
 
@@ -308,6 +357,13 @@ def _parts(experts: FusedExperts, index_TK: Tensor, weight_TK: Tensor) -> Iterat
     row = 3 * experts.hidden_size + 4 * weights.up.shape[1]
     for chunk in chunks([4 * rows * row for rows in dispatch.counts_E.tolist()], _CHUNK_BYTES):
         yield dispatch.part(chunk)[1], weights.part(chunk)
+
+
+def _on_all(experts: FusedExperts, weights: ExpertWeights, hidden_SH: Tensor) -> tuple[Tensor, Tensor]:
+    """Every given expert on every token: neurons [C, S, I] and outputs before a norm [C, S, H], float32."""
+    activation = activations_on(experts, weights, hidden_SH).float()
+    output = activation @ weights.down.float().transpose(1, 2)
+    return activation, output if weights.down_bias is None else output + weights.down_bias.float().unsqueeze(1)
 
 
 def _down(activation_RI: Tensor, weights: ExpertWeights, part: Dispatch) -> Tensor:

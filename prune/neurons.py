@@ -92,6 +92,7 @@ class PruneNeurons(Pass):
     name = "prune.neurons"
     summary = "make experts narrower: remove neurons by a criterion, down projections solved again"
     paper = "HEAPr (arXiv 2509.22299), CAMERA-P (2508.02322), TENP (2606.09885): criteria; see docs/pruning.md"
+    leaves = frozenset({"fused", "ragged"})
     Options = NeuronOptions
     options: NeuronOptions
 

@@ -116,6 +116,7 @@ class QuantizeGGUF(Pass):
     name = "quantize.gguf"
     summary = "quantize experts into llama.cpp's block types, per layer and projection from a program under one budget"
     paper = "none: K-quants and importance matrices are llama.cpp's; the program is that of quantize.mixed"
+    leaves = frozenset({"packed"})
     Options = GGUFOptions
     options: GGUFOptions
 

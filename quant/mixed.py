@@ -42,6 +42,7 @@ class QuantizeMixed(Pass):
     name = "quantize.mixed"
     summary = "quantize experts, bits from a program under one budget of real bytes; GPTQ, HQQ or round-to-nearest"
     paper = "PMQ, arXiv 2410.06270 (allocation); GPTQ, arXiv 2210.17323; HQQ (Badri and Shaji 2023)"
+    leaves = frozenset({"packed"})
     Options = MixedOptions
     options: MixedOptions
 

@@ -68,6 +68,7 @@ class QuantizeScheme(Pass):
     name = "quantize.scheme"
     summary = "experts in FP8, W8A8 or W4A8 as servers run them, activations quantized per token in every score"
     paper = "schemes: compressed-tensors; FP8 in blocks: DeepSeek-V3, arXiv 2412.19437; GPTQ, arXiv 2210.17323"
+    leaves = frozenset({"scaled"})
     Options = SchemeOptions
     options: SchemeOptions
 

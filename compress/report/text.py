@@ -119,10 +119,13 @@ def _by_place(beside: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str
 
 
 def _refitted(layers: Sequence[dict[str, Any]], number: int) -> list[str]:
-    """What solving down projections again did in pass `number`, and the layers where it wasn't done."""
-    told = {entry["layer"]: entry["passes"][number].get("refit") for entry in layers}
+    """What solving down projections again did in pass `number`; where that, or folding router rows, wasn't done."""
+    own = {entry["layer"]: entry["passes"][number] for entry in layers}
+    told = {index: report.get("refit") for index, report in own.items()}
     done = [refit for refit in told.values() if refit and "skipped" not in refit]
     lines = [f"layer {i}: not refitted: {refit['skipped']}" for i, refit in told.items() if refit and refit not in done]
+    routers = {i: report["router"] for i, report in own.items() if isinstance(report.get("router"), dict)}
+    lines += [f"layer {i}: router: {router['skipped']}" for i, router in routers.items()]
     if done:
         before, after = (sum(refit[key] for refit in done) / len(done) for key in ("before", "after"))
         lines.insert(
