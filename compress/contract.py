@@ -12,6 +12,7 @@ from moe_compress.passes import Pass, all_passes
 KINDS = {
     "fused": "dense weights, as the family stores them",
     "packed": "quantized codes and scales, per matrix",
+    "factored": "dense or packed factors: shared bases, low-rank products, sparse rows",
     "ragged": "dense weights, experts of a layer with different numbers of neurons",
     "scaled": "8-bit weights with scales, as servers compute with them",
 }

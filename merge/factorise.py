@@ -85,6 +85,7 @@ class MergeFactorise(Pass):
         "SVD-LLM (arXiv 2403.07378), D2-MoE (2502.17298), ResMoE (2503.06881), MoLAE (2503.23100), MoBE (2508.05257)"
     )
     Options = FactoriseOptions
+    leaves = frozenset({"factored"})
     options: FactoriseOptions
 
     @classmethod
