@@ -34,15 +34,23 @@ CLUSTERS = ("dominant", "absorb", "kmeans", "average")
 
 GROUPS: dict[str, dict[str, list[Any]]] = {
     "prune": {
-        f"{criterion} {keep:.0%}": [{"prune.experts": {"keep": keep, "criterion": criterion}}]
+        f"{name}{', refitted' if refit else ''} {keep:.0%}": [
+            {"prune.experts": {"keep": keep, "refit": refit, **options}}
+        ]
         for keep in (0.75, 0.5)
-        for criterion in ("random", "frequency", "gate_mass", "ean", "reap")
-    }
-    | {f"reap, global {keep:.0%}": [{"prune.experts": {"keep": keep, "scope": "global"}}] for keep in (0.75, 0.5)},
+        for refit in (False, True)
+        for name, options in (
+            *((c, {"criterion": c}) for c in ("random", "frequency", "gate_mass", "ean", "reap", "easy_ep")),
+            ("reap, global", {"criterion": "reap", "scope": "global"}),
+            ("gram_greedy, global", {"criterion": "gram_greedy", "scope": "global"}),
+            ("reap, by sensitivity", {"criterion": "reap", "scope": "sensitivity"}),
+        )
+    },
     "criteria": {
-        f"{name} {keep:.0%}": [{"prune.experts": {"keep": keep, **options}}]
+        f"{name} {keep:.0%}": [{"prune.experts": {"keep": keep, "refit": False, **options}}]
         for keep in (0.75, 0.5)
         for name, options in (
+            *((c, {"criterion": c}) for c in ("attribution", "attribution_abs", "attribution_squared")),
             *((c, {"criterion": c}) for c in ("random", "reap", "reap_l2", "weighted_ean", "man", "msan")),
             *((c, {"criterion": c}) for c in ("easy_ep", "tcess", "mone", "max_activation", "stun")),
             *((c, {"criterion": c}) for c in ("gram_greedy", "naee")),
@@ -66,7 +74,8 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
         f"{name} {keep:.0%}": [{method: {"keep": keep, **options}}]
         for keep in (0.75, 0.5)
         for name, method, options in (
-            ("for comparison: pruning by REAP", "prune.experts", {}),
+            ("for comparison: pruning by REAP", "prune.experts", {"refit": False}),
+            ("for comparison: pruning by REAP, refitted", "prune.experts", {}),
             *((f"average as {paper}", "merge.average", {"preset": paper}) for paper in PRESETS),
             ("average (defaults)", "merge.average", {}),
             ("average, no refit", "merge.average", {"refit": "none"}),

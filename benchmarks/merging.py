@@ -1,4 +1,4 @@
-"""Grouping × merging on the demo checkpoint with pruning at the same bytes in one table; what one large layer takes.
+"""Grouping × merging, pruning and factorising on the demo checkpoint at the same bytes; what one large layer takes.
 
     python benchmarks/merging.py table [--seeds 3] [--tokens 20000] [--tasks 100] [--prompts 20] [--only TEXT …]
                                        [--cells out/merging.jsonl] [--print]
@@ -41,7 +41,8 @@ from moe_compress.model import FusedExperts
 
 SHARES = (0.75, 0.5)
 PRUNING: dict[str, dict[str, Any]] = {
-    "prune: random": {"criterion": "random", "refit": False},
+    **{f"prune: {c}": {"criterion": c, "refit": False} for c in ("random", "frequency", "ean", "easy_ep")},
+    "prune: easy_ep, refitted": {"criterion": "easy_ep"},
     "prune: REAP": {"refit": False},
     "prune: REAP, refitted (default)": {},
     "prune: gram_greedy": {"criterion": "gram_greedy", "refit": False},
@@ -62,6 +63,14 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "aligned": ("merge.average", {"refit": "none"}),
     "aligned, refitted (default)": ("merge.average", {}),
 }
+FACTORISING: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "latent": {},
+    "d2-moe": {"base": "frequency"},
+    "resmoe": {},
+    "mobe": {},
+    "mc-smoe": {},
+}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Fisher-weighted, aligned": ("merge.average", {"weight": "fisher", "refit": "none"}),
     "Fisher-weighted, aligned, refitted": ("merge.average", {"weight": "fisher"}),
@@ -78,6 +87,11 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "as MergeMoE": ("merge.average", {"preset": "mergemoe"}),
     "as REAM": ("merge.average", {"preset": "ream"}),
     "as ZipIt": ("merge.zip", {"preset": "zipit"}),
+    "narrower: neurons by what they put out": ("prune.neurons", {"refit": False}),
+    "narrower, refitted (default)": ("prune.neurons", {}),
+    "DERN": ("prune.dern", {"refit": False, "start": "gate"}),
+    "DERN, refitted (default)": ("prune.dern", {}),
+    **{f"factorised: {method}": ("merge.factorise", {"method": method, **own}) for method, own in FACTORISING.items()},
 }
 
 
