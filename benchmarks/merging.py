@@ -81,6 +81,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "aligned, refitted as MergeMoE": ("merge.average", {"refit": "mean"}),
     "aligned, refitted group by group": ("merge.average", {"refit": "down"}),
     "aligned, refitted, weighted row": ("merge.average", {"router": "weighted"}),
+    "aligned, refitted, rows left in place": ("merge.average", {"router": "remap"}),
     "as HC-SMoE": ("merge.average", {"preset": "hc-smoe"}),
     "as Sub-MoE, rank 0.75": ("merge.subspace", {"preset": "sub-moe", "rank": 0.75}),
     "as M-SMoE": ("merge.average", {"preset": "m-smoe"}),

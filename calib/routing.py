@@ -88,6 +88,15 @@ def carried(before_TC: Tensor, slots: Sequence[int], classes: int) -> Tensor:
     return after / after.sum(-1, keepdim=True).clamp_min(torch.finfo(after.dtype).tiny)
 
 
+def chances(tap: Tap) -> Tensor:
+    """`distribution` of what a tap's router said, over experts: of classes that mean one expert, the sum; [T, C]."""
+    assert tap.logits_TE is not None, "this router returns no logits"
+    found = distribution(tap.logits_TE)
+    if tap.classes is None:
+        return found
+    return carried(found, tap.classes, found.shape[1] - len(tap.classes) + max(tap.classes) + 1)
+
+
 def router_divergence(before_TC: Tensor, after_TC: Tensor) -> Tensor:
     """KL(before ‖ after) of each token, nats, [T]. Arguments are probabilities."""
     log = (after_TC.clamp_min(torch.finfo(after_TC.dtype).tiny)).log()
@@ -130,7 +139,7 @@ class RoutingLog:
         logits = None if tap.logits_TE is None else tap.logits_TE[taken].cpu()
         index, weight, nothing = tap.index_TK[taken].cpu(), tap.weight_TK[taken].cpu(), tap.hidden_TH[taken, :0].cpu()
         self.layers.setdefault(tap.layer, []).append(
-            Tap(tap.layer, tap.experts, nothing, index, weight, nothing, logits)
+            Tap(tap.layer, tap.experts, nothing, index, weight, nothing, logits, classes=tap.classes)
         )
 
 
@@ -162,8 +171,8 @@ def routing_drift(
         for tap, other in zip(taps, later, strict=True):
             change.observe(other)
             if tap.logits_TE is not None and other.logits_TE is not None:
-                q = distribution(other.logits_TE)
-                p = carried(distribution(tap.logits_TE), own or list(range(experts)), q.shape[1]).to(q.dtype)
+                q = chances(other)
+                p = carried(chances(tap), own or list(range(experts)), q.shape[1]).to(q.dtype)
                 total += float(router_divergence(p, q).sum(dtype=torch.float64))
                 tokens += len(q)
         found[layer] = {"agreement": change.result()["kept_choices"]}

@@ -42,6 +42,8 @@ class _LogitSums(Accumulator):
     def update(self, tap: Tap) -> None:
         if tap.logits_TE is None or tap.logits_TE.shape[1] < len(self.gram):
             raise UnsupportedModelError(f"the router of layer {tap.layer} returns no logits by which to group experts")
+        if tap.classes is not None:
+            raise UnsupportedModelError(f"layer {tap.layer}: its router scores other experts than there are (`remap`)")
         logits = tap.logits_TE[:, : len(self.gram)].double()  # behind the experts' may be classes of other things
         self.gram += (logits.T @ logits).cpu()
 

@@ -164,6 +164,8 @@ class _LogitSums(Accumulator):
     def update(self, tap: Tap) -> None:
         if tap.logits_TE is None:
             raise UnsupportedModelError(f"layer {tap.layer}: its router returns no logits, which chosen_logits sums")
+        if tap.classes is not None:
+            raise UnsupportedModelError(f"layer {tap.layer}: its router scores other experts than there are (`remap`)")
         dispatch = Dispatch.of(tap.index_TK, tap.weight_TK, self.experts)
         chosen = tap.logits_TE[dispatch.token_R, dispatch.expert_R].double() * counted_rows(tap, dispatch)
         self.sums += _sum_rows(chosen, dispatch, self.experts).cpu()

@@ -8,7 +8,7 @@ the routing is measured on the calibration text and reported.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from moe_compress.calib.fisher import WeightFisher
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
 from moe_compress.counts import kept_count
+from moe_compress.errors import RecipeError
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.experts import ExpertWeights
-from moe_compress.model.shape import ModelShape
+from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, Plan, register
 from moe_compress.prune.criteria import Selection, find_criterion
 from moe_compress.prune.super_experts import super_experts
@@ -68,10 +69,16 @@ class _MergeExperts(Pass):
         return True
 
     def forecast(self, shape: ModelShape) -> ModelShape:
-        """Counts after merging."""
-        return shape.with_layers(
-            {i: layer.with_experts(kept_count(self.name, i, layer, self.options)) for i, layer in shape.layers.items()}
-        )
+        """Counts after merging. Raises RecipeError where the target has no router that leads several rows to one."""
+        layers = {i: layer.with_experts(self._count(i, layer)) for i, layer in shape.layers.items()}
+        if self.options.router == "remap":
+            if self.target.quantized_format != "native":
+                raise RecipeError(
+                    f"{self.name}: the target {self.target.name!r} has no router whose rows lead to fewer experts: set "
+                    "`target: native`, or another `router`"
+                )
+            layers = {i: replace(layer, rules=(*layer.rules, "remap")) for i, layer in layers.items()}
+        return shape.with_layers(layers)
 
     def plan(self, profile: Profile) -> Plan:
         """Group every layer's experts."""
@@ -86,11 +93,11 @@ class _MergeExperts(Pass):
             usage = self._usage(profile, index)
             found = group_experts(
                 similarity,
-                kept_count(self.name, index, layer, self.options),
+                self._count(index, layer),
                 self.options,
                 usage,
                 self._saliency(profile, index),
-                layer.routing_groups,
+                1 if self.options.router == "remap" else layer.routing_groups,
                 alone.get(index, []),
                 generator,
             )
@@ -120,8 +127,11 @@ class _MergeExperts(Pass):
         merged = self._combined(block, decision, weights, inputs, order_EI)
         refitted = self._refitted(block, decision, weights, inputs, merged)
         folded = FoldedBias(block, groups) if self.options.router == "folded" else None
-        mixing = router_mixing(self.options.router, groups, weights, decision["dominant"])
-        block.regroup(decision["dominant"], mixing, slots)
+        if self.options.router == "remap":
+            block.remap(decision["dominant"], slots)
+        else:
+            mixing = router_mixing(self.options.router, groups, weights, decision["dominant"])
+            block.regroup(decision["dominant"], mixing, slots)
         if folded is not None:
             folded.put(block)
         for (_, new), (_, value) in zip(block.experts.weights().items(), merged.items(), strict=True):
@@ -212,6 +222,12 @@ class _MergeExperts(Pass):
             return weighted_average(members.unsqueeze(-1), weight_GN).squeeze(-1)
         return weighted_average(members, weight_GN)
 
+    def _count(self, index: int, layer: LayerShape) -> int:
+        """Experts that a layer keeps; a router that stays as it is sets no limit to that."""
+        if self.options.router == "remap":
+            layer = replace(layer, top_k=1, groups=None)
+        return kept_count(self.name, index, layer, self.options)
+
     def _usage(self, profile: Profile, index: int) -> Tensor:
         routing = profile.of(index, Routing())
         if self.options.weight == "equal":
@@ -231,7 +247,7 @@ class _MergeExperts(Pass):
     def _reap(self, profile: Profile, index: int) -> Tensor:
         criterion, layer = find_criterion("reap"), profile.shape.layers[index]
         measured = {s.name: profile.of(index, s) for s in criterion.measures(self.options)}
-        count = kept_count(self.name, index, layer, self.options)
+        count = self._count(index, layer)
         return criterion.score(measured, Selection(layer, count, (), torch.Generator()))
 
 

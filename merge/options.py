@@ -10,7 +10,7 @@ from moe_compress.counts import ExpertCounts
 from moe_compress.passes import PassOptions
 
 # What a paper's method is in terms of the options. Where a paper leaves the router's rows in place and lets several of
-# them lead to one expert, which no runtime loads, the nearest that does load is named.
+# them lead to one expert, the nearest that every runtime loads is named; `router: remap` beside it is the paper's own.
 PRESETS: dict[str, dict[str, Any]] = {
     "hc-smoe": {  # arXiv 2410.08589, section 3.2, on the cosine of outputs instead of the distance of mean outputs
         "grouping": "output",
@@ -93,10 +93,12 @@ class MergeOptions(PassOptions, ExpertCounts):
         "the energy of their weighted outputs; fisher: every single weight by its own Fisher information (a backward "
         "sweep; what is kept of it is as large as the model's experts)",
     )
-    router: Literal["weighted", "dominant", "mean", "folded"] = Field(
+    router: Literal["weighted", "dominant", "mean", "folded", "remap"] = Field(
         default="dominant",
         description="The group's router row: rows by weight, the dominant member's row, or the mean; folded: the "
-        "dominant member's row, and on its logit's bias log Σ exp of the members' (families without one are told)",
+        "dominant member's row, and on its logit's bias log Σ exp of the members' (families without one are told); "
+        "remap: all rows stay as they are and lead to their expert's group, the weights of a token's duplicates summed "
+        "(target: native)",
     )
     align: Literal["none", "weights", "activations"] = Field(
         default="activations",

@@ -37,6 +37,7 @@ from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
 from moe_compress.model.experts import ExpertWeights
 from moe_compress.model.offload import runnable
+from moe_compress.model.rules import Choice
 
 from .align import activations_on
 
@@ -264,7 +265,7 @@ class LayerRefit:
             weight_TK, target_TH = weight_TK * self._root_T1, target_TH * self._root_T1
         experts = FusedExperts(block.experts_module)
         error = refit_layer(experts, self._hidden_TH, index_TK, weight_TK, target_TH, ridge, frozen)
-        return {**asdict(error), "routing": "asked" if self.known else "former choices"}
+        return {**asdict(error), "routing": self._routing.told(block)}
 
 
 class NewRouting:
@@ -272,7 +273,8 @@ class NewRouting:
 
     Only where the router can be asked: it must give the recorded routing back when it reads what the experts read. Some
     routers read other things too (token ids, earlier layers' states, the hidden state before a projection). There every
-    token's choices are taken to go where their experts went, and those of experts that are gone to none.
+    token's choices are taken to go where their experts went, and those of experts that are gone to none. Where the
+    change put a rule behind the router (`MoEBlock.remap`), what it chose is as recorded, and goes through the rule.
 
     Args:
         block: before the change.
@@ -281,11 +283,16 @@ class NewRouting:
 
     def __init__(self, block: MoEBlock, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor):
         self._before = (hidden_TH, index_TK, weight_TK)
-        self.known = self._asked(block)
+        self._rules = len(block.rules)
+        self.known = not block.rules and self._asked(block)  # what was recorded is what rules made of its choices
 
     def after(self, block: MoEBlock, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Index and weight [T, K] of the changed block, with the slots that its experts went to."""
         hidden, index, weight = self._before
+        if added := block.rules[self._rules :]:
+            for rule in added:
+                index, weight = rule(Choice(hidden, index, weight, block.num_experts))
+            return index, weight
         if not self.known:
             table = torch.tensor([*slots, -1], device=index.device)  # behind the experts: choices of none
             slot = table[index.clamp_max(len(slots))]
@@ -293,6 +300,12 @@ class NewRouting:
         with runnable(block.module):
             routed = [block.route(part) for part in hidden.split(_TOKENS_AT_ONCE)]
         return torch.cat([r.index_TK for r in routed]), torch.cat([r.weight_TK for r in routed])
+
+    def told(self, block: MoEBlock) -> str:
+        """How `after` knows, for the report."""
+        if len(block.rules) > self._rules:
+            return "unchanged"
+        return "asked" if self.known else "former choices"
 
     def _asked(self, block: MoEBlock) -> bool:
         hidden, index, weight = (t[:_PROBED] for t in self._before)

@@ -15,6 +15,7 @@ from pydantic import Field
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.skipping import CapacityUse
 from moe_compress.calib.statistics import Statistic
+from moe_compress.errors import RecipeError
 from moe_compress.model.rules import RouteRule, make_rule
 from moe_compress.model.shape import LayerShape
 from moe_compress.passes import register
@@ -51,7 +52,12 @@ class SkipCapacity(Skip):
     options: CapacityOptions
 
     def check(self, index: int, layer: LayerShape) -> None:
-        """Every layer can have a limit."""
+        """Every layer can have a limit; logits that say where to go instead must be of the experts there are."""
+        if self.options.overflow == "reroute" and "remap" in layer.rules:
+            raise RecipeError(
+                f"{self.name}: the router of layer {index} scores other experts than there are (`router: remap`), so "
+                "it can't say where to go instead: set `overflow: drop`"
+            )
 
     def statistics(self) -> Sequence[Statistic]:
         """What the limit leaves in batches of calibration text."""

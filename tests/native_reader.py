@@ -117,6 +117,21 @@ class Native:
             result[name] = as_float(*stored)
         return result
 
+    def routed(self, layer: str, index: np.ndarray, weight: np.ndarray) -> list[dict[int, float]]:
+        """Per token, expert → weight, of a router's choices and weights [T, K], where the rule is `remap` alone."""
+        block = self.quantization["blocks"][layer]
+        (rule,) = block["routing"]
+        assert rule["kind"] == "remap"
+        assert len(rule["experts"]) == block.get("router_experts", block["num_experts"])
+        found: list[dict[int, float]] = []
+        for classes, weights in zip(index.tolist(), weight.tolist(), strict=True):
+            found.append({})
+            for c, w in zip(classes, weights, strict=True):
+                expert = rule["experts"][c] if c < len(rule["experts"]) else -1
+                if w and 0 <= expert < block["num_experts"]:
+                    found[-1][expert] = found[-1].get(expert, 0.0) + w
+        return found
+
     def ragged(self, layer: str) -> list[dict[str, np.ndarray]]:
         """Per expert of a ragged block: projection → float32 [O, K], bias → [O]."""
         layout, prefix = self.quantization["blocks"][layer]["layout"], self.prefix(layer)

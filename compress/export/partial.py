@@ -32,13 +32,19 @@ def load_experts(view: MoEModel, keep: Mapping[int, list[int]], **options: Any) 
         keep: decoder layer → experts that stay, ascending; every layer with experts.
         options: for `from_pretrained`.
 
-    Raises UnsupportedModelError for packed experts, hash routing, and folders whose experts can't be told apart.
+    Raises UnsupportedModelError for packed experts, hash routing, routers that score more experts than there are, and
+    folders whose experts can't be told apart.
     """
     assert view.weights is not None
     source, names = view.source, view.weights.names
     state: dict[str, Tensor] = {}
     left_out = set(view.weights.unowned)
     for index, kept in keep.items():
+        if (scored := view.block(index).router_experts) != (count := view.block(index).num_experts):
+            raise UnsupportedModelError(
+                f"{source.folder}: the router of layer {index} scores {scored} experts, which a rule maps to {count}: "
+                "experts can't be left out of it"
+            )
         stored, renamed = _stored_by_expert(view, index, kept)
         left_out |= stored.keys()
         state |= {renamed[n]: source.get(n) for n in renamed}

@@ -146,7 +146,8 @@ def result_config(
 
     `descriptions`: decoder layer, or OUTER → description of what changed there (see Overlay).
 
-    Equal numbers of dense experts everywhere need nothing but another number: "hf". Anything else is `quantized`; what
+    Equal numbers of dense experts everywhere need nothing but another number: "hf". Where routers score more experts
+    than there are, config.json keeps the number that they score. Anything else is `quantized`; what
     a served format says of the layers is known when they are written. A `target` that runs no rules gets the same top-k
     in every layer as a number in the config; RunError for any other rule.
     """
@@ -161,7 +162,7 @@ def result_config(
     descriptions = {i: _block(descriptions.get(i, {})) or model.description(i) for i in model.moe_layers}
     counts = {int(d["num_experts"]) for d in descriptions.values()}
     uniform = len(counts) == 1
-    if uniform:
+    if uniform and not any("router_experts" in d for d in descriptions.values()):
         config = with_count(config, model.count_paths, next(iter(counts)))
     widths = {i: _width(d, model.config_widths[i]) for i, d in descriptions.items()}
     said = model.narrowed(widths)

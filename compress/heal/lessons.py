@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.calib.batches import TokenBatches
-from moe_compress.calib.routing import RoutingLog, carried, distribution, router_divergence, routing_drift
+from moe_compress.calib.routing import RoutingLog, carried, chances, router_divergence, routing_drift
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import Layer, MoEBlock, MoEModel, Tap
 from moe_compress.model.backward import GradientSweep, differentiable, run_differentiably
@@ -159,8 +159,8 @@ def _target(tap: Tap, slots: Sequence[int], objective: str) -> Tensor:
         raise UnsupportedModelError(
             f"layer {tap.layer}: its router returns no logits: set `objective: hidden` in heal.router"
         )
-    classes = tap.logits_TE.shape[1] - len(slots) + max(slots) + 1
-    return carried(distribution(tap.logits_TE), slots, classes)
+    found = chances(tap)
+    return carried(found, slots, found.shape[1] - len(slots) + max(slots) + 1)
 
 
 def _loss(step: Step, number: int, target: Tensor, objective: str) -> Tensor:
@@ -173,7 +173,7 @@ def _loss(step: Step, number: int, target: Tensor, objective: str) -> Tensor:
         return (change / target.float().square().sum(-1).clamp_min(1e-30).to(change.device)).mean()
     ((tap, _),) = run.caught
     assert tap.logits_TE is not None, "the original's router returns what this one doesn't"
-    found = distribution(tap.logits_TE)
+    found = chances(tap)
     return router_divergence(target.to(found), found).mean()
 
 

@@ -305,6 +305,7 @@ def _finished(tap: Tap, at: dict[str, Tensor], leaves: Any, behind: Any, paramet
         map_tensors(tap.router_arguments, Tensor.detach),
         tap.modality_T,
         tap.token_weight_T,
+        tap.classes,
         parts,
         gradient_TH=at.get("output_TH", torch.zeros_like(tap.output_TH)),
         weight_gradient_TK=at.get("weight_TK", torch.zeros_like(tap.weight_TK)),

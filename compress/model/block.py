@@ -1,7 +1,8 @@
 """One layer's router and experts, seen alike in every family, live or on the meta device.
 
-A block can be looked at (`experts`, `router`), reduced (`keep`), regrouped (`regroup`), given other experts
-(`replace_experts`), and turned into plain tensors and back (`state`, `restore`). It knows nothing of methods.
+A block can be looked at (`experts`, `router`), reduced (`keep`), regrouped (`regroup`, or `remap` behind a router that
+stays as it is), given other experts (`replace_experts`), and turned into plain tensors and back (`state`, `restore`). It
+knows nothing of methods.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from . import families, hf
 from .axes import ExpertAxes
 from .experts import Experts, FusedExperts
 from .routes import CHILD, Routes, install, routes_of
-from .rules import RouteRule, make_rule
+from .rules import Remap, RouteRule, make_rule
 from .tensors import set_tensor
 
 
@@ -144,6 +145,13 @@ class MoEBlock:
         return self.experts.num_experts
 
     @property
+    def router_experts(self) -> int:
+        """Experts that the router scores: more than there are where several of its classes lead to one (`remap`)."""
+        name = next(n for n in self.axes.tensors if not self._holds(n))
+        dim, extra = self.axes.tensors[name]
+        return self._tensor(name).shape[dim] - extra
+
+    @property
     def top_k(self) -> int:
         """Experts per token."""
         return families.top_k(self.router, self.parent)
@@ -192,11 +200,7 @@ class MoEBlock:
         and experts, which were made for those that were there.
         """
         count = self.num_experts
-        if self.rules:
-            kinds = ", ".join(rule.kind for rule in self.rules)
-            raise UnsupportedModelError(
-                f"layer {self.layer} has routing rules ({kinds}): change its experts before them"
-            )
+        self._refuse_rules()
         if sorted(set(indices)) != list(indices) or not indices or indices[0] < 0 or indices[-1] >= count:
             raise ValueError(f"layer {self.layer}: experts to keep must be ascending, distinct and below {count}")
         reason = self.infeasible(len(indices))
@@ -232,7 +236,7 @@ class MoEBlock:
         """
         mixed = {}
         for name, (dim, extra) in self.axes.tensors.items():
-            if name.startswith(self.path + "."):
+            if self._holds(name):
                 continue
             tensor = self._tensor(name)
             rows = tensor.movedim(dim, 0)
@@ -251,6 +255,22 @@ class MoEBlock:
             set_tensor(
                 self.module, f"{self.router_path}.tid2eid", families.remap_hash_table(table, kept, before, slots_E)
             )
+
+    def remap(self, representatives: list[int], slots: list[int]) -> None:
+        """Reduce the experts alone: slot j gets `representatives[j]`'s weights, the router's class e means `slots[e]`.
+
+        The router stays as it is, bit for bit, so nothing about its groups or its top-k limits how many experts are
+        left. Raises UnsupportedModelError where rules stand between router and experts already.
+        """
+        self._refuse_rules()
+        scored = self.router_experts
+        for name, (dim, _) in self.axes.tensors.items():
+            if self._holds(name):
+                tensor = self._tensor(name)
+                rows = torch.tensor(representatives, device=tensor.device)
+                set_tensor(self.module, name, tensor.index_select(dim, rows))
+        self._set_count(len(representatives), scored)
+        self.add_rule(Remap(slots))
 
     def narrow(self, kept_EI: Tensor) -> None:
         """Keep these neurons of each expert, [E, I'] numbers, ascending; the experts must be fused."""
@@ -303,6 +323,8 @@ class MoEBlock:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors (names relative to the layer) and a JSON description from which `restore` rebuilds the block."""
         description: dict[str, Any] = {"kind": self.kind, "num_experts": self.num_experts, "experts": self.path}
+        if (scored := self.router_experts) != self.num_experts:
+            description["router_experts"] = scored
         if self.kind != "fused":
             description["layout"] = self.experts_module.describe()  # type: ignore[operator]
         elif hasattr(self.experts_module, _NARROWED):
@@ -313,15 +335,21 @@ class MoEBlock:
         return {name: whole[name] for name in self.own_names()}, description
 
     def restructure(self, description: dict[str, Any]) -> None:
-        """Give the block the structure that `state` described, tensors on the meta device where shapes change."""
+        """Give the block the structure that `state` described, tensors on the meta device where shapes change.
+
+        Raises CheckpointError where the router scores other experts than there are, and no rule says what that means.
+        """
         count = int(description["num_experts"])
-        if count != self.num_experts:
+        scored = int(description.get("router_experts", count))
+        self._check_classes(description.get(CHILD, []), count, scored)
+        if (count, scored) != (self.num_experts, self.router_experts):
             for name, (dim, extra) in self.axes.tensors.items():
                 tensor = self._tensor(name)
                 shape = list(tensor.shape)
-                shape[dim] = count + extra
-                set_tensor(self.module, name, torch.empty(shape, dtype=tensor.dtype, device="meta"))
-            self._set_count(count)
+                shape[dim] = (count if self._holds(name) else scored) + extra
+                if shape != list(tensor.shape):
+                    set_tensor(self.module, name, torch.empty(shape, dtype=tensor.dtype, device="meta"))
+            self._set_count(count, scored)
         if "neurons" in description and description["neurons"] != self.experts.intermediate_size:
             self._resize(int(description["neurons"]), "meta")
         if description["kind"] != "fused":
@@ -351,6 +379,27 @@ class MoEBlock:
 
     # --- inside ------------------------------------------------------------------------------------------------
 
+    def _holds(self, name: str) -> bool:
+        """Whether what has this name, relative to the layer, is the experts module's own, not the router's."""
+        return name.startswith(self.path + ".")
+
+    def _refuse_rules(self) -> None:
+        if self.rules:
+            kinds = ", ".join(rule.kind for rule in self.rules)
+            raise UnsupportedModelError(
+                f"layer {self.layer} has routing rules ({kinds}): change its experts before them"
+            )
+
+    def _check_classes(self, rules: list[dict[str, Any]], count: int, scored: int) -> None:
+        tables = [rule["experts"] for rule in rules if rule.get("kind") == Remap.kind and "experts" in rule]
+        if scored != count and not tables:
+            raise CheckpointError(
+                f"layer {self.layer} has {count} experts and a router that scores {scored}, and no rule `remap` that "
+                "says which expert each means"
+            )
+        if wrong := [e for table in tables for e in table if not -1 <= e < count]:
+            raise CheckpointError(f"layer {self.layer}: its rule `remap` names expert {wrong[0]} of {count}")
+
     def _put(self, routes: Routes) -> None:
         install(self.experts_module, self.router, routes, read_routing)
 
@@ -377,11 +426,14 @@ class MoEBlock:
         FusedExperts(self.experts_module).resize(neurons, device)
         setattr(self.experts_module, _NARROWED, neurons)
 
-    def _set_count(self, count: int) -> None:
+    def _set_count(self, count: int, scored: int | None = None) -> None:
+        """Integers that follow the number of experts: the experts module's own that of `count`, others of `scored`."""
+        scored = count if scored is None else scored
         for attribute in self.axes.attributes:
-            setattr(self.module.get_submodule(attribute.module), attribute.name, attribute.value(count))
+            own = count if self._holds(attribute.module + ".") else scored
+            setattr(self.module.get_submodule(attribute.module), attribute.name, attribute.value(own))
         router = self.router
         key = families.ROUTERS_READING_CONFIG.get(type(router).__name__)
         if key:
             router.config = copy.copy(router.config)  # type: ignore[assignment]
-            setattr(router.config, key, count)
+            setattr(router.config, key, scored)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from . import hf
 from .block import MoEBlock, read_routing
 from .dispatch import Dispatch
 from .experts import Experts, FusedExperts, run_experts
+from .rules import Remap
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Tap:
         router_arguments: what the router was called with, by the names of its parameters.
         modality_T: what each token is of: 0 text, 1 image, 2 video, 3 audio; None where all are text.
         token_weight_T: what each token counts in sums over tokens, not negative; None where all count 1.
+        classes: the expert that each of the router's classes means (−1: none) where a rule says so (rules.Remap); None
+            where class e means expert e.
     """
 
     layer: int
@@ -56,6 +59,7 @@ class Tap:
     router_arguments: dict[str, Any] = field(default_factory=dict)
     modality_T: Tensor | None = None
     token_weight_T: Tensor | None = None
+    classes: Sequence[int] | None = None
     _parts: tuple[Dispatch, Tensor, Tensor] | None = None
 
     @functools.cached_property
@@ -213,6 +217,7 @@ def observe(
         with torch.no_grad():
             tap = Tap(block.layer, experts, hidden, index, weight, output, logits, sequence, _parts=parts)
             tap.modality_T, tap.token_weight_T = modality, counted
+            tap.classes = next((rule.experts for rule in block.rules if isinstance(rule, Remap)), None)
             tap.router_arguments = dict(returned[1])
             observer(tap)
 
