@@ -25,7 +25,7 @@ WIDTHS: dict[str, float] = {"8": 8, "4": 4, "3": 3, "2": 2, "1.58": 1.58, "1": 1
 # GPTQ as its paper has it, but for the scales, which are fitted (see gptq.py).
 PLAIN: dict[str, Any] = {"hessian": "plain", "compensate": False, "sweeps": 0}
 SOLVERS: dict[str, dict[str, Any]] = {
-    f"{name}{', rotated' if rotate else ''}": {**options, "rotate": "down" if rotate else "none"}
+    f"{name}{rotated}": {**options, "rotate": rotate}
     for name, options in (
         ("RTN", {"method": "rtn"}),
         ("HQQ", {"method": "hqq"}),
@@ -33,7 +33,8 @@ SOLVERS: dict[str, dict[str, Any]] = {
         ("GPTQ, gate-weighted (MoEQuant)", {**PLAIN, "hessian": "gate"}),
         ("GPTQ, g², compensated, polished (default)", {}),
     )
-    for rotate in (False, True)
+    for rotated, rotate in (("", "none"), (", rotated", "down"), (", rotated both", "both"))
+    if rotate != "both" or not options
 }
 ALLOCATORS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},

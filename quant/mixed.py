@@ -82,7 +82,7 @@ class QuantizeMixed(Pass):
             )
         if options.rotate != "none" and self.target.quantized_format != "native":
             raise RecipeError(
-                f"quantize.mixed: the target {self.target.name!r} can't rotate what down projections read: leave "
+                f"quantize.mixed: the target {self.target.name!r} can't rotate what experts' projections read: leave "
                 "`rotate` out, or take target: native"
             )
         if options.low_rank is not None and self.target.quantized_format != "native":

@@ -10,7 +10,7 @@ from moe_compress.passes import PassOptions
 
 from .grid import Grid, Search
 from .layer_rows import Weighing
-from .rotation import Rotation
+from .rotation import Rotation, Rotations
 
 
 class SolverOptions(PassOptions):
@@ -39,9 +39,10 @@ class SolverOptions(PassOptions):
         default=True,
         description="GPTQ: down projections make up for what quantizing gate and up did to their inputs (GPTAQ)",
     )
-    rotate: Literal["none", "down"] = Field(
+    rotate: Literal["none", "down", "both"] = Field(
         default="none",
-        description="Rotate what down projections read by a random Hadamard matrix, at run time too (target: native)",
+        description="Rotate what down projections read by a random Hadamard matrix, at run time too, or what all "
+        "projections of experts read (target: native)",
     )
     sweeps: int = Field(
         default=2,
@@ -54,9 +55,10 @@ class SolverOptions(PassOptions):
         """How often matrices that get low-rank pairs are quantized, and their pairs fitted to what that leaves."""
         return 1
 
-    def rotation(self, layer: int, neurons: int) -> Rotation | None:
-        """How what a layer's down projections read is rotated."""
-        return None if self.rotate == "none" else Rotation.random(neurons, layer)
+    def rotations(self, layer: int, hidden: int, neurons: int) -> Rotations:
+        """How what a layer's experts read is rotated."""
+        inward = Rotation.random(hidden, layer) if self.rotate == "both" else None
+        return Rotations(inward, None if self.rotate == "none" else Rotation.random(neurons, layer))
 
     def grid(self, bits: float) -> Grid:
         """The grid of a width."""
