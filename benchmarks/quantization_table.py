@@ -36,6 +36,11 @@ SOLVERS: dict[str, dict[str, Any]] = {
     for rotated, rotate in (("", "none"), (", rotated", "down"), (", rotated both", "both"))
     if rotate != "both" or not options
 }
+SOLVERS |= {
+    "RTN, smoothed": {"method": "rtn", "smooth": "neurons"},
+    "HQQ, smoothed": {"method": "hqq", "smooth": "neurons"},
+    "GPTQ, g², compensated, polished (default), smoothed": {"smooth": "neurons"},
+}
 ALLOCATORS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "random": {"cost": "random"},
@@ -106,7 +111,8 @@ def cells(table: str) -> dict[tuple[str, str], dict[str, Any]]:
 def settled(seed: int, passes: list[dict[str, Any]]) -> bool:
     """Whether nothing of a cell depends on the text, so that one seed says all."""
     options = passes[0]["quantize.mixed"]
-    return bool(seed) and options.get("method", "gptq") != "gptq" and options["allocation"] == "uniform"
+    reads = options.get("method", "gptq") == "gptq" or options.get("smooth", "none") != "none"
+    return bool(seed) and not reads and options["allocation"] == "uniform"
 
 
 def main() -> None:

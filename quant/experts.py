@@ -30,6 +30,7 @@ from .packed import pack_experts
 from .rotation import NO_ROTATIONS, Rotations
 from .rtn import output_error, round_to_nearest
 from .run_low_rank import LowRank
+from .smoothing import smooth_neurons
 from .solver import SolverOptions
 from .stack import Stack
 
@@ -52,15 +53,17 @@ def quantize_experts(
     ranks: Ranks = NO_RANKS,
     shared_rank: int = 0,
 ) -> list[dict[str, Any]]:
-    """Quantize and pack a block's experts by the method of `options`; GPTQ needs the block's `inputs`.
+    """Quantize and pack a block's experts by the method of `options`; GPTQ and smoothing need `inputs`.
 
     With `ranks` (GPTQ), each matrix gets a pair of that rank which makes up for what quantizing lost; a pair of
     `shared_rank`, that all experts of a projection have in common, for what the others leave.
-    Returns for every expert its `bits` by projection, and what the solver says (tokens, errors, damping).
+    Returns for every expert its `bits` by projection, what the solver says (tokens, errors, damping), and with `smooth`
+    the power that was best, or why there is none.
     """
     experts = FusedExperts(block.experts_module)
     matrices: dict[str, list[tuple[list[int], Stack]]] = {}
     names = [name for name, _ in experts.weights().matrices()]
+    moved = _smoothed(experts, widths, options, inputs)
     report: list[dict[str, Any]] = [{"bits": {n: widths[n][e] for n in names}} for e in range(experts.num_experts)]
     rotations = options.rotations(block.layer, experts.hidden_size, experts.intermediate_size)
     pairs: dict[str, list[tuple[list[int], Pair]]] = {}
@@ -76,7 +79,21 @@ def quantize_experts(
         name: low_rank_of(experts.num_experts, pairs.get(name, []), shared.get(name)) for name in {**pairs, **shared}
     }
     pack_experts(block, matrices, rotations, added)
+    if moved is not None:
+        for expert, values in enumerate(report):
+            values["smoothing"] = moved if isinstance(moved, str) else moved[expert]
     return report
+
+
+def _smoothed(
+    experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs | None
+) -> list[float] | str | None:
+    """Move factors between projections: see smooth_neurons; None where it isn't asked for."""
+    if options.smooth == "none":
+        return None
+    if inputs is None:
+        raise InputError("smoothing needs what the experts read")
+    return smooth_neurons(experts, widths["down"], options, inputs, CHUNK_BYTES)
 
 
 def low_rank_of(experts: int, pairs: list[tuple[list[int], Pair]], shared: Pair | None) -> LowRank:

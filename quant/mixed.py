@@ -63,8 +63,8 @@ class QuantizeMixed(Pass):
         return list({s.key: s for s in found}.values())
 
     def needs_inputs(self) -> bool:
-        """GPTQ reads what the experts read."""
-        return self.options.method == "gptq"
+        """GPTQ and smoothing read what the experts read."""
+        return self.options.method == "gptq" or self.options.smooth != "none"
 
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Sizes at the budget. Raises RecipeError for widths or groups, BudgetError for a budget that can't be met."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moe_compress.passes import PassOptions
 
@@ -44,11 +44,25 @@ class SolverOptions(PassOptions):
         description="Rotate what down projections read by a random Hadamard matrix, at run time too, or what all "
         "projections of experts read (target: native)",
     )
+    smooth: Literal["none", "neurons"] = Field(
+        default="none",
+        description="Move factors from experts' up projections to their down projections, neuron by neuron, where "
+        "that lowers the error (AWQ); folded into the weights, whatever the target. Reads the text",
+    )
     sweeps: int = Field(
         default=2,
         ge=0,
         description="GPTQ: sweeps of coordinate descent over codes and scales afterwards (QuantEase)",
     )
+
+    @model_validator(mode="after")
+    def _neurons_apart(self) -> Self:
+        """Rotating mixes what factors would tell apart."""
+        if self.smooth == "neurons" and self.rotate != "none":
+            raise ValueError(
+                "`smooth: neurons` is of no use where activations are rotated: set `rotate: none` or `smooth: none`"
+            )
+        return self
 
     @property
     def low_rank_rounds(self) -> int:
