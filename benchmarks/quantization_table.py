@@ -25,7 +25,7 @@ WIDTHS: dict[str, float] = {"8": 8, "4": 4, "3": 3, "2": 2, "1.58": 1.58, "1": 1
 # GPTQ as its paper has it, but for the scales, which are fitted (see gptq.py).
 PLAIN: dict[str, Any] = {"hessian": "plain", "compensate": False, "sweeps": 0}
 SOLVERS: dict[str, dict[str, Any]] = {
-    f"{name}{', rotated' if rotate else ''}": {**options, "rotate": "down" if rotate else "none"}
+    f"{name}{rotated}": {**options, "rotate": rotate}
     for name, options in (
         ("RTN", {"method": "rtn"}),
         ("HQQ", {"method": "hqq"}),
@@ -33,7 +33,13 @@ SOLVERS: dict[str, dict[str, Any]] = {
         ("GPTQ, gate-weighted (MoEQuant)", {**PLAIN, "hessian": "gate"}),
         ("GPTQ, g², compensated, polished (default)", {}),
     )
-    for rotate in (False, True)
+    for rotated, rotate in (("", "none"), (", rotated", "down"), (", rotated both", "both"))
+    if rotate != "both" or not options
+}
+SOLVERS |= {
+    "RTN, smoothed": {"method": "rtn", "smooth": "neurons"},
+    "HQQ, smoothed": {"method": "hqq", "smooth": "neurons"},
+    "GPTQ, g², compensated, polished (default), smoothed": {"smooth": "neurons"},
 }
 ALLOCATORS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
@@ -105,7 +111,8 @@ def cells(table: str) -> dict[tuple[str, str], dict[str, Any]]:
 def settled(seed: int, passes: list[dict[str, Any]]) -> bool:
     """Whether nothing of a cell depends on the text, so that one seed says all."""
     options = passes[0]["quantize.mixed"]
-    return bool(seed) and options.get("method", "gptq") != "gptq" and options["allocation"] == "uniform"
+    reads = options.get("method", "gptq") == "gptq" or options.get("smooth", "none") != "none"
+    return bool(seed) and not reads and options["allocation"] == "uniform"
 
 
 def main() -> None:

@@ -27,9 +27,10 @@ from .hqq import half_quadratic
 from .layer_rows import LayerRows, Rows
 from .low_rank import Pair, SharedSums, correction
 from .packed import pack_experts
-from .rotation import Rotation
+from .rotation import NO_ROTATIONS, Rotations
 from .rtn import output_error, round_to_nearest
 from .run_low_rank import LowRank
+from .smoothing import smooth_neurons
 from .solver import SolverOptions
 from .stack import Stack
 
@@ -52,20 +53,22 @@ def quantize_experts(
     ranks: Ranks = NO_RANKS,
     shared_rank: int = 0,
 ) -> list[dict[str, Any]]:
-    """Quantize and pack a block's experts by the method of `options`; GPTQ needs the block's `inputs`.
+    """Quantize and pack a block's experts by the method of `options`; GPTQ and smoothing need `inputs`.
 
     With `ranks` (GPTQ), each matrix gets a pair of that rank which makes up for what quantizing lost; a pair of
     `shared_rank`, that all experts of a projection have in common, for what the others leave.
-    Returns for every expert its `bits` by projection, and what the solver says (tokens, errors, damping).
+    Returns for every expert its `bits` by projection, what the solver says (tokens, errors, damping), and with `smooth`
+    the power that was best, or why there is none.
     """
     experts = FusedExperts(block.experts_module)
     matrices: dict[str, list[tuple[list[int], Stack]]] = {}
     names = [name for name, _ in experts.weights().matrices()]
+    moved = _smoothed(experts, widths, options, inputs)
     report: list[dict[str, Any]] = [{"bits": {n: widths[n][e] for n in names}} for e in range(experts.num_experts)]
-    rotation = options.rotation(block.layer, experts.intermediate_size)
+    rotations = options.rotations(block.layer, experts.hidden_size, experts.intermediate_size)
     pairs: dict[str, list[tuple[list[int], Pair]]] = {}
     sums: dict[str, SharedSums] = {name: SharedSums() for name in names} if shared_rank else {}
-    for solved in solve_experts(experts, widths, options, inputs, rotation, ranks, sums):
+    for solved in solve_experts(experts, widths, options, inputs, rotations, ranks, sums):
         matrices.setdefault(solved.projection, []).append((solved.experts, Stack.holding(solved.quantized)))
         if solved.pair is not None:
             pairs.setdefault(solved.projection, []).append((solved.experts, solved.pair))
@@ -75,8 +78,22 @@ def quantize_experts(
     added = {
         name: low_rank_of(experts.num_experts, pairs.get(name, []), shared.get(name)) for name in {**pairs, **shared}
     }
-    pack_experts(block, matrices, rotation, added)
+    pack_experts(block, matrices, rotations, added)
+    if moved is not None:
+        for expert, values in enumerate(report):
+            values["smoothing"] = moved if isinstance(moved, str) else moved[expert]
     return report
+
+
+def _smoothed(
+    experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs | None
+) -> list[float] | str | None:
+    """Move factors between projections: see smooth_neurons; None where it isn't asked for."""
+    if options.smooth == "none":
+        return None
+    if inputs is None:
+        raise InputError("smoothing needs what the experts read")
+    return smooth_neurons(experts, widths["down"], options, inputs, CHUNK_BYTES)
 
 
 def low_rank_of(experts: int, pairs: list[tuple[list[int], Pair]], shared: Pair | None) -> LowRank:
@@ -112,27 +129,27 @@ def solve_experts(
     widths: Widths,
     options: SolverOptions,
     inputs: BlockInputs | None,
-    rotation: Rotation | None = None,
+    rotations: Rotations = NO_ROTATIONS,
     ranks: Ranks = NO_RANKS,
     sums: Mapping[str, SharedSums] = MappingProxyType({}),
 ) -> Iterator[Solved]:
     """Every projection of every expert by the method of `options`, some experts at a time; nothing is changed.
 
-    With a `rotation`, down projections are those to be multiplied with rotated activations. `ranks`: see
-    quantize_experts; `sums` (projection → what a shared pair follows from) take in what is left. Both need GPTQ.
+    With `rotations`, matrices are those to be multiplied with what is rotated so. `ranks`: see quantize_experts;
+    `sums` (projection → what a shared pair follows from) take in what is left. Both need GPTQ.
     """
     if options.method != "gptq":
-        return _without_data(experts, widths, options, rotation)
+        return _without_data(experts, widths, options, rotations)
     if inputs is None:
         raise InputError("GPTQ needs what the experts read")
     names = [name for name, _ in experts.weights().matrices()]
     everyone = {name: ranks.get(name, [0] * experts.num_experts) for name in names}
     choices = {name: list(zip(widths[name], everyone[name], strict=True)) for name in names}
-    return _by_gptq(experts, choices, options, rotation, inputs, sums)
+    return _by_gptq(experts, choices, options, rotations, inputs, sums)
 
 
 def _without_data(
-    experts: FusedExperts, widths: Widths, options: SolverOptions, rotation: Rotation | None
+    experts: FusedExperts, widths: Widths, options: SolverOptions, rotations: Rotations
 ) -> Iterator[Solved]:
     weights, quantize = experts.weights(), round_to_nearest if options.method == "rtn" else half_quadratic
     sizes = [16 * weights.parameters // experts.num_experts] * experts.num_experts
@@ -140,7 +157,7 @@ def _without_data(
         for chunk in chunks(sizes, CHUNK_BYTES):
             for (width,), members in _alike([widths[name]], chunk).items():
                 value = stacked[members]
-                if name == "down" and rotation is not None:
+                if (rotation := rotations.of(name)) is not None:
                     value = rotation(value.float())
                 grid = options.grid(width)
                 yield Solved(name, members, quantize(value, grid, search=options.search), {})
@@ -150,18 +167,23 @@ def _by_gptq(
     experts: FusedExperts,
     choices: Choices,
     options: SolverOptions,
-    rotation: Rotation | None,
+    rotations: Rotations,
     inputs: BlockInputs,
     sums: Mapping[str, SharedSums],
 ) -> Iterator[Solved]:
     weights, layer = experts.weights(), LayerRows(experts, inputs, options.hessian)
     mean_HH, mean_II = layer.means()
-    if rotation is not None:
-        mean_II = rotation.both_sides(mean_II)
+    if rotations.inward is not None:
+        mean_HH = rotations.inward.both_sides(mean_HH)
+    if rotations.down is not None:
+        mean_II = rotations.down.both_sides(mean_II)
     inward = [name for name, _ in weights.matrices() if name != "down"]
     for rows in layer.parts(CHUNK_BYTES):
-        exact = weights.part(rows.experts)
-        hessian_CHH = shrink_hessians(rows.moment(rows.input_RH), rows.evidence_C, options.shrinkage, mean_KK=mean_HH)
+        exact, input_RH = weights.part(rows.experts), rows.input_RH
+        if (turn := rotations.inward) is not None:  # of both sides of a product, so activations are what they were
+            input_RH = turn(input_RH.float())
+            exact = replace(exact, **{name: turn(getattr(exact, name).float()) for name in inward})
+        hessian_CHH = shrink_hessians(rows.moment(input_RH), rows.evidence_C, options.shrinkage, mean_KK=mean_HH)
         coarse = dict(exact.items())
         for solved in _solve(inward, exact, hessian_CHH, rows, choices, options, sums):
             if options.compensate:
@@ -170,13 +192,13 @@ def _by_gptq(
                 coarse[solved.projection] = value
             yield solved
         del hessian_CHH
-        exact_RI = experts.activations_with(exact, rows.input_RH, rows.dispatch)
+        exact_RI = experts.activations_with(exact, input_RH, rows.dispatch)
         read_RI = exact_RI
         if options.compensate:
-            read_RI = experts.activations_with(ExpertWeights(**coarse), rows.input_RH, rows.dispatch)
-        if rotation is not None:
-            exact_RI, read_RI = rotation(exact_RI.float()), rotation(read_RI.float())
-            exact = replace(exact, down=rotation(exact.down.float()))
+            read_RI = experts.activations_with(ExpertWeights(**coarse), input_RH, rows.dispatch)
+        if (turn := rotations.down) is not None:
+            exact_RI, read_RI = turn(exact_RI.float()), turn(read_RI.float())
+            exact = replace(exact, down=turn(exact.down.float()))
         hessian_CII = shrink_hessians(rows.moment(read_RI), rows.evidence_C, options.shrinkage, mean_KK=mean_II)
         if options.compensate:
             # Over the same number of tokens as the shrunk Hessian.

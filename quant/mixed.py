@@ -63,8 +63,8 @@ class QuantizeMixed(Pass):
         return list({s.key: s for s in found}.values())
 
     def needs_inputs(self) -> bool:
-        """GPTQ reads what the experts read."""
-        return self.options.method == "gptq"
+        """GPTQ and smoothing read what the experts read."""
+        return self.options.method == "gptq" or self.options.smooth != "none"
 
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Sizes at the budget. Raises RecipeError for widths or groups, BudgetError for a budget that can't be met."""
@@ -82,7 +82,7 @@ class QuantizeMixed(Pass):
             )
         if options.rotate != "none" and self.target.quantized_format != "native":
             raise RecipeError(
-                f"quantize.mixed: the target {self.target.name!r} can't rotate what down projections read: leave "
+                f"quantize.mixed: the target {self.target.name!r} can't rotate what experts' projections read: leave "
                 "`rotate` out, or take target: native"
             )
         if options.low_rank is not None and self.target.quantized_format != "native":

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch
 from moe_compress.model.experts import run_experts
-from moe_compress.quant.rotation import Rotation
+from moe_compress.quant.rotation import NO_ROTATIONS, Rotation, Rotations
 from moe_compress.quant.run_low_rank import LowRank
 from moe_compress.quant.run_packed import fused_kernel
 from moe_compress.quant.stack import Encoding, Stack, keeping_dtype, name_of
 
 PROJECTIONS = ("gate", "up", "down")
+# Key of a layout → attribute of Rotations.
+_ROTATIONS = {"input_rotation": "inward", "rotation": "down"}
 
 
 class PackedProjection(nn.Module):
@@ -147,7 +149,7 @@ class PackedExperts(nn.Module):
         original: the fused experts module that is replaced; its class's arithmetic is kept, its weights are dropped.
         projections: "gate" (if the experts have one), "up", "down" → projection.
         biases: "gate_bias", "up_bias", "down_bias" → [E, O], where experts have biases.
-        rotation: what down projections read is rotated so first; their matrices are.
+        rotations: what projections read is rotated so first; their matrices are.
     """
 
     kind = "packed"
@@ -158,10 +160,10 @@ class PackedExperts(nn.Module):
         original: nn.Module,
         projections: dict[str, PackedProjection],
         biases: dict[str, Tensor],
-        rotation: Rotation | None = None,
+        rotations: Rotations = NO_ROTATIONS,
     ):
         super().__init__()
-        self.rotation = rotation
+        self.rotations = rotations
         view = FusedExperts(original)
         if view.has_norm:
             self.post_expert_norm = original.post_expert_norm
@@ -189,6 +191,8 @@ class PackedExperts(nn.Module):
 
     def activations(self, input_RH: Tensor, dispatch: Dispatch) -> Tensor:
         """Neuron activations [R, I]."""
+        if self.rotations.inward is not None:
+            input_RH = self.rotations.inward(input_RH)
         projected = {n: self._project(n, input_RH, dispatch) for n in self.projections if n != "down"}
         view: FusedExperts = self._original
         if view.has_gate:
@@ -197,6 +201,8 @@ class PackedExperts(nn.Module):
 
     def outputs(self, activation_RI: Tensor, dispatch: Dispatch) -> Tensor:
         """Expert outputs [R, H]."""
+        if self.rotations.down is not None:
+            activation_RI = self.rotations.down(activation_RI)
         output = self._project("down", activation_RI, dispatch)
         norm: Any = self.post_expert_norm if self._original.has_norm else None
         return output if norm is None else norm(output)
@@ -233,21 +239,24 @@ class PackedExperts(nn.Module):
             "encodings": {name: encodings[name].to_json() for name in sorted(encodings)},
             "projections": projections,
             "biases": {n: name_of(p.dtype) for n, p in self._parameters.items() if p is not None},
-            **({} if self.rotation is None else {"rotation": self.rotation.to_json()}),
+            **{
+                key: rotation.to_json()
+                for key, name in _ROTATIONS.items()
+                if (rotation := getattr(self.rotations, name)) is not None
+            },
         }
 
     def _weights(self, experts: Sequence[int]) -> ExpertWeights:
         dtype = torch.float32
         matrices = {n: p.matrices(experts, dtype) for n, p in self.projections.items()}
-        if self.rotation is not None:
-            matrices["down"] = self.rotation.back(matrices["down"])
+        for name in matrices:
+            if (rotation := self.rotations.of(name)) is not None:
+                matrices[name] = rotation.back(matrices[name])
         index = torch.tensor(list(experts))
         biases = {n: p.data[index] for n, p in self._parameters.items() if p is not None}
         return ExpertWeights(**matrices, **biases)
 
     def _project(self, name: str, input_RK: Tensor, dispatch: Dispatch) -> Tensor:
-        if name == "down" and self.rotation is not None:
-            input_RK = self.rotation(input_RK)
         output = self.projections[name].linear(input_RK, dispatch)
         bias = self._parameters.get(f"{name}_bias")
         return output if bias is None else output + bias[dispatch.expert_R].to(output.dtype)
@@ -270,14 +279,14 @@ def build_packed(block: MoEBlock, layout: dict[str, Any]) -> PackedExperts:
         if f"{name}_bias" in layout["biases"]:
             dtype = getattr(torch, layout["biases"][f"{name}_bias"])
             biases[f"{name}_bias"] = torch.empty(len(assignment), out_features, dtype=dtype, device="meta")
-    rotation = Rotation.from_json(layout["rotation"]) if "rotation" in layout else None
-    return PackedExperts(fused_module(block), projections, biases, rotation)
+    rotations = {name: Rotation.from_json(layout[key]) for key, name in _ROTATIONS.items() if key in layout}
+    return PackedExperts(fused_module(block), projections, biases, Rotations(**rotations))
 
 
 def pack_experts(
     block: MoEBlock,
     matrices: dict[str, list[tuple[list[int], Stack]]],
-    rotation: Rotation | None = None,
+    rotations: Rotations = NO_ROTATIONS,
     low_rank: Mapping[str, LowRank] = MappingProxyType({}),
 ) -> PackedExperts:
     """Replace a block's fused experts by packed ones.
@@ -286,7 +295,7 @@ def pack_experts(
         block: with fused experts.
         matrices: projection → [(experts, their matrices in the same order)]; every expert once. Several entries may
             share an encoding.
-        rotation: with which the down projections given are rotated.
+        rotations: with which the matrices given are rotated.
         low_rank: projection → what is added to its matrices, where anything is.
 
     Returns:
@@ -307,7 +316,7 @@ def pack_experts(
         stacks = {encoding: _joined(sorted(parts, key=lambda p: p[0])) for encoding, parts in collected.items()}
         ordered = [assignment[e] for e in range(shape[0])]
         projections[name] = PackedProjection(stacks, ordered, shape[1], shape[2], low_rank.get(name))
-    module = PackedExperts(original, projections, biases, rotation)
+    module = PackedExperts(original, projections, biases, rotations)
     block.replace_experts(module)
     return module
 

@@ -58,6 +58,21 @@ class Rotation:
         return self(self(moment).transpose(-2, -1)).transpose(-2, -1)
 
 
+@dataclass(frozen=True)
+class Rotations:
+    """How what experts' projections read is rotated: what gate and up read (`inward`), what down reads."""
+
+    inward: Rotation | None = None
+    down: Rotation | None = None
+
+    def of(self, projection: str) -> Rotation | None:
+        """How what a projection reads is rotated."""
+        return self.down if projection == "down" else self.inward
+
+
+NO_ROTATIONS = Rotations()
+
+
 @functools.lru_cache(maxsize=64)
 def _signs(size: int, signs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor([-1.0 if signs >> i & 1 else 1.0 for i in range(size)], dtype=dtype, device=device)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moe_compress.passes import PassOptions
 
 from .grid import Grid, Search
 from .layer_rows import Weighing
-from .rotation import Rotation
+from .rotation import Rotation, Rotations
 
 
 class SolverOptions(PassOptions):
@@ -39,9 +39,15 @@ class SolverOptions(PassOptions):
         default=True,
         description="GPTQ: down projections make up for what quantizing gate and up did to their inputs (GPTAQ)",
     )
-    rotate: Literal["none", "down"] = Field(
+    rotate: Literal["none", "down", "both"] = Field(
         default="none",
-        description="Rotate what down projections read by a random Hadamard matrix, at run time too (target: native)",
+        description="Rotate what down projections read by a random Hadamard matrix, at run time too, or what all "
+        "projections of experts read (target: native)",
+    )
+    smooth: Literal["none", "neurons"] = Field(
+        default="none",
+        description="Move factors from experts' up projections to their down projections, neuron by neuron, where "
+        "that lowers the error (AWQ); folded into the weights, whatever the target. Reads the text",
     )
     sweeps: int = Field(
         default=2,
@@ -49,14 +55,24 @@ class SolverOptions(PassOptions):
         description="GPTQ: sweeps of coordinate descent over codes and scales afterwards (QuantEase)",
     )
 
+    @model_validator(mode="after")
+    def _neurons_apart(self) -> Self:
+        """Rotating mixes what factors would tell apart."""
+        if self.smooth == "neurons" and self.rotate != "none":
+            raise ValueError(
+                "`smooth: neurons` is of no use where activations are rotated: set `rotate: none` or `smooth: none`"
+            )
+        return self
+
     @property
     def low_rank_rounds(self) -> int:
         """How often matrices that get low-rank pairs are quantized, and their pairs fitted to what that leaves."""
         return 1
 
-    def rotation(self, layer: int, neurons: int) -> Rotation | None:
-        """How what a layer's down projections read is rotated."""
-        return None if self.rotate == "none" else Rotation.random(neurons, layer)
+    def rotations(self, layer: int, hidden: int, neurons: int) -> Rotations:
+        """How what a layer's experts read is rotated."""
+        inward = Rotation.random(hidden, layer) if self.rotate == "both" else None
+        return Rotations(inward, None if self.rotate == "none" else Rotation.random(neurons, layer))
 
     def grid(self, bits: float) -> Grid:
         """The grid of a width."""

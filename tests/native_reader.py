@@ -80,7 +80,7 @@ class Native:
         assert self.quantization["quant_method"] == "moe_compress"
         blocks = self.quantization["blocks"]
         newer = any({"neurons", "routing"} & b.keys() or b["kind"] in ("ragged", "factored") for b in blocks.values())
-        newer = newer or '"low_rank"' in json.dumps(blocks)
+        newer = newer or any(f'"{key}"' in json.dumps(blocks) for key in ("low_rank", "input_rotation"))
         assert self.quantization["format_version"] == (3 if newer else 2 if "matrices" in self.quantization else 1)
         self.tensors = read_tensors(folder)
         self.used: set[str] = set()
@@ -111,6 +111,9 @@ class Native:
                 self._add(f"{self.prefix(layer)}{name}_proj.low_rank.", entry["low_rank"], result[name])
         if "rotation" in layout:
             result["down"] = result["down"] @ rotation_of(**layout["rotation"]).T  # W from W Q
+        if "input_rotation" in layout:
+            inverse = rotation_of(**layout["input_rotation"]).T
+            result |= {name: result[name] @ inverse for name in result if name != "down"}
         for name, dtype in layout["biases"].items():
             stored = self._take(self.prefix(layer) + name)
             assert stored[0] == STORED[dtype]

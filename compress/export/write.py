@@ -224,15 +224,16 @@ def _width(description: Mapping[str, Any], in_config: int) -> int | None:
 
 def format_version(blocks: Mapping[str, dict[str, Any]], matrices: Mapping[str, Any], other_width: bool) -> int:
     """The first version of the native format that knows all of this: what older readers know stays theirs to read."""
-    newest = other_width or any(
-        "routing" in block or block["kind"] == "factored" or _has_low_rank(block) for block in blocks.values()
-    )
+    newest = other_width or any(_in_version_3(block) for block in blocks.values())
     return 3 if newest else 2 if matrices else 1
 
 
-def _has_low_rank(block: Mapping[str, Any]) -> bool:
-    projections = block.get("layout", {}).get("projections", {})
-    return isinstance(projections, dict) and any("low_rank" in p for p in projections.values())
+def _in_version_3(block: Mapping[str, Any]) -> bool:
+    """Whether a block has what readers of older versions don't know."""
+    layout = block.get("layout", {})
+    projections = layout.get("projections", {})
+    low_rank = isinstance(projections, dict) and any("low_rank" in p for p in projections.values())
+    return low_rank or "input_rotation" in layout or "routing" in block or block["kind"] == "factored"
 
 
 def _block(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ CASES = {
     "shared one alone": {**BASE, "low_rank": {"ranks": [0], "shared": 2}},
     "hqq": {**BASE, "bits": 5, "widths": [2, 4], "method": "hqq", "symmetric": False},
     "rotated": {**BASE, "widths": [2, 3, 4], "rotate": "down"},
+    "both rotated": {**BASE, "widths": [2, 3, 4], "rotate": "both"},
+    "low rank, both rotated": {**LOW_RANK, "rotate": "both"},
 }
 
 
@@ -70,7 +72,8 @@ def test_what_is_loaded_computes_what_the_file_says(case, runs, source):
     assert verify(folder).distance <= verify(folder).tolerance
     layouts = [b["layout"] for b in file.quantization["blocks"].values()]
     assert all(("rotation" in layout) == ("rotat" in case) for layout in layouts)
-    assert file.quantization["format_version"] == (1 if "low_rank" not in CASES[case] else 3)
+    assert all(("input_rotation" in layout) == ("both" in case) for layout in layouts)
+    assert file.quantization["format_version"] == (3 if "low_rank" in CASES[case] or "both" in case else 1)
     if case == "hqq":
         assert any(name.endswith(".zero") for name in file.used)
     # Nothing is stored but what the document names.

@@ -220,6 +220,10 @@ def test_uniform_is_spread_evenly(monkeypatch):
             {"bits": 6.0, "target": "sglang", "widths": [4, 8], "rotate": "down"},
             "'sglang' can't rotate.*target: native",
         ),
+        (
+            {"bits": 6.0, "target": "vllm", "widths": [4, 8], "rotate": "both", "unit": "layer"},
+            "'vllm' can't rotate.*target: native",
+        ),
         ({"bits": 6.0, "target": "sglang"}, "loads 4, 8 bits, not 1, 2, 3"),
     ],
 )

@@ -1,6 +1,7 @@
 """Rotations against their definition, element by element, and packed experts that run with one."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from native_reader import rotation_of
 from packs import put
 from test_layer_rows import read
 
+from moe_compress.calib.inputs import BlockInputs
 from moe_compress.model import FusedExperts, MoEModel
-from moe_compress.quant.experts import quantize_experts
+from moe_compress.model.dispatch import Dispatch
+from moe_compress.quant.experts import quantize_experts, solve_experts
 from moe_compress.quant.packed import build_packed
-from moe_compress.quant.rotation import Rotation
+from moe_compress.quant.rotation import Rotation, Rotations
 from moe_compress.quant.solver import SolverOptions
 
 
@@ -41,14 +44,15 @@ def test_spreads_an_outlier():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
-def test_packed_experts_run_rotated(name, method):
+@pytest.mark.parametrize("rotate", ["down", "both"])
+def test_packed_experts_run_rotated(name, method, rotate):
     """They compute with the weights that they say they have, which are those they were made from; also when rebuilt."""
     view = MoEModel.wrap(tiny_model(name, 0))
     block = view.block(view.moe_layers[0])
     dense = copy.deepcopy(block)
     original = {n: w.clone() for n, w in FusedExperts(block.experts_module).weights().items()}
     widths = {n: [8] * block.num_experts for n in ("gate", "up", "down") if n in original}
-    quantize_experts(block, widths, SolverOptions(method=method, rotate="down", group_size=4), read(block))
+    quantize_experts(block, widths, SolverOptions(method=method, rotate=rotate, group_size=4), read(block))
     module = block.experts_module
     values = dict(module.weights().items())
     for projection, matrix in original.items():
@@ -62,6 +66,52 @@ def test_packed_experts_run_rotated(name, method):
     again = build_packed(block, module.describe())
     again.load_state_dict(module.state_dict(), assign=True)
     assert torch.equal(again(hidden, index, weight), output)
-    # Without the rotation it would be something else.
-    again.rotation = None
-    assert (again(hidden, index, weight) - output).norm() > 0.1 * output.norm()
+    # Without any one of the rotations it would be something else.
+    turned = module.rotations
+    assert (turned.inward is None) == (rotate == "down")
+    for less in ({"down": None}, {"inward": None}):
+        again.rotations = replace(turned, **less)
+        if again.rotations != turned:
+            assert (again(hidden, index, weight) - output).norm() > 0.1 * output.norm()
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_is_solved_for_rotated_inputs(compensate):
+    """What GPTQ is given is in the rotated basis throughout: the same as rotating weights and inputs beforehand."""
+    view = MoEModel.wrap(tiny_model("qwen3_moe", 0))
+    block = view.block(view.moe_layers[0])
+    inputs, names = read(block), ("gate", "up", "down")
+    experts = FusedExperts(block.experts_module)
+    widths = {n: [3] * block.num_experts for n in names}
+    turn = Rotation.random(experts.hidden_size, 5)
+    options = SolverOptions(compensate=compensate, group_size=4)
+    found = list(solve_experts(experts, widths, options, inputs, Rotations(inward=turn)))
+    for name in ("gate", "up"):
+        matrix = getattr(experts.weights(), name)
+        matrix.copy_(turn(matrix))
+    turned = BlockInputs()
+    turned._parts.append((turn(inputs.hidden_TH), inputs.index_TK, inputs.weight_TK))
+    for one, other in zip(found, solve_experts(experts, widths, options, turned), strict=True):
+        assert (one.projection, one.experts) == (other.projection, other.experts)
+        value, expected = one.value(torch.float32), other.value(torch.float32)
+        assert (value - expected).norm() < 0.02 * expected.norm()  # sums differ by rounding: a code may flip
+
+
+def test_takes_outliers_of_inputs_apart():
+    """A few channels that are much larger than the others cost less after rotating than before."""
+    view = MoEModel.wrap(tiny_model("qwen3_moe", 0))
+    block = view.block(view.moe_layers[0])
+    experts = FusedExperts(block.experts_module)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("gate", "up"):
+        getattr(experts.weights(), name)[..., :2] *= 8
+    hidden = torch.randn(500, experts.hidden_size, generator=generator)
+    dispatch = Dispatch.of(torch.arange(500)[:, None] % experts.num_experts, torch.ones(500, 1), experts.num_experts)
+    exact = experts.activations(hidden[dispatch.token_R], dispatch)
+    lost = {}
+    for rotate in ("none", "both"):
+        again = copy.deepcopy(block)
+        widths = {n: [3] * block.num_experts for n in ("gate", "up", "down")}
+        quantize_experts(again, widths, SolverOptions(method="rtn", rotate=rotate, group_size=-1), None)
+        lost[rotate] = (again.experts_module.activations(hidden[dispatch.token_R], dispatch) - exact).norm()
+    assert lost["both"] < 0.8 * lost["none"]
