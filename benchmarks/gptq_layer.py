@@ -53,8 +53,8 @@ class Experts:
 # Where time goes: every one of these is timed where it is called from.
 STAGES = (
     *((solving, name) for name in ("shrink_hessians", "compensated", "dequantize", "gptq")),
-    *((solver, name) for name in ("find_scales", "_feedback", "_columns", "_targets", "polish", "output_error")),
-    *((solver, name) for name in ("round_to_nearest", "dequantize", "_normalised", "_choose", "_weighed_squares")),
+    *((solver, name) for name in ("find_scales", "feedback", "_columns", "targets", "polish", "output_error")),
+    *((solver, name) for name in ("round_to_nearest", "dequantize", "normalised", "_choose", "_weighed_squares")),
     *((polishing, name) for name in ("_move_scale", "_move_codes")),
 )
 
@@ -104,6 +104,7 @@ def main() -> None:
     index = torch.rand(tokens, done).topk(min(given.top_k, done)).indices
     weight = torch.rand(index.shape)
     counted = {"token_weight_T": None, "counted_T": torch.ones(tokens, dtype=torch.float64)}
+    counted["sequence_T"] = torch.zeros(tokens, dtype=torch.long)
     hidden_TH = torch.randn(tokens, given.hidden)
     inputs.observe(SimpleNamespace(hidden_TH=hidden_TH, index_TK=index, weight_TK=weight, **counted))
 
@@ -119,7 +120,7 @@ def main() -> None:
     spent: dict[str, float] = {}
     watch(spent)
     with torch.no_grad():
-        total = seconds(lambda: [None for _ in solving._by_gptq(experts, widths, options, None, inputs)])
+        total = seconds(lambda: [None for _ in solving.solve_experts(experts, widths, options, inputs)])
     spent["moments, activations"] = total - sum(spent.values())
 
     h, i = given.hidden, given.neurons

@@ -36,11 +36,15 @@ from moe_compress.errors import DataError, InputError
 from moe_compress.quant.grid import Grid, Quantized, Search, dequantize, find_scales, level_of_ratio, level_range
 from moe_compress.quant.polish import polish
 from moe_compress.quant.rtn import output_error, round_to_nearest
+from moe_compress.quant.side_by_side import side_by_side
 from moe_compress.quant.triangular import MAX_DAMPING, expected_targets, feedback, normalised, targets
 
 Order = Literal["static", "none"]
 Refit = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
 ROUNDING = 1e-5  # relative: errors that differ by less, each a sum of float32 products, are the same
+# Weights of the experts that a thread does together: with fewer, steps are so short that Python's part of them counts;
+# with more, threads don't finish at the same time.
+CHUNK_WEIGHTS = 1 << 22
 INNER = 16  # columns between two small matrix products inside a block
 
 
@@ -87,7 +91,8 @@ def gptq(
     `sweeps`: of coordinate descent over codes and scales afterwards (polish.py), on the damped Hessian. On the demo
     checkpoint one took 9 % off the squared error of held-out block outputs at 2 bits, four took 11 %.
     `damping`: times the mean diagonal, added to the diagonal, and ten times more until the factorisation succeeds.
-    `memory_limit`: bytes of workspace; it sets how many experts (at least one) are done at a time.
+    `memory_limit`: bytes of workspace; it sets how many experts (at least one) are done at a time. On a CPU they are
+    done a few per thread, and the result is the same for any number of threads.
     Channels that no token excited are rounded to nearest, not zeroed; so is an expert that no token visited.
     Raises InputError for shapes and arguments that don't fit, RunError for values that aren't finite and for a Hessian
     that isn't positive semidefinite, naming the expert.
@@ -105,13 +110,19 @@ def gptq(
             f"{given}: block and passes are at least 1, sweeps at least 0, damping is from 0 to {MAX_DAMPING:g}"
         )
     grid.groups(columns)
-    at_once = max(1, memory_limit // (4 * (4 * columns * columns + 5 * rows * columns)))
+    expert_bytes = 4 * (4 * columns * columns + 5 * rows * columns)
+    at_once = max(1, memory_limit // expert_bytes)
+    if weight_EOK.device.type == "cpu":
+        at_once = min(at_once, max(1, CHUNK_WEIGHTS // (rows * columns)))
     passes = passes if order == "static" else 1
     settings = _Settings(grid, block, damping, order, passes, sweeps, search, scale_dtype)
-    parts = [
-        _gptq_chunk(weight_EOK[first : first + at_once], hessian_EKK[first : first + at_once], first, settings)
-        for first in range(0, experts, at_once)
-    ]
+
+    def solve(first: int) -> GptqResult:
+        own = slice(first, first + at_once)
+        return _gptq_chunk(weight_EOK[own], hessian_EKK[own], first, settings)
+
+    most = memory_limit // (at_once * expert_bytes) if weight_EOK.device.type == "cpu" else 1
+    parts = side_by_side(solve, range(0, experts, at_once), most)
     zeros = [part.quantized.zero for part in parts if part.quantized.zero is not None]
     codes_EOK = torch.cat([part.quantized.codes for part in parts])
     scale_EOG = torch.cat([part.quantized.scale for part in parts])
