@@ -4,9 +4,10 @@
 
 A layer of Qwen3-30B-A3B's shape with random weights and inputs, top 8. With `--measure` M only M experts, with their
 share of the tokens, are really done, and the times are scaled to all; a layer's work is the same for each expert.
-Seconds are of the processor, all threads together, so that a busy machine measures the same. Stages are counted without
-the stages inside them. Lower limits: operations of all matrix products and factorisations over the measured rate of a
-large product, and bytes that must be read and written at least once over the measured bandwidth.
+Seconds are of the processor, on one thread, so that a busy machine measures about the same. Stages are counted without
+the stages inside them. With `--threads` N the total alone is taken, by the clock: for a machine that is idle.
+Lower limits: operations of all matrix products and factorisations over the measured rate of a large product, and bytes
+that must be read and written at least once over the measured bandwidth.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Experts:
 # Where time goes: every one of these is timed where it is called from.
 STAGES = (
     *((solving, name) for name in ("shrink_hessians", "compensated", "dequantize", "gptq")),
-    *((solver, name) for name in ("find_scales", "_feedback", "_columns", "_targets", "polish", "output_error")),
-    *((solver, name) for name in ("round_to_nearest", "dequantize", "_normalised", "_choose", "_weighed_squares")),
+    *((solver, name) for name in ("find_scales", "feedback", "_columns", "targets", "polish", "output_error")),
+    *((solver, name) for name in ("round_to_nearest", "dequantize", "normalised", "_choose", "_weighed_squares")),
     *((polishing, name) for name in ("_move_scale", "_move_codes")),
 )
 
@@ -93,7 +94,9 @@ def main() -> None:
     parser.add_argument("--measure", type=int, help="experts that are really done (default: all)")
     parser.add_argument("--sweeps", type=int, default=SolverOptions().sweeps)
     parser.add_argument("--plain", action="store_true", help="GPTQ alone: no compensation, no polishing")
+    parser.add_argument("--threads", type=int, help="print the total by the clock, on so many threads")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     done = given.measure or given.experts
     scale = given.experts / done
     rows = given.tokens * given.top_k // given.experts * done
@@ -104,6 +107,7 @@ def main() -> None:
     index = torch.rand(tokens, done).topk(min(given.top_k, done)).indices
     weight = torch.rand(index.shape)
     counted = {"token_weight_T": None, "counted_T": torch.ones(tokens, dtype=torch.float64)}
+    counted["sequence_T"] = torch.zeros(tokens, dtype=torch.long)
     hidden_TH = torch.randn(tokens, given.hidden)
     inputs.observe(SimpleNamespace(hidden_TH=hidden_TH, index_TK=index, weight_TK=weight, **counted))
 
@@ -117,9 +121,17 @@ def main() -> None:
     options = SolverOptions(sweeps=sweeps, compensate=not given.plain)
     widths = {name: [given.bits] * done for name in ("gate", "up", "down")}
     spent: dict[str, float] = {}
-    watch(spent)
     with torch.no_grad():
-        total = seconds(lambda: [None for _ in solving._by_gptq(experts, widths, options, None, inputs)])
+        if given.threads:
+            torch.set_num_threads(given.threads)
+            start = time.perf_counter()
+            for _ in solving.solve_experts(experts, widths, options, inputs):
+                pass
+            took = (time.perf_counter() - start) * scale
+            print(f"{given.experts} experts, measured on {done}, {given.threads} threads: {took:.1f} s by the clock")
+            return
+        watch(spent)
+        total = seconds(lambda: [None for _ in solving.solve_experts(experts, widths, options, inputs)])
     spent["moments, activations"] = total - sum(spent.values())
 
     h, i = given.hidden, given.neurons

@@ -50,7 +50,7 @@ class WeightOptions(PassOptions):
     shrinkage: float | None = Field(
         default=None,
         ge=0,
-        description="sparsegpt: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
+        description="sparsegpt: tokens that the layer's mean Hessian counts for; default: as many as it has rows",
     )
     compensate: bool = Field(
         default=True, description="sparsegpt: down projections make up for what the zeros in gate and up did"

@@ -36,11 +36,25 @@ from moe_compress.errors import DataError, InputError
 from moe_compress.quant.grid import Grid, Quantized, Search, dequantize, find_scales, level_of_ratio, level_range
 from moe_compress.quant.polish import polish
 from moe_compress.quant.rtn import output_error, round_to_nearest
+from moe_compress.quant.side_by_side import side_by_side
 from moe_compress.quant.triangular import MAX_DAMPING, expected_targets, feedback, normalised, targets
 
 Order = Literal["static", "none"]
 Refit = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
+# Times K: how many tokens the layer's mean counts for in an expert's Hessian, unless asked for. On the demo checkpoint
+# (benchmarks/shrinkage.py), squared error of blocks on held-out text, in percent, mean over layers, by κ:
+#   calibration rows per expert, bits      0   K/16    K/4      K    4 K      ∞
+#                         64,    3       4.49   3.32   2.87   2.74   2.83   2.90
+#                         64,    2      18.47  15.68  14.51  13.03  13.69  14.03
+#                        256,    3       1.90   1.45   1.25   1.14   1.18   1.56
+#                        256,    2       7.03   5.61   4.94   4.61   4.82   6.31
+#                       1024,    3       0.92   0.88   0.86   0.84   0.88   1.50
+#                       1024,    2       3.78   3.63   3.51   3.44   3.63   6.02
+SHRINKAGE = 1.0
 ROUNDING = 1e-5  # relative: errors that differ by less, each a sum of float32 products, are the same
+# Weights of the experts that a thread does together: with fewer, steps are so short that Python's part of them counts;
+# with more, threads don't finish at the same time.
+CHUNK_WEIGHTS = 1 << 22
 INNER = 16  # columns between two small matrix products inside a block
 
 
@@ -87,7 +101,8 @@ def gptq(
     `sweeps`: of coordinate descent over codes and scales afterwards (polish.py), on the damped Hessian. On the demo
     checkpoint one took 9 % off the squared error of held-out block outputs at 2 bits, four took 11 %.
     `damping`: times the mean diagonal, added to the diagonal, and ten times more until the factorisation succeeds.
-    `memory_limit`: bytes of workspace; it sets how many experts (at least one) are done at a time.
+    `memory_limit`: bytes of workspace; it sets how many experts (at least one) are done at a time. On a CPU they are
+    done a few per thread, and the result is the same for any number of threads.
     Channels that no token excited are rounded to nearest, not zeroed; so is an expert that no token visited.
     Raises InputError for shapes and arguments that don't fit, RunError for values that aren't finite and for a Hessian
     that isn't positive semidefinite, naming the expert.
@@ -105,13 +120,19 @@ def gptq(
             f"{given}: block and passes are at least 1, sweeps at least 0, damping is from 0 to {MAX_DAMPING:g}"
         )
     grid.groups(columns)
-    at_once = max(1, memory_limit // (4 * (4 * columns * columns + 5 * rows * columns)))
+    expert_bytes = 4 * (4 * columns * columns + 5 * rows * columns)
+    at_once = max(1, memory_limit // expert_bytes)
+    if weight_EOK.device.type == "cpu":
+        at_once = min(at_once, max(1, CHUNK_WEIGHTS // (rows * columns)))
     passes = passes if order == "static" else 1
     settings = _Settings(grid, block, damping, order, passes, sweeps, search, scale_dtype)
-    parts = [
-        _gptq_chunk(weight_EOK[first : first + at_once], hessian_EKK[first : first + at_once], first, settings)
-        for first in range(0, experts, at_once)
-    ]
+
+    def solve(first: int) -> GptqResult:
+        own = slice(first, first + at_once)
+        return _gptq_chunk(weight_EOK[own], hessian_EKK[own], first, settings)
+
+    most = memory_limit // (at_once * expert_bytes) if weight_EOK.device.type == "cpu" else 1
+    parts = side_by_side(solve, range(0, experts, at_once), most)
     zeros = [part.quantized.zero for part in parts if part.quantized.zero is not None]
     codes_EOK = torch.cat([part.quantized.codes for part in parts])
     scale_EOG = torch.cat([part.quantized.scale for part in parts])
@@ -132,9 +153,7 @@ def shrink_hessians(
     H_e = (n_e · mean_e + κ · mean_layer) / (n_e + κ), where `hessian_EKK` holds the sums n_e · mean_e, `tokens_E` the
     n_e, and mean_layer is Σ sums / Σ n, or `mean_KK` where only some of a layer's experts are given. κ is `strength`,
     in tokens: an expert with κ tokens is half its own. An expert without tokens is exactly the layer's.
-    The default is K/4: on the demo checkpoint, with experts that saw K/8 to 8 K tokens, it was always within 5 % of the
-    best of K/8, K/4 and K/2; K/8 lost up to 15 %, no shrinking a factor of 2. Provisional: one small model, its tokens
-    drawn from Gaussians with the experts' real covariances.
+    The default is SHRINKAGE · K, K tokens, measured on one small model.
     Raises InputError for shapes or counts that don't fit, DataError when no expert saw a token and no mean is given.
     """
     experts, columns = hessian_EKK.shape[0], hessian_EKK.shape[-1]
@@ -188,7 +207,7 @@ def conditional(hessian_EKK: Tensor, damping: float = 0.01) -> Tensor:
 
 def shrinkage_of(strength: float | None, columns: int) -> float:
     """κ: how many tokens the layer's mean counts for."""
-    return columns / 4 if strength is None else strength
+    return SHRINKAGE * columns if strength is None else strength
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class SchemeOptions(PassOptions):
     shrinkage: float | None = Field(
         default=None,
         ge=0,
-        description="GPTQ: tokens that the layer's mean Hessian counts for; default: a quarter of its size",
+        description="GPTQ: tokens that the layer's mean Hessian counts for; default: as many as it has rows",
     )
 
     @model_validator(mode="after")

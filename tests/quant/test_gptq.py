@@ -314,8 +314,8 @@ def test_shrinking_hessians():
     torch.testing.assert_close(shrunk_EKK[1], (0.5 * hessian_EKK[1] / 4 + 0.5 * mean_KK).float())
     torch.testing.assert_close(shrunk_EKK[3], ((hessian_EKK[3] + 4 * mean_KK) / 14).float())
     assert shrunk_EKK.dtype == hessian_EKK.dtype
-    # The default is K/4; none at all is the expert's own mean, except where there is none.
-    assert torch.equal(shrink_hessians(hessian_EKK, tokens_E), shrunk_EKK)
+    # The default is K; none at all is the expert's own mean, except where there is none.
+    assert torch.equal(shrink_hessians(hessian_EKK, tokens_E), shrink_hessians(hessian_EKK, tokens_E, 16.0))
     own_EKK = shrink_hessians(hessian_EKK, tokens_E, 0.0)
     torch.testing.assert_close(own_EKK[2], hessian_EKK[2] / 1000)
     assert torch.equal(own_EKK[0], mean_KK.float())
