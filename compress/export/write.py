@@ -147,9 +147,9 @@ def result_config(
     `descriptions`: decoder layer, or OUTER → description of what changed there (see Overlay).
 
     Equal numbers of dense experts everywhere need nothing but another number: "hf". Where routers score more experts
-    than there are, config.json keeps the number that they score. Anything else is `quantized`; what
-    a served format says of the layers is known when they are written. A `target` that runs no rules gets the same top-k
-    in every layer as a number in the config; RunError for any other rule.
+    than there are, config.json keeps the number that they score. Anything else is `quantized`; what a served format
+    says of the layers is known when they are written. A `target` that runs no rules gets the same top-k in every layer
+    as a number in the config; RunError for any other rule.
     """
     config = copy.deepcopy(model.config_values)
     if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:  # described anew
