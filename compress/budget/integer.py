@@ -122,9 +122,9 @@ def _run(program: Any, backend: str, allowed: float, time_limit: float | None) -
 
 
 class _Highs(pulp.HiGHS):  # type: ignore[misc]
-    """HiGHS without the two lines that newer ones print about themselves when they are made, before any option is set."""
+    """HiGHS without what newer ones print about themselves when they are made, before any option can be set."""
 
-    def createAndConfigureSolver(self, lp: Any) -> None:  # noqa: N802
+    def createAndConfigureSolver(self, lp: Any) -> None:
         """See pulp. Only this moment is unheard; from here on `msg` is obeyed."""
         heard, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
         try:
