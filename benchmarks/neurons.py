@@ -29,7 +29,6 @@ from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.engine import Calibrated, run_passes
 from moe_compress.evaluate.text import Evaluation, load_text, score_batches
 from moe_compress.export.targets import find_target
-from moe_compress.merge.refit import layer_output, refit_layer
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.shape import model_shape
 from moe_compress.model.sweep import Sweep
@@ -37,6 +36,7 @@ from moe_compress.passes import find_pass
 from moe_compress.progress import Monitor
 from moe_compress.prune.neuron_criteria import NEURON_CRITERIA
 from moe_compress.prune.neurons import best
+from moe_compress.refit import layer_output, refit_layer
 from moe_compress.storage import MemoryStorage
 
 ROOT = Path(__file__).resolve().parent.parent
