@@ -21,9 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
@@ -32,6 +33,15 @@ from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
 from moe_compress.model.experts import ExpertWeights
 from moe_compress.model.offload import runnable
 from moe_compress.model.rules import Choice
+
+# The option of that name of every pass that refits.
+Ridge = Annotated[
+    float,
+    Field(
+        gt=0,
+        description="How strongly refitting holds on to the weights that are there; the fewer tokens, the stronger",
+    ),
+]
 
 _CHUNK_BYTES = 512 << 20
 _TOKENS_AT_ONCE = 4096

@@ -33,7 +33,7 @@ from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.dispatch import grouped_linear
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
-from moe_compress.refit import NewRouting, layer_output, refit_layer
+from moe_compress.refit import NewRouting, Ridge, layer_output, refit_layer
 
 from .super_experts import super_experts
 
@@ -55,11 +55,7 @@ class DernOptions(PassOptions, ExpertCounts):
         "gate's row (as published)",
     )
     refit: bool = Field(default=True, description="Solve the layer's down projections again on the calibration tokens")
-    ridge: float = Field(
-        default=0.25,
-        gt=0,
-        description="How strongly refitting holds on to the weights that are there; the fewer tokens, the stronger",
-    )
+    ridge: Ridge = 0.25
     protect_super_experts: bool = Field(default=True, description="Never drop experts with massive activations")
 
 
