@@ -14,19 +14,14 @@ import copy
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from demo_model import calibration_text, load_demo, six_texts
 
 import moe_compress
-from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.merge.options import PRESETS
 from moe_compress.progress import Monitor
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "demo" / "moe-demo"
 GROUPINGS = ("router", "weights", "coactivation")
 NEURONS = ("random", "magnitude", "output", "camera", "tenp", "heapr", "fisher", "refit", "refit_in_turn")
 NEURONS_FREE = ("output", "heapr", "fisher", "refit_in_turn")
@@ -118,23 +113,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="calibration seeds; more give a standard deviation")
     parser.add_argument("--only", help="rows whose name contains this")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    evaluate = {"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": arguments.tokens}
-    calibrations = [
-        load_batches(
-            Calibration(
-                sources=[TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")],
-                length=256,
-                sequences=128,
-                balance=True,
-                seed=seed,
-            ),
-            tokenizer,
-            ROOT,
-        )
-        for seed in range(arguments.seeds)
-    ]
+    tokenizer, original = load_demo()
+    evaluate = six_texts(arguments.tokens)
+    calibrations = [calibration_text(tokenizer, 128, seed) for seed in range(arguments.seeds)]
     for group in arguments.groups or GROUPS:
         print(f"\n{group}\n{'':48}{'MB':>7}{'nats above':>12}{'± sd':>8}{'kl':>9}{'agree':>8}{'seconds':>9}")
         for name, passes in GROUPS[group].items():

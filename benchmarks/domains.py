@@ -14,20 +14,15 @@ import copy
 import json
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from demo_model import MODEL, ROOT, calibration_text, load_demo, six_texts
 
 import moe_compress
-from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.domains import find_patterns, pattern_of
 from moe_compress.model import MoEModel
 from moe_compress.progress import Monitor
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "demo" / "moe-demo"
 PROMPTS, PROMPT = 20, 200  # prompts of each text, characters of each
 
 
@@ -37,13 +32,10 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=126, help="calibration sequences of 256 tokens, all domains")
     parser.add_argument("--criteria", nargs="+", default=["easy_ep", "tcess", "reap"])
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    source = TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")
-    settings = Calibration(sources=[source], length=256, sequences=arguments.sequences, balance=True)
-    text = load_batches(settings, tokenizer, ROOT)
+    tokenizer, original = load_demo()
+    text = calibration_text(tokenizer, arguments.sequences)
     domains = sorted({tag for tag in text.domain if tag is not None})
-    evaluate = {"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": arguments.tokens}
+    evaluate = six_texts(arguments.tokens)
 
     def losses(options: dict[str, Any]) -> dict[str, float]:
         result = moe_compress.compress(

@@ -17,13 +17,11 @@ import statistics
 import time
 
 import torch
-from demo_methods import MODEL, ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from demo_model import MODEL, calibration_text, load_demo, six_texts
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import moe_compress
-from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.merge.factored import FactoredExperts, FactoredProjection
 from moe_compress.merge.terms import Load, LowRank
 from moe_compress.model import FusedExperts
@@ -60,11 +58,9 @@ EXPERTS, HIDDEN, NEURONS, CHOSEN = 16, 512, 256, 2
 
 
 def quality(tokens: int, sequences: int, keeps: list[float], only: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    evaluate = {"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": tokens}
-    source = TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")
-    text = load_batches(Calibration(sources=[source], length=256, sequences=sequences, balance=True), tokenizer, ROOT)
+    tokenizer, original = load_demo()
+    evaluate = six_texts(tokens)
+    text = calibration_text(tokenizer, sequences)
     print(f"{'':30}{'keep':>6}{'experts, share':>16}{'nats lost':>11}{'multiply-adds':>15}{'seconds':>9}", flush=True)
     for keep in keeps:
         for name, passes in methods(keep).items():

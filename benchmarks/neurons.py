@@ -16,20 +16,17 @@ import argparse
 import copy
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from demo_model import calibration_text, load_demo, six_texts
 from scipy.stats import spearmanr
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_compress.calib.inputs import BlockInputs
-from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.engine import Calibrated, run_passes
 from moe_compress.evaluate.text import Evaluation, load_text, score_batches
 from moe_compress.export.targets import find_target
-from moe_compress.merge.refit import layer_output, refit_layer
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.shape import model_shape
 from moe_compress.model.sweep import Sweep
@@ -37,10 +34,9 @@ from moe_compress.passes import find_pass
 from moe_compress.progress import Monitor
 from moe_compress.prune.neuron_criteria import NEURON_CRITERIA
 from moe_compress.prune.neurons import best
+from moe_compress.refit import layer_output, refit_layer
 from moe_compress.storage import MemoryStorage
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "demo" / "moe-demo"
 WIDTHS = (0.75, 0.5)
 
 
@@ -48,14 +44,10 @@ class Bench:
     """The model, its text, and what is measured once."""
 
     def __init__(self, arguments: argparse.Namespace):
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-        source = TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")
-        settings = Calibration(
-            sources=[source], length=256, sequences=arguments.sequences, balance=True, seed=arguments.seed
-        )
-        self.text = load_batches(settings, tokenizer, ROOT)
-        wanted = Evaluation(text=[str(ROOT / "demo/text/*.jsonl")], length=256, max_tokens=arguments.tokens)
+        tokenizer, model = load_demo()
+        self.model = model.eval()
+        self.text = calibration_text(tokenizer, arguments.sequences, arguments.seed)
+        wanted = Evaluation(**six_texts(arguments.tokens))
         self.windows = load_text(tokenizer, wanted, self.model.config.vocab_size)
         self.stores: dict[Any, Any] = {}
         self.base = self.nats(self.model)

@@ -17,15 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from demo_model import calibration_text, load_demo, six_texts
 
 import moe_compress
-from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.progress import Monitor
-
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "demo" / "moe-demo"
 
 
 def methods(top_k: int) -> dict[str, list[dict[str, Any]]]:
@@ -60,18 +55,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="file of the plot")
     parser.add_argument("--only", help="methods whose name contains this")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    calibration = load_batches(
-        Calibration(
-            sources=[TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")],
-            length=256,
-            sequences=64,
-            balance=True,
-        ),
-        tokenizer,
-        ROOT,
-    )
+    tokenizer, original = load_demo()
+    calibration = calibration_text(tokenizer, 64)
     curves: dict[str, list[tuple[float, float]]] = {}
     print(f"{'':34}{'asked':>8}{'predicted':>11}{'counted':>9}{'nats above':>12}{'kl':>9}{'seconds':>9}")
     for name, passes in methods(original.config.num_experts_per_tok).items():
@@ -84,7 +69,7 @@ def main() -> None:
                 tokenizer=tokenizer,
                 passes=[step],
                 calibration=calibration,
-                evaluate={"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": arguments.tokens},
+                evaluate=six_texts(arguments.tokens),
                 monitor=Monitor(show=False),
             ).report
             before, after = (report[side]["perplexity"].values() for side in ("before", "after"))

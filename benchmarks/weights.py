@@ -16,12 +16,9 @@ import statistics
 import time
 from typing import Any
 
-import torch
-from demo_methods import MODEL, ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from demo_model import MODEL, calibration_text, load_demo, six_texts
 
 import moe_compress
-from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.progress import Monitor
 
 HEAL = {"heal.experts": {}}
@@ -65,12 +62,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences of 256")
     parser.add_argument("--only", help="rows whose name contains this")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    source = TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")
-    settings = Calibration(sources=[source], length=256, sequences=arguments.sequences, balance=True)
-    calibration = load_batches(settings, tokenizer, ROOT)
-    evaluate = {"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": arguments.tokens}
+    tokenizer, original = load_demo()
+    calibration = calibration_text(tokenizer, arguments.sequences)
+    evaluate = six_texts(arguments.tokens)
     for group in arguments.groups or GROUPS:
         print(f"\n{group}\n{'':44}{'MB':>7}{'nats above':>12}{'kl':>9}{'seconds':>9}")
         for name, passes in GROUPS[group].items():

@@ -183,7 +183,7 @@ class NeuronRemoval(Statistic):
     """Squared error of an expert's weighted outputs when a neuron goes and the down projection is solved again.
 
     Without neuron j the best the others can do is W_jᵀW_j / (H⁻¹)_jj worse (optimal brain surgeon, a whole column at a
-    time), H = Σ g² a aᵀ + λ over routed tokens, with the ridge of merge/refit.py: λ = ridge · (I / rows) · mean of H's
+    time), H = Σ g² a aᵀ + λ over routed tokens, with refit.py's ridge: λ = ridge · (I / rows) · mean of H's
     diagonal. Result, each [E, I] float64: `alone`, every neuron on its own; `in_turn`, the cheapest neuron of what is
     left removed again and again, with W and H⁻¹ after each removal as it leaves them: what its removal cost, not less
     than the one before. In that order sets of any size are chosen by what they lose together. 0 for an expert that saw

@@ -12,8 +12,7 @@ from rich.table import Table
 from moe_compress.analysis import analyse, opened
 from moe_compress.domains import FILE, Patterns, find_patterns
 from moe_compress.errors import InputError
-from moe_compress.model import MoEModel
-from moe_compress.model.model import read_config
+from moe_compress.model import MoEModel, read_config
 from moe_compress.model.shape import model_shape
 
 from .show import console

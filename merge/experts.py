@@ -26,6 +26,7 @@ from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, Plan, register
 from moe_compress.prune.criteria import Selection, find_criterion
 from moe_compress.prune.super_experts import super_experts
+from moe_compress.refit import LayerRefit
 
 from .align import activations_on, align_experts, permuted
 from .cluster import inertia
@@ -33,7 +34,7 @@ from .combine import fisher_average, output_gram, subspace_merge, weighted_avera
 from .grouping import group_experts, similarity_statistic
 from .moments import output_moments
 from .options import MergeOptions, SubspaceOptions, ZipOptions
-from .refit import LayerRefit, refit_down, refit_mean
+from .refit import refit_down, refit_mean
 from .routers import FoldedBias, router_mixing
 from .zipping import zip_experts, zipped_neurons
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from moe_compress.counts import ExpertCounts
 from moe_compress.passes import PassOptions
+from moe_compress.refit import Ridge
 
 # What a paper's method is in terms of the options. Where a paper leaves the router's rows in place and lets several of
 # them lead to one expert, the nearest that every runtime loads is named; `router: remap` beside it is the paper's own.
@@ -115,11 +116,7 @@ class MergeOptions(PassOptions, ExpertCounts):
         "members' on the tokens routed to them; mean: like the members' weighted mean on a sample of all tokens; "
         "layer: all experts together, for the layer's output as it was",
     )
-    ridge: float = Field(
-        default=0.25,
-        gt=0,
-        description="How strongly refitting holds on to the weights that are there; the fewer tokens, the stronger",
-    )
+    ridge: Ridge = 0.25
     sample: int = Field(default=1024, ge=1, description="Tokens per layer on which outputs and neurons are compared")
     protect_super_experts: bool = Field(default=True, description="Experts with massive activations stay as they are")
     seed: int = Field(default=0, description="Seed of the k-means starts")

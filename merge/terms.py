@@ -27,6 +27,8 @@ from moe_compress.quant.grid import Quantized
 from moe_compress.quant.run_packed import product
 from moe_compress.quant.stack import Encoding, Stack, keeping_dtype
 
+from .stack_products import grouped, numbered, once_per_token, ordered_times, picked, routed_times, spread
+
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"none": lambda x: x, "silu": nn.functional.silu, "tanh": torch.tanh}
 
@@ -105,12 +107,12 @@ class Base(Term):
     def forward(self, input_RK: Tensor, dispatch: Dispatch, per_token: bool) -> Tensor:
         """See Term. Where all experts share one matrix, a token is multiplied once."""
         if per_token and not any(self.group):
-            return _once_per_token(self.matrix, input_RK, dispatch)
-        return _times(self.matrix, self.group, input_RK, dispatch)
+            return once_per_token(self.matrix, input_RK, dispatch)
+        return routed_times(self.matrix, self.group, input_RK, dispatch)
 
     def matrices(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See Term."""
-        return _picked(self.matrix, [self.group[e] for e in experts], dtype)
+        return picked(self.matrix, [self.group[e] for e in experts], dtype)
 
     def describe(self) -> dict[str, Any]:
         """See Term."""
@@ -157,7 +159,7 @@ class LowRank(Term):
         self.ranks, self.shared = list(ranks), shared
         for rank, (left, right) in sorted(factors.items()):
             self.add_module(f"r{rank}", _Factors(left, right))
-        self._slots = {rank: _slots([own == rank for own in ranks]) for rank in factors}
+        self._slots = {rank: numbered([own == rank for own in ranks]) for rank in factors}
 
     @classmethod
     def holding(cls, left_EOr: Tensor, right_ErK: Tensor, ranks: Sequence[int], shared: str = "") -> LowRank:
@@ -186,15 +188,15 @@ class LowRank(Term):
         for rank, slots in self._slots.items():
             own = self.factors(rank)
             if self.shared == "right":
-                between = _once_per_token(own.right, input_RK, dispatch) if per_token else None
+                between = once_per_token(own.right, input_RK, dispatch) if per_token else None
                 if between is None:
-                    between = _times(own.right, everyone, input_RK, dispatch)
-                return _times(own.left, slots, between, dispatch)
+                    between = routed_times(own.right, everyone, input_RK, dispatch)
+                return routed_times(own.left, slots, between, dispatch)
             if self.shared == "left":
-                return _times(own.left, everyone, _times(own.right, slots, input_RK, dispatch), dispatch)
-            rows = _grouped(slots, dispatch)
-            between = _at(own.right, rows, input_RK if rows.index is None else input_RK[rows.index])
-            part = _spread(_at(own.left, rows, between), rows, len(input_RK))
+                return routed_times(own.left, everyone, routed_times(own.right, slots, input_RK, dispatch), dispatch)
+            rows = grouped(slots, dispatch)
+            between = ordered_times(own.right, rows, input_RK if rows.index is None else input_RK[rows.index])
+            part = spread(ordered_times(own.left, rows, between), rows, len(input_RK))
             output = part if output is None else output + part
         return input_RK.new_zeros(len(input_RK), self.out_features) if output is None else output
 
@@ -205,7 +207,7 @@ class LowRank(Term):
             own, mine = self.factors(rank), [slots[e] for e in experts]
             left = [0 if slot >= 0 else -1 for slot in mine] if self.shared == "left" else mine
             right = [0 if slot >= 0 else -1 for slot in mine] if self.shared == "right" else mine
-            value = _picked(own.left, left, dtype) @ _picked(own.right, right, dtype)
+            value = picked(own.left, left, dtype) @ picked(own.right, right, dtype)
             total = total.to(value.device) + value
         return total
 
@@ -265,15 +267,15 @@ class Basis(Term):
 
     def forward(self, input_RK: Tensor, dispatch: Dispatch, per_token: bool) -> Tensor:
         """See Term. Of experts with rows the mixture [r, K] is made, which is what f acts on."""
-        everyone = _grouped(range(self.experts), dispatch)
+        everyone = grouped(range(self.experts), dispatch)
         if not everyone.slots:
             return input_RK.new_zeros(len(input_RK), self.out_features)
         between = product(input_RK, self._mixed(everyone.slots, input_RK.dtype), everyone.counts)
-        return _at(self.left, everyone, between)
+        return ordered_times(self.left, everyone, between)
 
     def matrices(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See Term."""
-        return _picked(self.left, list(experts), dtype) @ self._mixed(list(experts), dtype)
+        return picked(self.left, list(experts), dtype) @ self._mixed(list(experts), dtype)
 
     def _mixed(self, experts: list[int], dtype: torch.dtype) -> Tensor:
         # In float32 or better: f is applied to what is stored, not to a rounded sum of it.
@@ -345,16 +347,16 @@ class Sparse(Term):
 
     def forward(self, input_RK: Tensor, dispatch: Dispatch, per_token: bool) -> Tensor:
         """See Term."""
-        everyone = _grouped(range(self.experts), dispatch)
+        everyone = grouped(range(self.experts), dispatch)
         index_Rc = self.index[dispatch.expert_R].long()
         if self.axis == "columns":
-            return _at(self.kept, everyone, input_RK.gather(1, index_Rc))
-        part = _at(self.kept, everyone, input_RK)
+            return ordered_times(self.kept, everyone, input_RK.gather(1, index_Rc))
+        part = ordered_times(self.kept, everyone, input_RK)
         return part.new_zeros(len(part), self.out_features).scatter_add(1, index_Rc, part)
 
     def matrices(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See Term."""
-        kept = _picked(self.kept, list(experts), dtype)
+        kept = picked(self.kept, list(experts), dtype)
         index = self.index[torch.tensor(list(experts), device=self.index.device)].long()
         index = index.unsqueeze(-1 if self.axis == "rows" else 1).expand(kept.shape)
         dense = kept.new_zeros(len(experts), self.out_features, self.in_features)
@@ -390,98 +392,5 @@ def build_term(entry: dict[str, Any], experts: int, out_features: int, in_featur
     return TERMS[entry["kind"]].build(entry, experts, out_features, in_features)
 
 
-# --- products ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows in the order of the slots that they are for; `index` is None where that is the order they have."""
-
-    index: Tensor | None
-    slots: list[int]
-    counts: list[int]
-
-
-def _grouped(slots_E: Sequence[int], dispatch: Dispatch) -> _Rows:
-    """Rows of the experts that have a slot (not −1), sorted by slot."""
-    counts = dispatch.counts_E.cpu()
-    slot_E = torch.tensor(list(slots_E))
-    total = torch.zeros(int(slot_E.max()) + 1 if len(slot_E) else 0, dtype=torch.int64)
-    held = slot_E >= 0
-    total.index_add_(0, slot_E[held], counts[held])
-    slots = total.nonzero().flatten()
-    found = slots.tolist(), total[slots].tolist()
-    if bool(held.all()) and bool((slot_E.diff() >= 0).all()):
-        return _Rows(None, *found)
-    slot_R = slot_E.repeat_interleave(counts)
-    order = slot_R.argsort(stable=True)
-    return _Rows(order[slot_R[order] >= 0].to(dispatch.expert_R.device), *found)
-
-
-def _at(stack: Stack, rows: _Rows, sorted_RK: Tensor) -> Tensor:
-    """Rows that are in order, times the matrices of their slots."""
-    if not rows.slots:
-        return sorted_RK.new_zeros(0, stack.out_features)
-    if torch.is_grad_enabled() and sorted_RK.requires_grad:
-        output: Tensor = _Product.apply(sorted_RK, stack, rows.slots, rows.counts)
-        return output
-    return stack(rows.slots, sorted_RK, rows.counts)  # type: ignore[no-any-return]
-
-
-def _spread(part_RO: Tensor, rows: _Rows, count: int) -> Tensor:
-    """The rows in their own places, zeros where there is none."""
-    if rows.index is None:
-        return part_RO
-    return part_RO.new_zeros(count, part_RO.shape[1]).index_copy(0, rows.index, part_RO)
-
-
-def _times(stack: Stack, slots_E: Sequence[int], input_RK: Tensor, dispatch: Dispatch) -> Tensor:
-    rows = _grouped(slots_E, dispatch)
-    part = _at(stack, rows, input_RK if rows.index is None else input_RK[rows.index])
-    return _spread(part, rows, len(input_RK))
-
-
-def _once_per_token(stack: Stack, input_RK: Tensor, dispatch: Dispatch) -> Tensor:
-    """Rows times the stack's only matrix, each token once."""
-    token, place_R = dispatch.token_R.unique(return_inverse=True)
-    if not len(token):
-        return input_RK.new_zeros(0, stack.out_features)
-    row = torch.arange(len(place_R), device=place_R.device)
-    first_T = row.new_zeros(len(token)).scatter_(0, place_R.flip(0), row.flip(0))
-    return _at(stack, _Rows(None, [0], [len(token)]), input_RK[first_T])[place_R]
-
-
-def _picked(stack: Stack, slots: list[int], dtype: torch.dtype) -> Tensor:
-    """Dense matrices of some slots; zeros for −1."""
-    held = [i for i, slot in enumerate(slots) if slot >= 0]
-    if len(held) == len(slots):
-        return stack(slots, dtype)  # type: ignore[no-any-return]
-    device = next(stack.parameters()).device
-    dense = torch.zeros(len(slots), stack.out_features, stack.in_features, dtype=dtype, device=device)
-    if held:
-        dense[held] = stack([slots[i] for i in held], dtype)
-    return dense
-
-
-def _slots(held: Sequence[bool]) -> list[int]:
-    """A number for each that is held, in order; −1 for the others."""
-    number = -1
-    return [(number := number + 1) if one else -1 for one in held]
-
-
 def _spanned(index: Tensor, size: tuple[int, ...], axis: str) -> tuple[int, int]:
     return (index.shape[1], size[1]) if axis == "rows" else (size[0], index.shape[2])
-
-
-class _Product(torch.autograd.Function):
-    """Rows times matrices of a stack, whose backward converts them again: no graph holds on to converted ones."""
-
-    @staticmethod
-    def forward(ctx: Any, input_RK: Tensor, stack: Stack, slots: list[int], counts: list[int]) -> Tensor:
-        ctx.held = stack, slots, counts
-        return stack(slots, input_RK, counts)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, gradient_RO: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        stack, slots, counts = ctx.held
-        return stack(slots, gradient_RO.contiguous(), counts, True), None, None, None

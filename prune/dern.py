@@ -7,7 +7,8 @@ The paper starts it from the neurons with the largest |gate|, here the largest w
 there is no gate); where those are nearly copies of each other, directions are lost, so starts are by default the
 expert's own.
 
-What the paper doesn't do: `refit` solves the layer's down projections again on the calibration tokens (merge/refit.py).
+What the paper doesn't do: `refit` solves the layer's down projections again on the calibration tokens
+(compress/refit.py).
 
 Letters: E experts, S of them kept, I neurons of each, H hidden, N neurons of the receiving experts, D = length of a
 neuron's whole vector: its rows of gate and up with their biases, and its column of down.
@@ -28,11 +29,11 @@ from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
 from moe_compress.counts import ExpertCounts, chosen, kept_count
-from moe_compress.merge.refit import NewRouting, layer_output, refit_layer
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.dispatch import grouped_linear
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
+from moe_compress.refit import NewRouting, Ridge, layer_output, refit_layer
 
 from .super_experts import super_experts
 
@@ -54,11 +55,7 @@ class DernOptions(PassOptions, ExpertCounts):
         "gate's row (as published)",
     )
     refit: bool = Field(default=True, description="Solve the layer's down projections again on the calibration tokens")
-    ridge: float = Field(
-        default=0.25,
-        gt=0,
-        description="How strongly refitting holds on to the weights that are there; the fewer tokens, the stronger",
-    )
+    ridge: Ridge = 0.25
     protect_super_experts: bool = Field(default=True, description="Never drop experts with massive activations")
 
 

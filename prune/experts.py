@@ -15,13 +15,13 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Result, Routing, Statistic
 from moe_compress.counts import ExpertCounts, kept_count
 from moe_compress.errors import RecipeError, RunError
-from moe_compress.merge.refit import LayerRefit
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Sweep
 from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
+from moe_compress.refit import LayerRefit, Ridge
 
 from . import attribution, gram_greedy, naee, stun  # noqa: F401  (they register criteria)
 from .choice import Guards, as_mask, best, cheapest_counts, global_counts, removal_order, shares
@@ -70,11 +70,7 @@ class PruneOptions(PassOptions, ExpertCounts):
         description="Solve the down projections that are left again, so that on the calibration tokens the layer puts "
         "out what it did (experts with massive activations stay as they are)",
     )
-    ridge: float = Field(
-        default=0.25,
-        gt=0,
-        description="How strongly refitting holds on to the weights that are there; the fewer tokens, the stronger",
-    )
+    ridge: Ridge = 0.25
     seed: int = Field(default=0, description="Seed of the criterion `random`")
 
     @field_validator("criterion")

@@ -2,7 +2,7 @@
 
 An expert's output is a sum over its neurons, so leaving some out changes nothing else: the router's choices stay right.
 What the others can take over, they do: the down projections of each layer are solved again on what the block reads now,
-so that it puts out what it did (merge/refit.py; methods: CAMERA, HEAPr and TENP leave this out).
+so that it puts out what it did (compress/refit.py; methods: CAMERA, HEAPr and TENP leave this out).
 
 Letters: E experts, I neurons of each before, m neurons that widths are multiples of.
 """
@@ -21,10 +21,10 @@ from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Routing, Statistic
 from moe_compress.errors import BudgetError, RecipeError, RunError
-from moe_compress.merge.refit import layer_output, refit_layer
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
+from moe_compress.refit import Ridge, layer_output, refit_layer
 
 from .neuron_criteria import NEURON_CRITERIA, find_neuron_criterion
 from .ragged import make_ragged, padded
@@ -55,11 +55,7 @@ class NeuronOptions(PassOptions):
         default=0.125, ge=0, le=1, description="Share of its neurons that every expert keeps (layer and free)"
     )
     refit: bool = Field(default=True, description="Solve the layer's down projections again on the calibration tokens")
-    ridge: float = Field(
-        default=0.25,
-        gt=0,
-        description="How strongly refitting holds on to the weights that are there; the fewer tokens, the stronger",
-    )
+    ridge: Ridge = 0.25
     seed: int = Field(default=0, description="Seed of the criterion `random`")
 
     @field_validator("criterion")

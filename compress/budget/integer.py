@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,7 @@ def _run(program: Any, backend: str, allowed: float, time_limit: float | None) -
     options = {"msg": False, "gapAbs": allowed, "gapRel": 0.0, "timeLimit": time_limit}
     try:
         if backend == "highs":
-            program.solve(pulp.HiGHS(threads=1, mip_feasibility_tolerance=1e-9, **options))
+            program.solve(_Highs(threads=1, mip_feasibility_tolerance=1e-9, **options))
         else:
             # By default CBC skips every plan that isn't 1e-5 better than the one it has. `threads=1` would start its
             # threaded search, which hung until the time limit in 3 of 333 runs; without, it has no threads.
@@ -118,6 +119,21 @@ def _run(program: Any, backend: str, allowed: float, time_limit: float | None) -
     if program.sol_status == pulp.LpSolutionOptimal:
         return max(bound, float(pulp.value(program.objective)) - allowed), ""
     return bound, f"{backend} stopped before it was done (time limit: {time_limit} s): the gap is what it left open"
+
+
+class _Highs(pulp.HiGHS):  # type: ignore[misc]
+    """HiGHS without what newer ones print about themselves when they are made, before any option can be set."""
+
+    def createAndConfigureSolver(self, lp: Any) -> None:
+        """See pulp. Only this moment is unheard; from here on `msg` is obeyed."""
+        heard, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 1)
+            super().createAndConfigureSolver(lp)
+        finally:
+            os.dup2(heard, 1)
+            os.close(heard)
+            os.close(nowhere)
 
 
 def find_backend(solver: str) -> str:

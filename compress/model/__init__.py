@@ -2,7 +2,8 @@
 
 from .block import EXPERTS_KINDS, MoEBlock, Routing
 from .experts import Experts, ExpertWeights, FusedExperts
-from .model import Layer, MoEModel, read_config
+from .model import Layer, MoEModel
+from .opening import read_config
 from .routes import experts_per_token
 from .tap import GradientTap, Tap, observe
 

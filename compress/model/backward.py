@@ -25,8 +25,9 @@ from moe_compress.errors import RunError, UnsupportedModelError
 from . import offload
 from .losses import Loss
 from .model import Layer
-from .sweep import Step, Sweep, map_tensors
+from .sweep import Step, Sweep
 from .tap import GradientTap, Tap, observe
+from .tensors import map_tensors
 
 # How far a recomputed layer may be from what it first returned, relative to its norm. A token near a tie may be routed
 # elsewhere where kernels with and without autograd differ; a layer that was given something else is far beyond.

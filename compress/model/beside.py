@@ -10,7 +10,7 @@ elsewhere (`packed_state`), like a block's experts.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -79,6 +79,75 @@ class Found:
     module: nn.Linear | nn.Embedding
     together: str
     head: str = ""
+
+
+def find_matrices(
+    model: Any,
+    stack: str,
+    blocks: Mapping[int, MoEBlock],
+    stored_as: Callable[[Mapping[str, Tensor]], dict[str, tuple[str, int]]],
+    holds: Callable[[str], bool],
+) -> tuple[dict[int, list[Matrix]], dict[str, str]]:
+    """Matrices of every decoder layer and (OUTER) outside, and full path → why a linear layer isn't among them.
+
+    Args:
+        model: a transformers model.
+        stack: module path of its decoder layers.
+        blocks: routers and experts of those that have them.
+        stored_as: see `stored_whole`.
+        holds: whether the checkpoint's files hold the matrix of a module, by full path.
+    """
+    found: dict[int, list[Matrix]] = {}
+    kept: dict[str, str] = {}
+    hidden = model.config.get_text_config().hidden_size
+    layers = model.get_submodule(stack)
+    seen: set[int] = set()
+    for index in (OUTER, *range(len(layers))):
+        if index == OUTER:
+            prefix, (parts, reasons) = "", outer_matrices(model)
+        else:
+            prefix, (parts, reasons) = f"{stack}.{index}.", layer_linears(layers[index], blocks.get(index), hidden)
+        kept |= {prefix + path: reason for path, reason in reasons.items()}
+        stored = stored_as({prefix + p.path: p.module.weight for p in parts})
+        found[index] = []
+        for part in parts:
+            full = prefix + part.path
+            if id(part.module) in seen:
+                kept[full] = "several layers share it"
+            elif full not in stored:
+                kept[full] = "the checkpoint doesn't store it as a matrix of its own"
+            elif part.head and holds(part.head):
+                kept[full] = f"config.json ties {part.head} to it, and the checkpoint holds both"
+            else:
+                disk, size = stored[full]
+                rows, columns = part.module.weight.shape
+                found[index].append(Matrix(part.path, part.kind, rows, columns, size, part.together, disk, part.head))
+            seen.add(id(part.module))
+    return found, kept
+
+
+def stored_whole(
+    weights: Mapping[str, Tensor], to_disk: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, tuple[str, int]]:
+    """Full path of a module → path on disk and bytes of its matrix, where it is one tensor there, as it is here.
+
+    Args:
+        weights: full path of a module → its matrix.
+        to_disk: runtime tensors → tensors as the checkpoint holds them.
+    """
+    # Small matrices, each with a number of its own, through the conversion: what comes out whole is stored as such.
+    numbered = {f"{path}.weight": torch.full((2, 3), i, dtype=torch.float32) for i, path in enumerate(weights)}
+    try:
+        there = to_disk(numbered)
+    except (RuntimeError, ValueError, KeyError, IndexError):
+        return {}
+    names = {int(t[0, 0]): n for n, t in there.items() if t.shape == (2, 3) and len(t.unique()) == 1}
+    size = {path: w.numel() * w.element_size() for path, w in weights.items()}
+    return {
+        path: (names[i].removesuffix(".weight"), size[path])
+        for i, path in enumerate(weights)
+        if names.get(i, "").endswith(".weight")
+    }
 
 
 def layer_linears(layer: nn.Module, block: MoEBlock | None, hidden: int) -> tuple[list[Found], dict[str, str]]:

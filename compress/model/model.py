@@ -8,9 +8,7 @@ its module first runs and goes when `release_outer` is called. In memory, layers
 from __future__ import annotations
 
 import functools
-import importlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,30 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
-from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ, QUANT_METHOD
+from moe_compress.constants import QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
 
-from . import beside, families, hf, offload
+from . import beside, hf, offload
 from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index, width_keys
 from .beside import OUTER, Matrix
 from .block import MoEBlock, check_version
 from .disk import DiskWeights, Overlay
 from .expert_names import ExpertNames, find_expert_names
+from .opening import DECODER, PRESENTED, config_of, find_stack, named, one_per_layer, refuse
 from .tensors import release_freed, to_meta
-
-# What presents a folder in another quantized format as a dense one: "module:function". By name, like PRESENTED.
-DECODER = "moe_compress.quant.sources:decode"
-# Formats of others that are read as if they were native: quant_method → "module:function", called with a model and its
-# folder, giving the folder presented anew, the description of each layer, and of matrices beside the experts. By name,
-# because the view of a model imports no format.
-PRESENTED: dict[str, str] = {
-    COMPRESSED_TENSORS: "moe_compress.export.compressed_reader:present",
-    GPTQ: "moe_compress.export.gptq_reader:present",
-    GGUF: "moe_compress.export.gguf_reader:present",
-}
 
 
 @dataclass
@@ -82,12 +70,12 @@ class MoEModel:
         self._overlay: Overlay | None = None
         self.device = torch.device("cpu")
         self._conversions = hf.conversions(module)
-        self.stack = _find_stack(module)
+        self.stack = find_stack(module)
         self.untouched = sorted(p for p in expert_counts(module) if not p.startswith(self.stack + "."))
         structure = decoded({k: v for k, v in values.items() if k != "quantization_config"})
         self.count_paths: list[ConfigPath] = count_keys(module.config, structure, type(module), self.stack)
         self._axes = expert_axes(module, structure, self.count_paths, self.stack)
-        self._paths = _one_per_layer(self._axes, self.stack)
+        self._paths = one_per_layer(self._axes, self.stack)
         self.original_experts = self.block(self.moe_layers[0]).num_experts
         self.config_widths = {i: self.block(i).experts.intermediate_size for i in self.moe_layers}
         self._remember()
@@ -122,11 +110,11 @@ class MoEModel:
             UnsupportedModelError: a dense model, or a family or quantization that can't be handled, with the reason.
         """
         source = source or Checkpoint(path)
-        config = _read_config(source)
+        config = config_of(source)
         method = (source.config.get("quantization_config") or {}).get("quant_method")
         if method != QUANT_METHOD:
             if "quantization_config" in source.config and (dequantize or method not in PRESENTED):
-                source = _named(DECODER)(source)
+                source = named(DECODER)(source)
             config.__dict__.pop("quantization_config", None)  # the skeleton is a dense one
         module = hf.skeleton(config, dtype)
         model = cls(module, source.config)
@@ -143,7 +131,7 @@ class MoEModel:
                     )
                 block.restructure(description)
         elif quantized.get("quant_method") in PRESENTED:
-            source, descriptions, matrices = _named(PRESENTED[quantized["quant_method"]])(model, source)
+            source, descriptions, matrices = named(PRESENTED[quantized["quant_method"]])(model, source)
             for number, description in descriptions.items():
                 model.block(number).restructure(description)
             model._restructure(matrices, dtype)
@@ -159,7 +147,7 @@ class MoEModel:
 
         Raises UnsupportedModelError for a dense or quantized model, and for a family that can't be handled.
         """
-        _refuse(module.config)
+        refuse(module.config)
         values = json.loads(module.config.to_json_string(use_diff=False))
         quantized = values.pop("quantization_config", None) or {}
         values.pop("experts_implementation", None)
@@ -281,55 +269,18 @@ class MoEModel:
 
     @functools.cached_property
     def _beside(self) -> tuple[dict[int, list[Matrix]], dict[str, str]]:
-        """Matrices of every layer, and full path → why a linear layer isn't among them."""
-        found: dict[int, list[Matrix]] = {}
-        kept: dict[str, str] = {}
-        hidden = self.module.config.get_text_config().hidden_size
-        seen: set[int] = set()
-        for index in (OUTER, *range(len(self.layers))):
-            if index == OUTER:
-                parts, reasons = beside.outer_matrices(self.module)
-            else:
-                block = self.block(index) if index in self._paths else None
-                parts, reasons = beside.layer_linears(self.layers[index], block, hidden)
-            prefix = self.prefix(index)
-            kept |= {prefix + path: reason for path, reason in reasons.items()}
-            stored = self._stored_as({prefix + p.path: p.module.weight for p in parts})
-            found[index] = []
-            for part in parts:
-                full = prefix + part.path
-                if id(part.module) in seen:
-                    kept[full] = "several layers share it"
-                elif full not in stored:
-                    kept[full] = "the checkpoint doesn't store it as a matrix of its own"
-                elif part.head and self.weights is not None and self.weights.stored_as(f"{part.head}.weight"):
-                    kept[full] = f"config.json ties {part.head} to it, and the checkpoint holds both"
-                else:
-                    disk, size = stored[full]
-                    rows, columns = part.module.weight.shape
-                    found[index].append(
-                        Matrix(part.path, part.kind, rows, columns, size, part.together, disk, part.head)
-                    )
-                seen.add(id(part.module))
-        return found, kept
+        blocks = {index: self.block(index) for index in self.moe_layers}
+        return beside.find_matrices(self.module, self.stack, blocks, self._stored_as, self._holds)
+
+    def _holds(self, path: str) -> bool:
+        """Whether a folder holds a module's matrix as it is."""
+        return self.weights is not None and self.weights.stored_as(f"{path}.weight") is not None
 
     def _stored_as(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, int]]:
-        """Full path of a module → path on disk and bytes of its matrix, where it is one tensor there, as it is here."""
+        """See `beside.stored_whole`."""
         if self.weights is not None:
             return {p: found for p in weights if (found := self.weights.stored_as(f"{p}.weight")) is not None}
-        # Small matrices, each with a number of its own, through the conversion: what comes out whole is stored as such.
-        numbered = {f"{path}.weight": torch.full((2, 3), i, dtype=torch.float32) for i, path in enumerate(weights)}
-        try:
-            there = self.to_disk(numbered)
-        except (RuntimeError, ValueError, KeyError, IndexError):
-            return {}
-        names = {int(t[0, 0]): n for n, t in there.items() if t.shape == (2, 3) and len(t.unique()) == 1}
-        size = {path: w.numel() * w.element_size() for path, w in weights.items()}
-        return {
-            path: (names[i].removesuffix(".weight"), size[path])
-            for i, path in enumerate(weights)
-            if names.get(i, "").endswith(".weight")
-        }
+        return beside.stored_whole(weights, self.to_disk)
 
     @property
     def matrices(self) -> dict[int, list[Matrix]]:
@@ -434,64 +385,3 @@ class MoEModel:
         """Let go of large tensors outside the decoder layers (folders only). They come back when they are needed."""
         if self.weights is not None:
             self.weights.release_outer()
-
-
-def read_config(path: str | Path) -> PreTrainedConfig:
-    """config.json of a checkpoint folder as transformers' config object. Raises like `MoEModel.open`."""
-    return _read_config(Checkpoint(path))
-
-
-def _read_config(source: Checkpoint) -> PreTrainedConfig:
-    values = source.config
-    model_type = values.get("model_type")
-    if not model_type:
-        raise CheckpointError(f"{source.folder / 'config.json'} names no model_type")
-    if reason := families.refusal(str(model_type)):
-        raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
-    try:
-        config = AutoConfig.from_pretrained(source.folder)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"transformers can't read {source.folder / 'config.json'}: {reason}") from error
-    _refuse(config)
-    return config
-
-
-def _named(where: str) -> Any:
-    module, _, function = where.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _refuse(config: PreTrainedConfig) -> None:
-    for model_type in (config.model_type, config.get_text_config().model_type):
-        if reason := families.refusal(model_type):
-            raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
-
-
-def _find_stack(module: PreTrainedModel) -> str:
-    """Module path of the list of decoder layers that holds the most experts modules, the text decoder's if several."""
-    lists: Counter[str] = Counter()
-    for path in expert_counts(module):
-        parts = path.split(".")
-        for position in range(len(parts) - 1, 0, -1):
-            if parts[position].isdigit():
-                lists[".".join(parts[:position])] += 1
-                break
-    if not lists:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no layers with experts: it is a dense model, or not of this kind"
-        )
-    decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
-    inside = {id(m) for m in decoder.modules()} if decoder is not None else set()
-    text = [path for path in lists if id(module.get_submodule(path)) in inside]
-    return max(text or lists, key=lambda path: lists[path])
-
-
-def _one_per_layer(axes: dict[str, ExpertAxes], stack: str) -> dict[int, str]:
-    """Decoder layer → path of its experts module; the first, where a layer has several (text before vision)."""
-    found: dict[int, str] = {}
-    for path in axes:
-        index = layer_index(path, stack)
-        if index is not None:
-            found.setdefault(index, path)
-    return found

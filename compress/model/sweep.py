@@ -5,17 +5,15 @@ calls wait before layer i, that layer is brought to life, run for every batch, a
 layer i + 1. So masks, position embeddings, per-layer inputs, states that layers hand to each other and whatever else
 a family does between its layers are the family's own, and nothing about it is known here.
 
-A suspended call needs a stack of its own: each runs in a thread. Only one thread runs at any time, in a fixed order,
-and the layers themselves run in the caller's thread: no concurrency, the same numbers in every run.
+Calls (calls.py) go on one after another, in a fixed order, and the layers themselves run in the caller's thread: no
+concurrency, the same numbers in every run.
 """
 
 from __future__ import annotations
 
 import errno
-import inspect
 import itertools
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,9 +26,10 @@ from torch import Tensor, nn
 from moe_compress.errors import RunError
 
 from . import hf, offload
+from .calls import Aborted, Call, Stub
 from .model import Layer, MoEModel
 from .tap import Observer, Tap, hidden_behind, observe
-from .tensors import release_freed
+from .tensors import map_tensors, release_freed, to_device
 
 # Arguments of one forward. Beside them, for whoever observes and not for the model: what every token is of and counts.
 Batch = Mapping[str, Any]
@@ -57,7 +56,7 @@ class Sweep:
         self.batches = batches
         beside = (MODALITY, TOKEN_WEIGHT)
         arguments = [{k: v for k, v in batch.items() if k not in beside} for batch in batches]
-        self._calls = [_Call(model.module, batch, model.device, self._recording) for batch in arguments]
+        self._calls = [Call(model.module, batch, model.device, self._recording) for batch in arguments]
         self._labels = [[b[k].reshape(-1).to(model.device) if k in b else None for k in beside] for b in batches]
         self._hold = hold
         self._numbers = itertools.count()
@@ -70,7 +69,7 @@ class Sweep:
 
     def __enter__(self) -> Sweep:
         self._layers = self.model.layers
-        self._stubs = nn.ModuleList([_Stub(index, layer) for index, layer in enumerate(self._layers)])
+        self._stubs = nn.ModuleList([Stub(index, layer) for index, layer in enumerate(self._layers)])
         training = self.model.module.training
         self.model.module.eval()
         self._stack.callback(self.model.module.train, training)
@@ -134,7 +133,7 @@ class Sweep:
 
         def stop(_module: nn.Module, arguments: Any) -> None:
             seen.append(arguments[0])
-            raise _Aborted
+            raise Aborted
 
         handle = module.register_forward_pre_hook(stop)
         try:
@@ -171,7 +170,7 @@ class Sweep:
         with torch.no_grad():
             return map_tensors(output, write)
 
-    def _resume(self, call: _Call) -> None:
+    def _resume(self, call: Call) -> None:
         """Let a call go on; only meanwhile do stubs stand in the tree, so that layers load into their own places."""
         parent_path, _, name = self.model.stack.rpartition(".")
         parent = self.model.module.get_submodule(parent_path)
@@ -291,99 +290,6 @@ class Step:
         return output
 
 
-class _Aborted(BaseException):
-    """Ends a suspended call from inside."""
-
-
-_CURRENT = threading.local()
-
-
-class _Call:
-    """One forward of the model, in a thread of its own, suspended at decoder layers."""
-
-    def __init__(self, module: nn.Module, batch: Batch, device: torch.device, recording: bool):
-        self.layer: int | None = None  # where it waits
-        self.arguments: Any = None
-        self.value: Any = None  # what the layer returns to it
-        self.output: Any = None
-        self._error: BaseException | None = None
-        self._aborted = False
-        self._go = threading.Semaphore(0)
-        self._stopped = threading.Semaphore(0)
-        self._thread: threading.Thread | None = None
-        self._work = (module, batch, device)
-        self._recording = recording
-
-    def resume(self) -> None:
-        """Run until the call waits at the next layer or is finished."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
-        self._go.release()
-        self._stopped.acquire()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def abort(self) -> None:
-        """End the call where it waits."""
-        if self._thread is not None and self._thread.is_alive():
-            self._aborted = True
-            self._go.release()
-            self._thread.join()
-        self.arguments = self.value = None
-
-    def wait_at(self, layer: int, arguments: Any) -> Any:
-        """Called by a stub, inside the thread: hand over the layer's arguments, wait for its output."""
-        self.layer, self.arguments = layer, arguments
-        self._stopped.release()
-        self._go.acquire()
-        if self._aborted:
-            raise _Aborted
-        value, self.value, self.arguments = self.value, None, None
-        return value
-
-    def _run(self) -> None:
-        self._go.acquire()
-        _CURRENT.call = self
-        module, batch, device = self._work
-        try:
-            with torch.set_grad_enabled(self._recording):
-                # Pixels and the like come in the dtype of the modules that read them.
-                keywords = map_tensors(
-                    dict(batch), lambda t: t.to(device, module.dtype if t.is_floating_point() else None)
-                )
-                # Nothing is generated, and a layer that runs twice would read its own keys and values. Many classes
-                # hand the switch on without naming it.
-                accepted = inspect.signature(module.forward).parameters
-                if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-                    keywords.setdefault("use_cache", False)
-                result = module(**keywords)
-                self.output = result.logits if hasattr(result, "logits") else result[0]
-        except _Aborted:
-            pass
-        except BaseException as error:  # handed to the caller's thread by resume()
-            self._error = error
-        finally:
-            self.layer = None
-            self._stopped.release()
-
-
-class _Stub(nn.Module):
-    """Stands in for a decoder layer: looks like it, and suspends the call that reaches it."""
-
-    def __init__(self, index: int, layer: nn.Module):
-        super().__init__()
-        self.__dict__["_index"] = index
-        self.__dict__["_layer"] = layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return _CURRENT.call.wait_at(self.__dict__["_index"], (arguments, keywords))
-
-
 def _reserve(file: Path, size: int) -> None:
     """Have room for a file before it is mapped: writing through a map to a full disk would end the process."""
     with file.open("ab") as handle:
@@ -397,21 +303,3 @@ def _reserve(file: Path, size: int) -> None:
                     f"the disk is full: {file.parent} has no room for hidden states; free some space and run the same "
                     "command again, with fewer `sequences`, or with `hidden_states: memory` if they fit there"
                 ) from error
-
-
-def map_tensors(value: Any, function: Any) -> Any:
-    """`function` applied to every tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, function) for v in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(v, function) for v in value)
-    if isinstance(value, dict):
-        return {k: map_tensors(v, function) for k, v in value.items()}
-    return value
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it on `device`."""
-    return map_tensors(value, lambda tensor: tensor.to(device))

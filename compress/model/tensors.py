@@ -1,10 +1,12 @@
-"""Parameters and buffers by dotted name, and their memory."""
+"""Parameters and buffers by dotted name, their memory, and tensors in nested values."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,3 +37,21 @@ def release_freed() -> None:
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def map_tensors(value: Any, function: Any) -> Any:
+    """`function` applied to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(v, function) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(v, function) for v in value)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, function) for k, v in value.items()}
+    return value
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it on `device`."""
+    return map_tensors(value, lambda tensor: tensor.to(device))

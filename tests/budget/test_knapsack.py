@@ -347,6 +347,14 @@ def test_limits_are_noted_and_honest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("solver", EXACT)
+def test_solvers_print_nothing(solver: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not even from C, past Python's streams; and what is printed afterwards is."""
+    assert solve_arrays(*hard(), solver=solver).solver == solver
+    print("heard", flush=True)
+    assert capfd.readouterr() == ("heard\n", "")
+
+
+@pytest.mark.parametrize("solver", EXACT)
 def test_a_time_limit_that_is_hit(solver: str) -> None:
     rng = np.random.default_rng(0)
     size = rng.integers(10**8, 10**9, (60, 4))  # strongly correlated: hard for branch and bound

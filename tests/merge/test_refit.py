@@ -6,12 +6,14 @@ from accelerate import cpu_offload
 from families import input_batch
 from reference import activations_ETI, build, carry_out, experts_calls, joined, measure, outputs_ETH
 
+from moe_compress import refit
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.export.targets import find_target
-from moe_compress.merge import refit
-from moe_compress.merge.refit import NewRouting, layer_output, refit_down, refit_layer
+from moe_compress.merge import refit as merge_refit
+from moe_compress.merge.refit import refit_down
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.passes import find_pass
+from moe_compress.refit import NewRouting, layer_output, refit_layer
 
 
 def prepared(name="qwen3_moe", batch=(6, 40), layer=0):
@@ -38,7 +40,7 @@ def ridge_lstsq(features, wanted, ridge, rows):
 @pytest.mark.parametrize("chunk", [512 << 20, 1])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_refit_down_is_least_squares(name, chunk, monkeypatch):
-    monkeypatch.setattr(refit, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(merge_refit, "_CHUNK_BYTES", chunk)
     _, _, block, call = prepared(name)
     module = block.experts_module
     experts = FusedExperts(module)

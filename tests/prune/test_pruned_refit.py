@@ -5,8 +5,8 @@ import torch
 from families import input_batch
 from reference import activations_ETI, build, carry_out, experts_calls, joined, measure
 
+from moe_compress import refit
 from moe_compress.export.targets import find_target
-from moe_compress.merge import refit
 from moe_compress.model import MoEModel
 from moe_compress.passes import find_pass
 

@@ -1,0 +1,98 @@
+"""What is found out before there is a handle on a model: its config, whether it can be handled, where its layers are.
+
+Also which formats of others are read, and by what.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ
+from moe_compress.errors import CheckpointError, UnsupportedModelError
+
+from . import families
+from .axes import ExpertAxes, expert_counts, layer_index
+
+# What presents a folder in another quantized format as a dense one: "module:function". By name, like PRESENTED.
+DECODER = "moe_compress.quant.sources:decode"
+# Formats of others that are read as if they were native: quant_method → "module:function", called with a model and its
+# folder, giving the folder presented anew, the description of each layer, and of matrices beside the experts. By name,
+# because the view of a model imports no format.
+PRESENTED: dict[str, str] = {
+    COMPRESSED_TENSORS: "moe_compress.export.compressed_reader:present",
+    GPTQ: "moe_compress.export.gptq_reader:present",
+    GGUF: "moe_compress.export.gguf_reader:present",
+}
+
+
+def read_config(path: str | Path) -> PreTrainedConfig:
+    """config.json of a checkpoint folder as transformers' config object. Raises like `MoEModel.open`."""
+    return config_of(Checkpoint(path))
+
+
+def config_of(source: Checkpoint) -> PreTrainedConfig:
+    """The same of an opened folder, or of what presents one."""
+    values = source.config
+    model_type = values.get("model_type")
+    if not model_type:
+        raise CheckpointError(f"{source.folder / 'config.json'} names no model_type")
+    if reason := families.refusal(str(model_type)):
+        raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"transformers can't read {source.folder / 'config.json'}: {reason}") from error
+    refuse(config)
+    return config
+
+
+def refuse(config: PreTrainedConfig) -> None:
+    """Raises UnsupportedModelError, with the reason, for a family that can't be handled."""
+    for model_type in (config.model_type, config.get_text_config().model_type):
+        if reason := families.refusal(model_type):
+            raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
+
+
+def named(where: str) -> Any:
+    """The function that "module:function" names."""
+    module, _, function = where.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def find_stack(module: PreTrainedModel) -> str:
+    """Module path of the list of decoder layers that holds the most experts modules, the text decoder's if several.
+
+    Raises UnsupportedModelError where none holds any.
+    """
+    lists: Counter[str] = Counter()
+    for path in expert_counts(module):
+        parts = path.split(".")
+        for position in range(len(parts) - 1, 0, -1):
+            if parts[position].isdigit():
+                lists[".".join(parts[:position])] += 1
+                break
+    if not lists:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no layers with experts: it is a dense model, or not of this kind"
+        )
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
+    inside = {id(m) for m in decoder.modules()} if decoder is not None else set()
+    text = [path for path in lists if id(module.get_submodule(path)) in inside]
+    return max(text or lists, key=lambda path: lists[path])
+
+
+def one_per_layer(axes: dict[str, ExpertAxes], stack: str) -> dict[int, str]:
+    """Decoder layer → path of its experts module; the first, where a layer has several (text before vision)."""
+    found: dict[int, str] = {}
+    for path in axes:
+        index = layer_index(path, stack)
+        if index is not None:
+            found.setdefault(index, path)
+    return found
