@@ -1,8 +1,8 @@
 """One layer's router and experts, seen alike in every family, live or on the meta device.
 
 A block can be looked at (`experts`, `router`), reduced (`keep`), regrouped (`regroup`, or `remap` behind a router that
-stays as it is), given other experts (`replace_experts`), and turned into plain tensors and back (`state`, `restore`). It
-knows nothing of methods.
+stays as it is), given other experts (`replace_experts`), and turned into plain tensors and back (`state`, `restore`).
+It knows nothing of methods.
 """
 
 from __future__ import annotations
