@@ -17,6 +17,7 @@ from moe_compress.api import _settle
 from moe_compress.calib.batches import TokenBatches
 from moe_compress.calib.routing import RoutingLog, routing_drift
 from moe_compress.errors import CheckpointError, RecipeError, UnsupportedModelError
+from moe_compress.export.partial import load_experts
 from moe_compress.export.targets import TARGETS, find_target
 from moe_compress.export.verify import verify
 from moe_compress.export.write import write_folder
@@ -234,6 +235,8 @@ def test_quantized_afterwards(tmp_path, text, small):
     blocks = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["blocks"]
     assert {(b["kind"], b["num_experts"], b["router_experts"]) for b in blocks.values()} == {("packed", 5, 8)}
     verify(tmp_path / "out", Progress())
+    with pytest.raises(UnsupportedModelError, match="layer 0 scores 8 experts, which a rule maps to 5"):
+        load_experts(MoEModel.open(tmp_path / "out"), {i: [0, 1, 2, 3] for i in range(3)})
     folders = (small, tmp_path / "out")
     before, after = ({k: v for f in p.glob("*.safetensors") for k, v in load_file(f).items()} for p in folders)
     gates = [n for n in before if n.endswith("mlp.gate.weight")]
