@@ -48,8 +48,8 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
             *((c, {"criterion": c}) for c in ("attribution", "attribution_abs", "attribution_squared")),
             *((c, {"criterion": c}) for c in ("random", "reap", "reap_l2", "weighted_ean", "man", "msan")),
             *((c, {"criterion": c}) for c in ("easy_ep", "tcess", "mone", "max_activation", "stun")),
-            *((c, {"criterion": c}) for c in ("gram_greedy", "naee")),
-            ("gram_greedy, global", {"criterion": "gram_greedy", "scope": "global"}),
+            *((c, {"criterion": c}) for c in ("diep", "gram_greedy", "naee")),
+            *((f"{c}, global", {"criterion": c, "scope": "global"}) for c in ("diep", "gram_greedy")),
         )
     },
     "neurons": {

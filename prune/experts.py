@@ -23,7 +23,7 @@ from moe_compress.model.sweep import Sweep
 from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
 from moe_compress.refit import LayerRefit, Ridge
 
-from . import attribution, gram_greedy, naee, stun  # noqa: F401  (they register criteria)
+from . import attribution, diep, gram_greedy, naee, stun  # noqa: F401  (they register criteria)
 from .choice import Guards, as_mask, best, cheapest_counts, global_counts, removal_order, shares
 from .criteria import CRITERIA, Selection, find_criterion
 from .removal import RemovalLoss, dropping_costs
