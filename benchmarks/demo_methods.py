@@ -3,8 +3,8 @@
     python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
 
 Groups: prune, criteria, novices, neurons, merge, quantize (default: all). Prints one table per group; every row is a
-fresh copy of the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are means over the texts
-of the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the original.
+fresh copy of the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are means
+over the texts of the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the original.
 """
 
 from __future__ import annotations
