@@ -2,9 +2,9 @@
 
     python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
 
-Groups: prune, criteria, neurons, merge, quantize (default: all). Prints one table per group; every row is a fresh copy
-of the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are means over the texts
-of the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the original.
+Groups: prune, criteria, novices, neurons, merge, quantize (default: all). Prints one table per group; every row is a
+fresh copy of the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are means
+over the texts of the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the original.
 """
 
 from __future__ import annotations
@@ -48,8 +48,20 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
             *((c, {"criterion": c}) for c in ("attribution", "attribution_abs", "attribution_squared")),
             *((c, {"criterion": c}) for c in ("random", "reap", "reap_l2", "weighted_ean", "man", "msan")),
             *((c, {"criterion": c}) for c in ("easy_ep", "tcess", "mone", "max_activation", "stun")),
-            *((c, {"criterion": c}) for c in ("gram_greedy", "naee")),
-            ("gram_greedy, global", {"criterion": "gram_greedy", "scope": "global"}),
+            *((c, {"criterion": c}) for c in ("diep", "gram_greedy", "naee")),
+            *((f"{c}, global", {"criterion": c, "scope": "global"}) for c in ("diep", "gram_greedy")),
+        )
+    },
+    "novices": {
+        f"{name} {keep:.0%}": [{"prune.experts": {"keep": keep, **options}}]
+        for keep in (0.75, 0.5)
+        for name, options in (
+            *(
+                (f"{c}{', novices' if n else ''}", {"criterion": c, "replace": n or "nothing", "refit": False})
+                for c in ("mone", "reap")
+                for n in ("", "mean")
+            ),
+            *((f"{c}, refitted", {"criterion": c}) for c in ("mone", "reap")),
         )
     },
     "neurons": {

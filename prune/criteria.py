@@ -201,7 +201,7 @@ def msan(measured: Measured, _: Selection) -> Tensor:
 @criterion(
     "mone",
     "MoNE (arXiv 2507.00390): ‖√Var_t f_e(x_t)‖₂ over routed tokens, times the mean over all tokens of g_te; pruned "
-    "experts are removed here, not replaced by their mean output",
+    "experts are replaced by their mean output with replace: mean, removed without",
     Routing(),
     OutputMoments(),
 )

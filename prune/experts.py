@@ -23,9 +23,10 @@ from moe_compress.model.sweep import Sweep
 from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
 from moe_compress.refit import LayerRefit, Ridge
 
-from . import attribution, gram_greedy, naee, stun  # noqa: F401  (they register criteria)
+from . import attribution, diep, gram_greedy, naee, stun  # noqa: F401  (they register criteria)
 from .choice import Guards, as_mask, best, cheapest_counts, global_counts, removal_order, shares
 from .criteria import CRITERIA, Selection, find_criterion
+from .novices import put_means, with_novices
 from .removal import RemovalLoss, dropping_costs
 from .sensitivity import loss_of, measured_costs
 from .super_experts import super_experts
@@ -65,6 +66,11 @@ class PruneOptions(PassOptions, ExpertCounts):
     domains: list[str] | None = Field(
         default=None, min_length=1, description="Score experts, and refit, on calibration text with these tags alone"
     )
+    replace: Literal["nothing", "mean"] = Field(
+        default="nothing",
+        description="mean: a removed expert becomes a novice, a vector, its mean output over the tokens routed to it; "
+        "the router goes on choosing it (MoNE; its criterion is `mone`). For target: native, without refit",
+    )
     refit: bool = Field(
         default=True,
         description="Solve the down projections that are left again, so that on the calibration tokens the layer puts "
@@ -78,6 +84,12 @@ class PruneOptions(PassOptions, ExpertCounts):
     def _known(cls, value: str) -> str:
         find_criterion(value)
         return value
+
+    @model_validator(mode="after")
+    def _novices(self) -> Self:
+        if self.replace == "mean" and self.refit and "refit" in self.model_fields_set:
+            raise ValueError("`refit` belongs to replace: nothing; with replace: mean nothing is solved again")
+        return self
 
     @model_validator(mode="after")
     def _of_other_scopes(self) -> Self:
@@ -113,6 +125,7 @@ class PruneExperts(Pass):
     name = "prune.experts"
     summary = "remove whole experts by a criterion, uniformly, globally or by layer sensitivity"
     paper = "REAP, arXiv 2510.13999 (default criterion)"
+    leaves = frozenset({"fused", "ragged"})
     Options = PruneOptions
     options: PruneOptions
 
@@ -142,8 +155,8 @@ class PruneExperts(Pass):
         return self.options.domains
 
     def needs_inputs(self) -> bool:
-        """To refit."""
-        return self.options.refit
+        """To refit, or to take means."""
+        return self.options.refit or self.options.replace == "mean"
 
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Counts after pruning; where layers differ they are forecast as if uniform, the total is the same."""
@@ -152,12 +165,19 @@ class PruneExperts(Pass):
                 f"prune.experts: scope '{self.options.scope}' gives layers different numbers of experts, which the "
                 f"target {self.target.name!r} can't load; use scope: uniform, or target: native"
             )
+        if self.options.replace == "mean" and self.target.quantized_format != "native":
+            raise RecipeError(
+                "prune.experts: replace: mean leaves experts that are one vector each, which the target "
+                f"{self.target.name!r} can't load; use replace: nothing, or target: native"
+            )
         counts = self._counts(shape)
         for index, count in counts.items():
             if problem := find_criterion(self.options.criterion).problem(shape.layers[index], count):
                 raise RecipeError(f"prune.experts: criterion {self.options.criterion!r}: layer {index} {problem}")
         if self.options.scope != "uniform":
             self.options.guards.floors(shape, sum(counts.values()), {})
+        if self.options.replace == "mean":
+            return shape.with_layers({i: with_novices(layer, counts[i]) for i, layer in shape.layers.items()})
         return shape.with_layers({i: layer.with_experts(counts[i]) for i, layer in shape.layers.items()})
 
     def learn(self, lesson: Lesson) -> dict[int, Result]:
@@ -217,6 +237,9 @@ class PruneExperts(Pass):
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Drop the experts that the plan removes, and let those that are left take over what they can."""
+        if self.options.replace == "mean":
+            assert inputs is not None
+            return self._replace(block, decision, inputs)
         refit, refitted = None, None
         if self.options.refit and decision["remove"]:
             assert inputs is not None
@@ -232,6 +255,17 @@ class PruneExperts(Pass):
             for expert, (score, slot) in enumerate(zip(decision["scores"], slots, strict=True))
         ]
         return {"removed": decision["remove"], "experts": experts, "slots": slots, "refit": refitted}
+
+    def _replace(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs) -> dict[str, Any]:
+        """Put means in the place of the experts that the plan removes."""
+        removed, width = decision["remove"], block.experts.intermediate_size
+        unseen = put_means(block, removed, inputs)
+        experts = [
+            {"score": score, "removed": False, "replaced": e in removed, "protected": e in decision["protected"]}
+            for e, score in enumerate(decision["scores"])
+        ]
+        report = {"removed": [], "replaced": removed, "replaced_by_zeros": unseen, "experts": experts}
+        return {**report, "slots": list(range(len(experts))), "all_neurons": width * len(decision["keep"])}
 
     def _measures(self) -> list[Statistic]:
         found = find_criterion(self.options.criterion).measures(self.options)

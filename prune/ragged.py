@@ -146,8 +146,11 @@ def build_ragged(block: MoEBlock, layout: Mapping[str, Any]) -> RaggedExperts:
     return RaggedExperts(fused_module(block), dict(projections), biases)
 
 
-def make_ragged(block: MoEBlock, kept_EI: Tensor) -> RaggedExperts:
-    """Replace a block's fused experts by those with only the neurons that `kept_EI` [E, I] says."""
+def make_ragged(block: MoEBlock, kept_EI: Tensor, down_bias_EH: Tensor | None = None) -> RaggedExperts:
+    """Replace a block's fused experts by those with only the neurons that `kept_EI` [E, I] says.
+
+    `down_bias_EH`: what is added to their outputs, in place of the biases that they have.
+    """
     original = fused_module(block)
     weights = FusedExperts(original).weights()
     kept_EI = kept_EI.to(weights.down.device)
@@ -161,6 +164,8 @@ def make_ragged(block: MoEBlock, kept_EI: Tensor) -> RaggedExperts:
         else:
             rows_NH = (value.transpose(1, 2) if name == "down" else value)[kept_EI]
             projections[name] = RaggedProjection(rows_NH, widths, name == "down")
+    if down_bias_EH is not None:
+        biases["down_bias"] = down_bias_EH
     module = RaggedExperts(original, dict(projections), biases)
     block.replace_experts(module)
     return module

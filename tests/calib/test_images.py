@@ -24,6 +24,7 @@ from moe_compress.calib.text import Calibration, load_batches
 from moe_compress.errors import DataError, InputError
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.sweep import Sweep
+from moe_compress.prune.diep import MixtureMoments
 from moe_compress.quant.cost import QuantizationError
 from moe_compress.quant.gram import GramError
 
@@ -232,6 +233,7 @@ ADDITIVE = [
     ChosenLogits(),
     OutputNorms(),
     InputMoments(),
+    MixtureMoments(),
     OutputGram(),
     OutputMoments(),
     TokenContribution(),

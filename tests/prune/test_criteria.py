@@ -345,5 +345,5 @@ def test_gram_greedy_of_models(name):
 
 def test_every_criterion_is_tested():
     attributed = {"attribution", "attribution_abs", "attribution_squared"}
-    assert set(FORMULAS) | ELSEWHERE | attributed | {"gram_greedy", "naee", "stun"} == set(CRITERIA)
+    assert set(FORMULAS) | ELSEWHERE | attributed | {"diep", "gram_greedy", "naee", "stun"} == set(CRITERIA)
     assert all(c.name == name and c.source and c.score.__doc__ for name, c in CRITERIA.items())
