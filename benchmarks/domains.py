@@ -41,7 +41,7 @@ def main() -> None:
         result = moe_compress.compress(
             copy.deepcopy(original),
             tokenizer=tokenizer,
-            passes=[{"prune.experts": options}],
+            passes=[{"prune.experts": {"refit": False, **options}}],
             calibration=text,
             evaluate=evaluate,
             monitor=Monitor(show=False),

@@ -44,7 +44,7 @@ def methods(keep: float) -> dict[str, list[dict[str, dict[str, float | str]]]]:
     half = (1 + keep) / 2  # half of the bytes by merging, the rest by factorising
     return {
         **{name: [{"merge.factorise": {"keep": keep, **options}}] for name, options in FACTORISED.items()},
-        "prune.experts (REAP)": [{"prune.experts": {"keep": keep}}],
+        "prune.experts (REAP)": [{"prune.experts": {"keep": keep, "refit": False}}],
         "merge.average": [{"merge.average": {"keep": keep}}],
         "merge.average, then mc-smoe": [
             {"merge.average": {"keep": half, "preset": "m-smoe"}},

@@ -28,7 +28,7 @@ RUNS = {
     "protect_super_experts: false}}]\n",
     "RTN 4 bits, no search": "passes: [{quantize.mixed: {bits: 4.25, widths: [4], method: rtn, allocation: uniform, "
     "protect_super_experts: false, search: none}}]\n",
-    "REAP 25%": "passes: [{prune.experts: {keep: 0.75}}]\ntarget: transformers\n"
+    "REAP 25%": "passes: [{prune.experts: {keep: 0.75, refit: false}}]\ntarget: transformers\n"
     f"calibration: {{sources: {ROOT}/demo/calibration.jsonl, sequences: 16, length: 256, batch_size: 4}}\n",
 }
 

@@ -68,7 +68,7 @@ def _pruned(model: Any, tokenizer: Any, text: Any, options: dict[str, Any], toke
     return moe_compress.compress(
         copy.deepcopy(model),
         tokenizer=tokenizer,
-        passes=[{"prune.experts": options}],
+        passes=[{"prune.experts": {"refit": False, **options}}],
         calibration=text,
         evaluate={"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": tokens},
         monitor=Monitor(show=False),

@@ -33,7 +33,7 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
         for healed in (False, True)
     },
     "where": {
-        f"{name}, {keep:.0%} kept": [{"prune.experts": {"keep": keep, **options}}]
+        f"{name}, {keep:.0%} kept": [{"prune.experts": {"keep": keep, "refit": False, **options}}]
         for keep in (0.75, 0.5)
         for name, options in (
             ("uniform", {}),
@@ -44,7 +44,7 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
         )
     },
     "healed": {
-        f"{name}, 50% kept": [{"prune.experts": {"keep": 0.5}}, *after]
+        f"{name}, 50% kept": [{"prune.experts": {"keep": 0.5, "refit": False}}, *after]
         for name, after in (
             ("pruned", []),
             ("experts healed", [HEAL]),
