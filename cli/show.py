@@ -178,7 +178,7 @@ def evaluated(model: str, against: str | None, tasks: str | None, device: str, *
         _, after = score_folders(Path(model), original, evaluation, opened, Path(folder), Monitor())
     return {
         **sizes(model_shape(opened)),
-        **{key: {} for key in ("perplexity", "tasks", "generation", "kl", "agreement")},
+        **{key: {} for key in ("perplexity", "tasks", "generation", "experts_per_token", "kl", "agreement")},
         **after,
     }
 

@@ -20,6 +20,7 @@ from moe_compress.progress import Monitor
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3"]
 SPARSE = {"prune.weights": {"criterion": "magnitude", "pattern": "2:4"}}
+UNFITTED = {"prune.experts": PRUNE["prune.experts"] | {"refit": False}}  # what is refitted leaves little to heal here
 
 
 def noisy(model, amount=0.5, seed=2):
@@ -172,7 +173,7 @@ def test_own_and_same_ask_for_different_things():
     assert all(s < o for o, s in zip(errors["own"][1:], errors["same"][1:], strict=True))
 
 
-@pytest.mark.parametrize("passes", [[SPARSE], [PRUNE]], ids=["sparse", "pruned"])
+@pytest.mark.parametrize("passes", [[SPARSE], [UNFITTED]], ids=["sparse", "pruned"])
 def test_from_disk_as_in_memory_and_again(passes, tmp_path):
     model, text = small_checkpoint(tmp_path / "model"), texts(tmp_path / "text")
     heal = {"heal.experts": {"epochs": 2, "held_out": 0.25}}

@@ -115,12 +115,13 @@ def build(
         before: sizes of the source.
         outcomes: of the passes.
         calibration: account of the text.
-        scores_before, scores_after: `perplexity`, `tasks`, `generation`, and for the result `kl`, `agreement` and
-            `routing`.
+        scores_before, scores_after: `perplexity`, `tasks`, `generation`, `experts_per_token`, and for the result `kl`,
+            `agreement` and `routing`.
         stages: seconds and memory.
         facts: further keys (`format`, `verification`, …).
     """
     after = outcomes[-1].shape if outcomes else before
+    unscored: dict[str, Any] = {"perplexity": {}, "tasks": {}, "generation": {}, "experts_per_token": {}}
     compared: dict[str, Any] = {"kl": {}, "agreement": {}, "routing": {}}
     return {
         "schema": SCHEMA,
@@ -128,8 +129,8 @@ def build(
         "seed": recipe.get("seed", 0),
         "versions": versions(),
         **facts,
-        "before": {**sizes(before), "perplexity": {}, "tasks": {}, "generation": {}, **scores_before},
-        "after": {**sizes(after), "perplexity": {}, "tasks": {}, "generation": {}, **compared, **scores_after},
+        "before": {**sizes(before), **unscored, **scores_before},
+        "after": {**sizes(after), **unscored, **compared, **scores_after},
         "passes": [
             {"name": o.name, "options": o.options, "summary": o.plan.summary, "notes": o.plan.notes, **sizes(o.shape)}
             for o in outcomes

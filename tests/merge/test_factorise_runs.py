@@ -189,10 +189,10 @@ def test_factors_quantized(source, tmp_path, method, options):
 
 def test_routers_heal_after_it(source, tmp_path):
     """The factored module hands on gradients and is one of the kinds that heal.router accepts."""
-    steps = [{"merge.factorise": {"keep": 0.5, "step": 8}}, {"heal.router": {"epochs": 1}}]
+    steps = [{"merge.factorise": {"keep": 0.5, "step": 8}}, {"heal.router": {"epochs": 4}}]
     report = moe_compress.run(recipe(source[0], tmp_path / "out", steps, source[1])).report
     summary = report["passes"][1]["summary"]
-    assert summary["held_out_kl_after"] != summary["held_out_kl_before"]
+    assert summary["held_out_kl_after"] < summary["held_out_kl_before"]
     assert report["after"]["expert_bytes"] == report["passes"][0]["expert_bytes"]
 
 
