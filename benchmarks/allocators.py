@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantization_table import ALLOCATORS, AVERAGES, GROUP, MODEL, ROOT, calibration
+from demo_model import ROOT, block_inputs, calibration_text, load_demo
+from quantization_table import ALLOCATORS, AVERAGES, GROUP
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_compress.calib.collect import MemoryStore, Profile, collect, missing
-from moe_compress.calib.inputs import BlockInputs
 from moe_compress.errors import MoeCompressError
 from moe_compress.export.targets import find_target
 from moe_compress.model import FusedExperts, MoEModel
@@ -46,21 +45,17 @@ def solved(view: MoEModel, batches: Any, widths: list[float]) -> Library:
     """Every matrix at every width, by GPTQ on what the original reads."""
     library: Library = {}
     grid = step(bits=3).options.grid
-    with Sweep(view, batches) as sweep:
-        for at in sweep:
-            inputs = BlockInputs()
-            at.advance(inputs.observe)
-            with view.layer(at.index) as layer:
-                experts = FusedExperts(layer.block.experts_module)
-                weights = experts.weights()
-                (own,) = inputs.moments(experts, 1 << 40)
-                for names, moment in ((("gate", "up"), own.input_CHH), (("down",), own.activation_CII)):
-                    hessian = shrink_hessians(moment, own.rows_C)
-                    stacked = torch.cat([getattr(weights, n) for n in names], dim=1)
-                    for width in widths:
-                        found = dequantize(gptq(stacked, hessian, grid(width)).quantized)
-                        for name, part in zip(names, found.chunk(len(names), dim=1), strict=True):
-                            library[at.index, name, width] = part.clone()
+    for index, inputs in block_inputs(view, batches).items():
+        experts = FusedExperts(view.block(index).experts_module)
+        weights = experts.weights()
+        (own,) = inputs.moments(experts, 1 << 40)
+        for names, moment in ((("gate", "up"), own.input_CHH), (("down",), own.activation_CII)):
+            hessian = shrink_hessians(moment, own.rows_C)
+            stacked = torch.cat([getattr(weights, n) for n in names], dim=1)
+            for width in widths:
+                found = dequantize(gptq(stacked, hessian, grid(width)).quantized)
+                for name, part in zip(names, found.chunk(len(names), dim=1), strict=True):
+                    library[index, name, width] = part.clone()
     return library
 
 
@@ -96,16 +91,17 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=AVERAGES)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer, model = load_demo()
     view = MoEModel.wrap(model)
     shape = model_shape(view)
     originals = {i: view.block(i).experts.weights().map(torch.clone) for i in view.moe_layers}
     scores = Scores(model, tokenizer, arguments.tokens)
-    rows = {name: options for name, options in ALLOCATORS.items() if arguments.only in name}
+    # Of the matrices that are solved once, all are plain: rows with rotations or factors are the other script's.
+    plain = {n: o for n, o in ALLOCATORS.items() if not {"low_rank", "rotate"} & o.keys()}
+    rows = {name: options for name, options in plain.items() if arguments.only in name}
     found: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for seed in range(arguments.seeds):
-        batches = [{"input_ids": ids} for ids, _ in calibration(seed, tokenizer).batches(16)]
+        batches = [{"input_ids": ids} for ids, _ in calibration_text(tokenizer, seed=seed).batches(16)]
         library = solved(view, batches, [1, 2, 3, 4, 5, 6, 8])
         store = MemoryStore()
         for name, options in rows.items():

@@ -5,40 +5,22 @@ A run that was interrupted goes on where it was; two tables that share a cell me
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from demo_model import ROOT, calibration_text, compressed, load_demo, lost, mean_kl, six_texts
 
 import moe_compress
-from moe_compress.calib.text import Calibration, TextSource, TokenBatches, load_batches
+from moe_compress.calib.text import TokenBatches
 from moe_compress.evaluate.tasks import score_tasks
 from moe_compress.progress import Monitor
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "demo" / "moe-demo"
-
 # (row, column) → passes of a recipe.
 Wanted = Mapping[tuple[str, str], list[dict[str, Any]]]
-
-
-def calibration(seed: int, tokenizer: Any) -> TokenBatches:
-    """The demo's calibration text, 128 sequences of 256 tokens, balanced over its domains."""
-    settings = Calibration(
-        sources=[TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")],
-        length=256,
-        sequences=128,
-        balance=True,
-        seed=seed,
-    )
-    return load_batches(settings, tokenizer, ROOT)
 
 
 def measure(
@@ -54,18 +36,11 @@ def measure(
     `prompts` also `repetition`, before and after."""
     start = time.perf_counter()
     written = {"generation": {"prompts": prompts}} if prompts else {}
-    result = moe_compress.compress(
-        copy.deepcopy(original),
-        tokenizer=tokenizer,
-        passes=passes,
-        calibration=data,
-        evaluate={"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": tokens, **written},
-        monitor=Monitor(show=False),
-    )
+    result = compressed(original, tokenizer, passes, data, six_texts(tokens) | written)
     before, after = result.report["before"], result.report["after"]
     found = {
-        "lost": {name: math.log(value / before["perplexity"][name]) for name, value in after["perplexity"].items()},
-        "kl": statistics.mean(after["kl"].values()),
+        "lost": lost(result.report),
+        "kl": mean_kl(result.report),
         "bits": after["bits_per_weight"],
         "bytes": after["bytes"],
         "seconds": time.perf_counter() - start,
@@ -118,13 +93,12 @@ def fill(
     lacking = [key for key in keys if key not in done]
     if measuring and lacking:
         file.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        tokenizer, original = load_demo()
         data: dict[int, TokenBatches] = {}
         for key in lacking:
             row, column, seed = keys[key]
             if seed not in data:
-                data = {seed: calibration(seed, tokenizer)}
+                data = {seed: calibration_text(tokenizer, seed=seed)}
             try:
                 found = measure(original, tokenizer, data[seed], wanted[row, column], tokens, tasks, prompts)
             except moe_compress.MoeCompressError as error:
@@ -133,8 +107,8 @@ def fill(
             done[key] = {"key": key, "row": row, "column": column, "seed": seed, **found}
             with file.open("a") as lines:
                 lines.write(json.dumps(done[key]) + "\n")
-            lost = statistics.mean(found["lost"].values())
-            print(f"{row}, {column}, seed {seed}: {lost:+.4f}, {found['seconds']:.0f} s", flush=True)
+            mean = statistics.mean(found["lost"].values())
+            print(f"{row}, {column}, seed {seed}: {mean:+.4f}, {found['seconds']:.0f} s", flush=True)
     return [done[key] for key in keys if key in done]
 
 
@@ -151,11 +125,11 @@ def show(cells: Sequence[dict[str, Any]], columns: Sequence[str], title: str) ->
             if not own:
                 line += f"{'':>30}"
                 continue
-            lost = [statistics.mean(c["lost"].values()) for c in own]
-            spread = f"±{statistics.stdev(lost):.4f}" if len(lost) > 1 else ""
+            means = [statistics.mean(c["lost"].values()) for c in own]
+            spread = f"±{statistics.stdev(means):.4f}" if len(means) > 1 else ""
             kl = f"{statistics.mean(c['kl'] for c in own):.4f}"
             shown = f" {statistics.mean(c['acc'] for c in own):.3f}" if all("acc" in c for c in own) else ""
             if all("repetition" in c for c in own):
                 shown += f" {statistics.mean(c['repetition'][1] for c in own):.1%}"
-            line += f"{statistics.mean(lost):>+10.4f}{spread:<8}{kl:>6}{shown:>6}"
+            line += f"{statistics.mean(means):>+10.4f}{spread:<8}{kl:>6}{shown:>6}"
         print(line)

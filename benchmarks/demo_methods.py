@@ -10,17 +10,13 @@ over the texts of the nats per token, so rows compare as they stand; `kl` is the
 from __future__ import annotations
 
 import argparse
-import copy
-import math
 import statistics
 import time
 from typing import Any
 
-from demo_model import calibration_text, load_demo, six_texts
+from demo_model import calibration_text, compressed, load_demo, mean_kl, mean_lost, six_texts
 
-import moe_compress
 from moe_compress.merge.options import PRESETS
-from moe_compress.progress import Monitor
 
 GROUPINGS = ("router", "weights", "coactivation")
 NEURONS = ("random", "magnitude", "output", "camera", "tenp", "heapr", "fisher", "refit", "refit_in_turn")
@@ -136,20 +132,11 @@ def main() -> None:
             rows = []
             for calibration in calibrations:
                 start = time.perf_counter()
-                result = moe_compress.compress(
-                    copy.deepcopy(original),
-                    tokenizer=tokenizer,
-                    passes=passes,
-                    calibration=calibration,
-                    evaluate=evaluate,
-                    monitor=Monitor(show=False),
-                )
-                rows.append((result.report, time.perf_counter() - start))
-            after, before = [r["after"] for r, _ in rows], rows[0][0]["before"]["perplexity"].values()
-            base = statistics.mean(map(math.log, before))
-            loss = [statistics.mean(map(math.log, a["perplexity"].values())) - base for a in after]
+                report = compressed(original, tokenizer, passes, calibration, evaluate).report
+                rows.append((report, time.perf_counter() - start))
+            after, loss = [r["after"] for r, _ in rows], [mean_lost(r) for r, _ in rows]
             spread = statistics.stdev(loss) if len(loss) > 1 else 0.0
-            kl = statistics.mean(statistics.mean(a["kl"].values()) for a in after)
+            kl = statistics.mean(mean_kl(r) for r, _ in rows)
             agree = statistics.mean(statistics.mean(a["agreement"].values()) for a in after)
             print(
                 f"{name:48}{after[0]['bytes'] / 1e6:7.2f}{statistics.mean(loss):+12.4f}{spread:8.4f}{kl:9.4f}"

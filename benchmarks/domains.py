@@ -10,15 +10,12 @@ by itself), and on the other five. Then, which domain's experts prompts of the h
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import math
 import statistics
 from typing import Any
 
-from demo_model import MODEL, ROOT, calibration_text, load_demo, six_texts
+from demo_model import MODEL, ROOT, calibration_text, compressed, load_demo, lost, six_texts
 
-import moe_compress
 from moe_compress.domains import find_patterns, pattern_of
 from moe_compress.model import MoEModel
 from moe_compress.progress import Monitor
@@ -38,16 +35,9 @@ def main() -> None:
     evaluate = six_texts(arguments.tokens)
 
     def losses(options: dict[str, Any]) -> dict[str, float]:
-        result = moe_compress.compress(
-            copy.deepcopy(original),
-            tokenizer=tokenizer,
-            passes=[{"prune.experts": {"refit": False, **options}}],
-            calibration=text,
-            evaluate=evaluate,
-            monitor=Monitor(show=False),
-        )
-        before, after = (result.report[key]["perplexity"] for key in ("before", "after"))
-        return {n.removeprefix("text_"): math.log(after[n]) - math.log(before[n]) for n in before}
+        step = {"prune.experts": {"refit": False, **options}}
+        found = lost(compressed(original, tokenizer, [step], text, evaluate).report)
+        return {name.removeprefix("text_"): nats for name, nats in found.items()}
 
     print(f"{'experts removed, criterion':32}{'own domain':>12}{'other five':>12}   own domain, one by one")
     for keep in (0.75, 0.5):

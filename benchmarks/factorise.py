@@ -11,22 +11,18 @@ rank and tokens.
 from __future__ import annotations
 
 import argparse
-import copy
-import math
 import statistics
 import time
 
 import torch
-from demo_model import MODEL, calibration_text, load_demo, six_texts
+from demo_model import calibration_text, compressed, load_demo, mean_lost, six_texts
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-import moe_compress
 from moe_compress.merge.factored import FactoredExperts, FactoredProjection
 from moe_compress.merge.terms import Load, LowRank
 from moe_compress.model import FusedExperts
 from moe_compress.model.experts import run_experts
-from moe_compress.progress import Monitor
 
 FACTORISED = {
     "svd": {"method": "svd"},
@@ -67,24 +63,15 @@ def quality(tokens: int, sequences: int, keeps: list[float], only: str) -> None:
             if only not in name:
                 continue
             start = time.perf_counter()
-            report = moe_compress.compress(
-                copy.deepcopy(original),
-                tokenizer=tokenizer,
-                passes=passes,
-                calibration=text,
-                evaluate=evaluate,
-                original=MODEL,
-                monitor=Monitor(show=False),
-            ).report
+            report = compressed(original, tokenizer, passes, text, evaluate).report
             before, after = report["before"], report["after"]
-            nats = [statistics.mean(map(math.log, r["perplexity"].values())) for r in (before, after)]
             done = [layer["passes"][-1] for layer in report["layers"]]
             shares = [
                 d["operations_per_token"] / d["dense_operations_per_token"] for d in done if "operations_per_token" in d
             ]
             work = f"{statistics.mean(shares):.0%}" if shares else "100%"
             print(
-                f"{name:30}{keep:6.0%}{after['expert_bytes'] / before['expert_bytes']:16.3f}{nats[1] - nats[0]:+11.4f}"
+                f"{name:30}{keep:6.0%}{after['expert_bytes'] / before['expert_bytes']:16.3f}{mean_lost(report):+11.4f}"
                 f"{work:>15}{time.perf_counter() - start:9.0f}",
                 flush=True,
             )

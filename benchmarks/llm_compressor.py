@@ -13,6 +13,7 @@ timed twice: with its defaults, and with one plain pass.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantization_table import MODEL, PLAIN, ROOT, calibration
+from demo_model import MODEL, calibration_text, load_demo, six_texts
+from quantization_table import PLAIN
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import moe_compress
 from moe_compress.checkpoint.reader import sidecar_files
@@ -53,9 +55,9 @@ def peer(python: str, model: Path, ids: torch.Tensor, output: Path | str, bits: 
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    data = calibration(0, tokenizer)
-    text = Evaluation(text=[str(ROOT / "demo/text/*.jsonl")], length=256, max_tokens=arguments.tokens)
+    tokenizer, original = load_demo()
+    data = calibration_text(tokenizer)
+    text = Evaluation(**six_texts(arguments.tokens))
     device, dtype = device_and_dtype("auto", "auto")
     print(f"{'bits':>5}{'':24}{'bits stored':>12}{'nats above':>12}{'kl':>9}{'seconds':>9}")
     for bits in arguments.bits:
@@ -71,7 +73,7 @@ def demo(arguments: argparse.Namespace) -> None:
         for name, options in (("moe-compress", {}), ("moe-compress, plain GPTQ", PLAIN)):
             start = time.perf_counter()
             result = moe_compress.compress(
-                AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32),
+                copy.deepcopy(original),
                 tokenizer=tokenizer,
                 passes=[{"quantize.mixed": uniform(bits) | options}],
                 calibration=data,

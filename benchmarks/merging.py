@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import ROOT, fill, show
+from cells import fill, show
+from demo_model import ROOT
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 

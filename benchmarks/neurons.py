@@ -20,16 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo_model import calibration_text, load_demo, six_texts
+from demo_model import block_inputs, calibration_text, load_demo, six_texts
 from scipy.stats import spearmanr
 
-from moe_compress.calib.inputs import BlockInputs
 from moe_compress.engine import Calibrated, run_passes
 from moe_compress.evaluate.text import Evaluation, load_text, score_batches
 from moe_compress.export.targets import find_target
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.shape import model_shape
-from moe_compress.model.sweep import Sweep
 from moe_compress.passes import find_pass
 from moe_compress.progress import Monitor
 from moe_compress.prune.neuron_criteria import NEURON_CRITERIA
@@ -129,15 +127,7 @@ def refit(bench: Bench) -> None:
     held_out = [{"input_ids": w.ids} for w in bench.windows]
     view = MoEModel.wrap(bench.model)
 
-    def read(batches: list[dict[str, Any]]) -> dict[int, BlockInputs]:
-        found: dict[int, BlockInputs] = {}
-        with Sweep(view, batches) as sweep:
-            for at in sweep:
-                found[at.index] = BlockInputs()
-                at.advance(found[at.index].observe)
-        return found
-
-    texts = {"calibration": read(bench.text.forwards(8)), "held out": read(held_out)}
+    texts = {"calibration": block_inputs(view, bench.text.forwards(8)), "held out": block_inputs(view, held_out)}
     criteria = ("random", "output", "fisher", "refit_in_turn")
     print("\nrefit: error of the block, relative to its output's square, mean over layers")
     print(f"{'':24}" + "".join(f"{f'{t}{r}':>24}" for t in texts for r in ("", ", refit")))
@@ -188,8 +178,8 @@ def dern(bench: Bench) -> None:
     print(f"\ndern: nats per token above the original's {bench.base:.4f}; experts kept")
     print(f"{'':36}" + "".join(f"{w:>14.0%}" for w in WIDTHS))
     rows: dict[str, tuple[str, dict[str, Any]]] = {
-        "gate mass, nothing moves": ("prune.experts", {"criterion": "gate_mass"}),
-        "REAP, nothing moves": ("prune.experts", {"criterion": "reap"}),
+        "gate mass, nothing moves": ("prune.experts", {"criterion": "gate_mass", "refit": False}),
+        "REAP, nothing moves": ("prune.experts", {"criterion": "reap", "refit": False}),
         **{f"DERN, cosine {c}": ("prune.dern", {"threshold": c, "refit": False}) for c in (0.2, 0.4, 0.6)},
         "DERN, cosine 0.4, gates compared too": ("prune.dern", {"threshold": 0.4, "refit": False, "gate": True}),
         "DERN, cosine 0.4, starts by gate": ("prune.dern", {"threshold": 0.4, "refit": False, "start": "gate"}),

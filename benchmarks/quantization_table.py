@@ -15,7 +15,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cells import ROOT, fill, show
+from cells import fill, show
+from demo_model import ROOT
 
 GROUP = 64
 

@@ -13,37 +13,22 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from demo_model import block_inputs, calibration_text, load_demo, six_texts
 
 from moe_compress.calib.inputs import BlockInputs
-from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.evaluate.text import Evaluation, load_text
-from moe_compress.merge.refit import layer_output
 from moe_compress.model import ExpertWeights, FusedExperts, MoEModel
-from moe_compress.model.sweep import Sweep
 from moe_compress.quant import gptq
 from moe_compress.quant.experts import solve_experts
 from moe_compress.quant.solver import SolverOptions
+from moe_compress.refit import layer_output
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "demo" / "moe-demo"
 LENGTH = 128
 FACTORS = {"0": 0.0, "K/16": 1 / 16, "K/4": 1 / 4, "K": 1.0, "4 K": 4.0, "∞": 1e9}
 BITS = (3, 2)
-
-
-def read(view: MoEModel, batches: list[dict[str, Any]]) -> dict[int, BlockInputs]:
-    """Layer → what its block reads."""
-    found: dict[int, BlockInputs] = {}
-    with Sweep(view, batches) as sweep:
-        for at in sweep:
-            found[at.index] = BlockInputs()
-            at.advance(found[at.index].observe)
-    return found
 
 
 def quantized(experts: FusedExperts, bits: int, options: SolverOptions, inputs: BlockInputs) -> ExpertWeights:
@@ -63,12 +48,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000, help="of each held-out text")
     parser.add_argument("--plain", action="store_true", help="GPTQ alone: no weighing, compensation or polishing")
     given = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer, model = load_demo()
     view = MoEModel.wrap(model)
-    wanted = Evaluation(text=[str(ROOT / "demo/text/*.jsonl")], length=256, max_tokens=given.tokens)
-    windows = load_text(tokenizer, wanted, model.config.vocab_size)
-    held_out = read(view, [{"input_ids": window.ids} for window in windows])
+    windows = load_text(tokenizer, Evaluation(**six_texts(given.tokens)), model.config.vocab_size)
+    held_out = block_inputs(view, [{"input_ids": window.ids} for window in windows])
     plain: dict[str, Any] = {"hessian": "plain", "compensate": False, "sweeps": 0} if given.plain else {}
     options = SolverOptions(**plain)
     layers = given.layers or view.moe_layers
@@ -81,9 +64,8 @@ def main() -> None:
     for sequences in given.sequences:
         errors: dict[int, dict[str, list[float]]] = {bits: {name: [] for name in FACTORS} for bits in BITS}
         for seed in given.seeds:
-            source = TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")
-            settings = Calibration(sources=[source], length=LENGTH, sequences=sequences, seed=seed)
-            inputs = read(view, load_batches(settings, tokenizer, ROOT).forwards(8))
+            text = calibration_text(tokenizer, sequences, seed, LENGTH, balance=False)
+            inputs = block_inputs(view, text.forwards(8))
             for layer in layers:
                 module = view.block(layer).experts_module
                 experts = FusedExperts(module)

@@ -10,17 +10,11 @@ matplotlib.
 from __future__ import annotations
 
 import argparse
-import copy
-import math
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from demo_model import calibration_text, load_demo, six_texts
-
-import moe_compress
-from moe_compress.progress import Monitor
+from demo_model import calibration_text, compressed, load_demo, mean_kl, mean_lost, six_texts
 
 
 def methods(top_k: int) -> dict[str, list[dict[str, Any]]]:
@@ -64,23 +58,14 @@ def main() -> None:
             continue
         for step in passes:
             start = time.perf_counter()
-            report = moe_compress.compress(
-                copy.deepcopy(original),
-                tokenizer=tokenizer,
-                passes=[step],
-                calibration=calibration,
-                evaluate=six_texts(arguments.tokens),
-                monitor=Monitor(show=False),
-            ).report
-            before, after = (report[side]["perplexity"].values() for side in ("before", "after"))
-            loss = statistics.mean(map(math.log, after)) - statistics.mean(map(math.log, before))
+            report = compressed(original, tokenizer, [step], calibration, six_texts(arguments.tokens)).report
+            loss = mean_lost(report)
             used = report["after"]["experts_per_token"]["mean"]
             (options,) = step.values()
             asked = options.get("experts_per_token") or options["factor"]
-            kl = statistics.mean(report["after"]["kl"].values())
             print(
                 f"{name:34}{asked:8.2f}{report['passes'][0]['summary']['experts_per_token']:11.3f}{used:9.3f}"
-                f"{loss:+12.4f}{kl:9.4f}{time.perf_counter() - start:9.1f}",
+                f"{loss:+12.4f}{mean_kl(report):9.4f}{time.perf_counter() - start:9.1f}",
                 flush=True,
             )
             curves.setdefault(name, []).append((used, loss))

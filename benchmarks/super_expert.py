@@ -12,21 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
-import statistics
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from demo_model import calibration_text, compressed, load_demo, mean_kl, mean_lost, six_texts
 
 import moe_compress
-from moe_compress.calib.text import Calibration, TextSource, load_batches
 from moe_compress.model import MoEModel
-from moe_compress.progress import Monitor
-
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "demo" / "moe-demo"
 
 
 def main() -> None:
@@ -34,10 +25,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, nargs="+", default=[30.0, 100.0], help="of the down projection")
     parser.add_argument("--tokens", type=int, default=2000, help="tokens of each held-out text")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    source = TextSource(path=str(ROOT / "demo/calibration.jsonl"), domain_field="domain")
-    text = load_batches(Calibration(sources=[source], length=256, sequences=32, balance=True), tokenizer, ROOT)
+    tokenizer, original = load_demo()
+    text = calibration_text(tokenizer, 32)
     found = moe_compress.analyse(original, text)
     # Of the layers in which super experts form (the last quarter has none by definition), the first.
     layer, expert = 0, int(found.load[0].argmin())
@@ -52,27 +41,15 @@ def main() -> None:
         for keep in (15, 12, 8):
             for protect in (True, False):
                 options = {"experts": keep, "criterion": "frequency", "protect_super_experts": protect}
-                report = _pruned(planted, tokenizer, text, options, arguments.tokens)
-                before, after = report["before"]["perplexity"], report["after"]["perplexity"]
-                nats = statistics.mean(math.log(after[n] / before[n]) for n in before)
-                divergence = statistics.mean(report["after"]["kl"].values())
+                step = {"prune.experts": {"refit": False, **options}}
+                report = compressed(planted, tokenizer, [step], text, six_texts(arguments.tokens)).report
+                nats, divergence = mean_lost(report), mean_kl(report)
                 slot = report["layers"][layer]["experts"][expert]["slot"]
                 name = f"{scale:g}, {keep} of 16, {'protected' if protect else 'not protected'}"
                 print(
                     f"{name:44}{named:>12}{'no' if slot is None else 'yes':>6}{nats:+10.4f}{divergence:10.4f}",
                     flush=True,
                 )
-
-
-def _pruned(model: Any, tokenizer: Any, text: Any, options: dict[str, Any], tokens: int) -> dict[str, Any]:
-    return moe_compress.compress(
-        copy.deepcopy(model),
-        tokenizer=tokenizer,
-        passes=[{"prune.experts": {"refit": False, **options}}],
-        calibration=text,
-        evaluate={"text": [str(ROOT / "demo/text/*.jsonl")], "length": 256, "max_tokens": tokens},
-        monitor=Monitor(show=False),
-    ).report
 
 
 if __name__ == "__main__":

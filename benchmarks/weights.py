@@ -10,16 +10,10 @@ texts against the original; one calibration seed.
 from __future__ import annotations
 
 import argparse
-import copy
-import math
-import statistics
 import time
 from typing import Any
 
-from demo_model import MODEL, calibration_text, load_demo, six_texts
-
-import moe_compress
-from moe_compress.progress import Monitor
+from demo_model import calibration_text, compressed, load_demo, mean_kl, mean_lost, six_texts
 
 HEAL = {"heal.experts": {}}
 GROUPS: dict[str, dict[str, list[Any]]] = {
@@ -71,22 +65,10 @@ def main() -> None:
             if arguments.only and arguments.only not in name:
                 continue
             start = time.perf_counter()
-            result = moe_compress.compress(
-                copy.deepcopy(original),
-                tokenizer=tokenizer,
-                passes=passes,
-                calibration=calibration,
-                evaluate=evaluate,
-                original=MODEL,
-                monitor=Monitor(show=False),
-            )
-            after = result.report["after"]
-            before = statistics.mean(map(math.log, result.report["before"]["perplexity"].values()))
-            lost = statistics.mean(map(math.log, after["perplexity"].values())) - before
-            kl = statistics.mean(after["kl"].values())
-            seconds = time.perf_counter() - start
-            print(f"{name:44}{after['bytes'] / 1e6:7.2f}{lost:+12.4f}{kl:9.4f}{seconds:9.1f}", flush=True)
-            for note in result.report["passes"][0]["notes"] if group == "where" else []:
+            report = compressed(original, tokenizer, passes, calibration, evaluate).report
+            size, seconds = report["after"]["bytes"] / 1e6, time.perf_counter() - start
+            print(f"{name:44}{size:7.2f}{mean_lost(report):+12.4f}{mean_kl(report):9.4f}{seconds:9.1f}", flush=True)
+            for note in report["passes"][0]["notes"] if group == "where" else []:
                 print(f"    {note}")
 
 
