@@ -101,7 +101,7 @@ class TokenBatches:
 def split(text: TokenBatches, share: float) -> tuple[TokenBatches, TokenBatches]:
     """Sequences to learn from, and those held out: every n-th. Raises InputError where there is only one."""
     held = held_out(len(text), share)
-    return text.chosen([i for i in range(len(text)) if i not in set(held)]), text.chosen(held)
+    return text.chosen(sorted(set(range(len(text))) - set(held))), text.chosen(held)
 
 
 def held_out(sequences: int, share: float) -> list[int]:

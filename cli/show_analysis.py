@@ -12,6 +12,7 @@ from rich.table import Table
 from moe_compress.analysis import analyse, opened
 from moe_compress.domains import FILE, Patterns, find_patterns
 from moe_compress.errors import InputError
+from moe_compress.feasibility import positions
 from moe_compress.model import MoEModel, read_config
 from moe_compress.model.shape import model_shape
 
@@ -50,8 +51,8 @@ def analysed(
 
 def usual_length(model: str) -> int:
     """Tokens of a sequence where nobody says: 512, or as many as the model has positions for."""
-    known = getattr(read_config(model).get_text_config(), "max_position_embeddings", None)
-    return min(_LENGTH, known) if isinstance(known, int) else _LENGTH
+    known = positions(read_config(model))
+    return _LENGTH if known is None else min(_LENGTH, known)
 
 
 def show_analysis(found: dict[str, Any]) -> None:

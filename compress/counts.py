@@ -30,6 +30,14 @@ class ExpertCounts(BaseModel):
         return self
 
 
+def kept_slots(keep: Sequence[int], experts: int) -> list[int]:
+    """Where each of so many experts is once only those of `keep` are left, −1 if it is gone."""
+    slots = [-1] * experts
+    for slot, expert in enumerate(keep):
+        slots[expert] = slot
+    return slots
+
+
 class Routed(Protocol):
     """Whatever says how many experts a layer routes to, and how: its shape, or its block."""
 

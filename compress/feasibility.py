@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from moe_compress.calib.text import Calibration
 from moe_compress.checkpoint.writer import neighbours, settled
 from moe_compress.contract import followers
@@ -137,9 +139,15 @@ def check_tags(passes: Sequence[Pass], tags: Iterable[str | None]) -> None:
 
 def check_length(model: MoEModel, length: int, key: str) -> None:
     """Raise RecipeError when sequences are longer than the positions that the model knows."""
-    known = getattr(model.module.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(known, int) and length > known:
+    known = positions(model.module.config)
+    if known is not None and length > known:
         raise RecipeError(f"{key} is {length}, and the model reads at most {known} tokens (max_position_embeddings)")
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model reads at most, where its config says so."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return known if isinstance(known, int) else None
 
 
 def check_place(output: Path, workspace: Path, model: Path) -> None:

@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
+from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
 from moe_compress.model.experts import ExpertWeights
@@ -48,6 +49,8 @@ _TOKENS_AT_ONCE = 4096
 _PROBED = 64
 _ITERATIONS = 50
 _TOLERANCE = 1e-3
+# What a router raises that is handed less than it reads, or what it can't read.
+_NOT_ASKED = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, UnsupportedModelError)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,13 @@ def layer_output(experts: FusedExperts, hidden_TH: Tensor, index_TK: Tensor, wei
     return total
 
 
+def no_refit(block: MoEBlock) -> dict[str, str] | None:
+    """Why the down projections of a block can't be solved for, as reports say it; None where they can."""
+    if FusedExperts(block.experts_module).has_norm:
+        return {"skipped": "experts end in a norm: their outputs are not linear in the down projections"}
+    return None
+
+
 class LayerRefit:
     """`refit_layer` around a change of a block: made before it, `after` solves for what the layer put out then.
 
@@ -145,22 +155,25 @@ class LayerRefit:
         """Whether the routing after the change is the router's own (see NewRouting)."""
         return self._routing.known
 
-    def after(self, block: MoEBlock, slots: Sequence[int], ridge: float, frozen: Sequence[int] = ()) -> dict[str, Any]:
+    def after(
+        self, block: MoEBlock, slots: Sequence[int] | None, ridge: float, frozen: Sequence[int] = ()
+    ) -> dict[str, Any]:
         """Solve the changed block's down projections, in place. Returns what to report.
 
         Args:
             block: changed.
-            slots: where each former expert is now, −1 if it is gone.
+            slots: where each former expert is now, −1 if it is gone; None where every expert is where it was, and the
+                router as it was.
             ridge: see the file's head.
             frozen: slots whose weights stay.
         """
-        index_TK, weight_TK = self._routing.after(block, slots)
+        index_TK, weight_TK = self._routing.before if slots is None else self._routing.after(block, slots)
         target_TH = self._target_TH
         if self._root_T1 is not None:  # on both sides of the least squares
             weight_TK, target_TH = weight_TK * self._root_T1, target_TH * self._root_T1
         experts = FusedExperts(block.experts_module)
         error = refit_layer(experts, self._hidden_TH, index_TK, weight_TK, target_TH, ridge, frozen)
-        return {**asdict(error), "routing": self._routing.told(block)}
+        return {**asdict(error), "routing": "unchanged" if slots is None else self._routing.told(block)}
 
 
 class NewRouting:
@@ -177,13 +190,13 @@ class NewRouting:
     """
 
     def __init__(self, block: MoEBlock, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor):
-        self._before = (hidden_TH, index_TK, weight_TK)
+        self._hidden_TH, self.before = hidden_TH, (index_TK, weight_TK)
         self._rules = len(block.rules)
         self.known = not block.rules and self._asked(block)  # what was recorded is what rules made of its choices
 
     def after(self, block: MoEBlock, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Index and weight [T, K] of the changed block, with the slots that its experts went to."""
-        hidden, index, weight = self._before
+        hidden, (index, weight) = self._hidden_TH, self.before
         if added := block.rules[self._rules :]:
             for rule in added:
                 index, weight = rule(Choice(hidden, index, weight, block.num_experts))
@@ -203,11 +216,13 @@ class NewRouting:
         return "asked" if self.known else "former choices"
 
     def _asked(self, block: MoEBlock) -> bool:
-        hidden, index, weight = (t[:_PROBED] for t in self._before)
+        hidden, index, weight = (t[:_PROBED] for t in (self._hidden_TH, *self.before))
         try:
             with runnable(block.module):
                 routed = block.route(hidden)
-        except Exception:  # a family's own code, handed what it may not expect: whatever it raises says no
+        except torch.OutOfMemoryError:
+            raise
+        except _NOT_ASKED:
             return False
         if routed.index_TK.shape != index.shape:
             return False

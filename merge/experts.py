@@ -25,8 +25,8 @@ from moe_compress.model.experts import ExpertWeights
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, Plan, register
 from moe_compress.prune.criteria import Selection, find_criterion
-from moe_compress.prune.super_experts import super_experts
-from moe_compress.refit import LayerRefit
+from moe_compress.prune.super_experts import measured_super_experts
+from moe_compress.refit import LayerRefit, no_refit
 
 from .align import activations_on, align_experts, permuted
 from .cluster import inertia
@@ -84,10 +84,7 @@ class _MergeExperts(Pass):
     def plan(self, profile: Profile) -> Plan:
         """Group every layer's experts."""
         generator = torch.Generator().manual_seed(self.options.seed)
-        alone: dict[int, list[int]] = {}
-        if self.options.protect_super_experts:
-            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
-            alone = super_experts(maxima, profile.decoder_layers)
+        alone = measured_super_experts(profile) if self.options.protect_super_experts else {}
         layers: dict[int, dict[str, Any]] = {}
         for index, layer in profile.shape.layers.items():
             similarity = profile.of(index, similarity_statistic(self.options))["similarity"]
@@ -122,7 +119,7 @@ class _MergeExperts(Pass):
         weights = [w if float(w.sum()) > 0 else torch.ones_like(w) for w in weights]
         experts = block.num_experts
         slots = merged_slots(groups, experts)
-        by_layer = self.options.refit == "layer" and not FusedExperts(block.experts_module).has_norm
+        by_layer = self.options.refit == "layer" and no_refit(block) is None
         refit = LayerRefit(block, inputs) if by_layer else None
         order_EI = self._align(block, decision, inputs)
         merged = self._combined(block, decision, weights, inputs, order_EI)
@@ -200,8 +197,7 @@ class _MergeExperts(Pass):
         if self.options.refit == "none":
             return None
         if self.options.refit == "layer":
-            skipped = "experts end in a norm: their outputs are not linear in the down projections"
-            return {"skipped": skipped} if experts.has_norm else None
+            return no_refit(block)
         if self.options.refit == "mean":
             return asdict(refit_mean(experts, merged, groups, weights, self._sample(inputs), self.options.ridge))
         read = (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)

@@ -123,6 +123,10 @@ class MergeFactorise(Pass):
         """The base by Fisher information, and the spectra around it."""
         return self._by_fisher
 
+    def needs_original(self) -> bool:
+        """What it learns is of the model alone."""
+        return False
+
     def goes_back(self) -> bool:
         """For the Fisher information."""
         return self._by_fisher

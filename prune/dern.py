@@ -17,7 +17,6 @@ neuron's whole vector: its rows of gate and up with their biases, and its column
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,14 +27,14 @@ from torch.nn.functional import normalize
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
-from moe_compress.counts import ExpertCounts, chosen, kept_count
+from moe_compress.counts import ExpertCounts, chosen, kept_count, kept_slots
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.dispatch import grouped_linear
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
-from moe_compress.refit import NewRouting, Ridge, layer_output, refit_layer
+from moe_compress.refit import LayerRefit, Ridge, no_refit
 
-from .super_experts import super_experts
+from .super_experts import measured_super_experts
 
 # Similarities made at a time, bytes; and turns of k-means at the most.
 _CHUNK_BYTES = 256 << 20
@@ -84,10 +83,7 @@ class PruneDern(Pass):
 
     def plan(self, profile: Profile) -> Plan:
         """Keep the experts with the most routing weight."""
-        protected: dict[int, list[int]] = {}
-        if self.options.protect_super_experts:
-            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
-            protected = super_experts(maxima, profile.decoder_layers)
+        protected = measured_super_experts(profile) if self.options.protect_super_experts else {}
         layers = {}
         for index, layer in profile.shape.layers.items():
             routing = profile.of(index, Routing())
@@ -103,11 +99,9 @@ class PruneDern(Pass):
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Move neurons, recombine them, drop experts, and solve down projections again."""
         experts, keep = FusedExperts(block.experts_module), decision["keep"]
-        slots = [keep.index(e) if e in keep else -1 for e in range(block.num_experts)]
-        read = None if inputs is None else (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)
-        refitting = read is not None and not experts.has_norm
-        routing = NewRouting(block, *read) if refitting and read is not None else None
-        target = layer_output(experts, *read) if refitting and read is not None else None
+        slots = kept_slots(keep, block.num_experts)
+        skipped = no_refit(block)
+        refit = LayerRefit(block, inputs) if inputs is not None and skipped is None else None
         importance = torch.tensor(decision["importance"], dtype=torch.float64)
         weights = experts.weights()
         moved = move(weights, keep, self.options.threshold, self.options.gate)
@@ -130,15 +124,8 @@ class PruneDern(Pass):
                 for e, slot in enumerate(slots)
             ],
         }
-        if routing is not None and target is not None and read is not None:
-            index, weight = routing.after(block, [max(0, slot) for slot in slots])
-            if not routing.known:  # what went to a dropped expert goes nowhere
-                gone = torch.tensor([slot < 0 for slot in slots], device=index.device)
-                weight = torch.where(gone[read[1].clamp_max(len(gone) - 1)], 0, weight)
-            fitted = refit_layer(FusedExperts(block.experts_module), read[0], index, weight, target, self.options.ridge)
-            report["refit"] = {**asdict(fitted), "routing": "asked" if routing.known else "former choices"}
-        elif read is not None:
-            report["refit"] = {"skipped": "experts end in a norm: their outputs are not linear in the down projections"}
+        if self.options.refit:
+            report["refit"] = skipped if refit is None else refit.after(block, slots, self.options.ridge)
         return report
 
 

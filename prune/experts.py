@@ -13,15 +13,15 @@ from moe_compress.calib.batches import TokenBatches, split
 from moe_compress.calib.collect import MemoryStore, Profile, collect
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Result, Routing, Statistic
-from moe_compress.counts import ExpertCounts, kept_count
+from moe_compress.counts import ExpertCounts, kept_count, kept_slots
 from moe_compress.errors import RecipeError, RunError
-from moe_compress.model import FusedExperts, MoEBlock
+from moe_compress.model import MoEBlock
 from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Sweep
 from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
-from moe_compress.refit import LayerRefit, Ridge
+from moe_compress.refit import LayerRefit, Ridge, no_refit
 
 from . import attribution, diep, gram_greedy, naee, stun  # noqa: F401  (they register criteria)
 from .choice import Guards, as_mask, best, cheapest_counts, global_counts, removal_order, shares
@@ -29,7 +29,7 @@ from .criteria import CRITERIA, Selection, find_criterion
 from .novices import put_means, with_novices
 from .removal import RemovalLoss, dropping_costs
 from .sensitivity import loss_of, measured_costs
-from .super_experts import super_experts
+from .super_experts import measured_super_experts
 
 
 class PruneOptions(PassOptions, ExpertCounts):
@@ -245,9 +245,7 @@ class PruneExperts(Pass):
             assert inputs is not None
             refit, refitted = _refit(block, inputs)
         block.keep(decision["keep"])
-        slots = [-1] * (len(decision["keep"]) + len(decision["remove"]))
-        for slot, expert in enumerate(decision["keep"]):
-            slots[expert] = slot
+        slots = kept_slots(decision["keep"], len(decision["scores"]))
         if refit is not None:
             refitted = refit.after(block, slots, self.options.ridge, [slots[e] for e in decision["protected"]])
         experts = [
@@ -286,10 +284,7 @@ class PruneExperts(Pass):
 
     def _scores(self, profile: Profile) -> tuple[dict[int, Tensor], dict[int, list[int]]]:
         """Layer → scores, and layer → super experts."""
-        protected: dict[int, list[int]] = {}
-        if self.options.protect_super_experts:
-            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in profile.shape.layers}
-            protected = super_experts(maxima, profile.decoder_layers)
+        protected = measured_super_experts(profile) if self.options.protect_super_experts else {}
         chosen_criterion = find_criterion(self.options.criterion)
         generator = torch.Generator().manual_seed(self.options.seed)
         counts = self._counts(profile.shape)
@@ -368,8 +363,8 @@ class PruneExperts(Pass):
 
 def _refit(block: MoEBlock, inputs: BlockInputs) -> tuple[LayerRefit | None, dict[str, str] | None]:
     """What refits a block once experts are gone; or why nothing can."""
-    if FusedExperts(block.experts_module).has_norm:
-        return None, {"skipped": "experts end in a norm: their outputs are not linear in the down projections"}
+    if skipped := no_refit(block):
+        return None, skipped
     refit = LayerRefit(block, inputs)
     if not refit.known:
         return None, {"skipped": "the router reads more than the experts do: whom it chooses instead isn't known here"}

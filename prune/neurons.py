@@ -10,7 +10,6 @@ Letters: E experts, I neurons of each before, m neurons that widths are multiple
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, Literal, Self
 
 import torch
@@ -24,7 +23,7 @@ from moe_compress.errors import BudgetError, RecipeError, RunError
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
-from moe_compress.refit import Ridge, layer_output, refit_layer
+from moe_compress.refit import LayerRefit, Ridge, no_refit
 
 from .neuron_criteria import NEURON_CRITERIA, find_neuron_criterion
 from .ragged import make_ragged, padded
@@ -151,18 +150,15 @@ class PruneNeurons(Pass):
         report: dict[str, Any] = {
             "experts": [{"neurons": n, "lost": lost} for n, lost in zip(widths, decision["lost"], strict=True)]
         }
-        read = None if inputs is None else (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)
-        refitting = read is not None and not experts.has_norm
-        target = layer_output(experts, *read) if refitting and read is not None else None
+        skipped = no_refit(block)
+        refit = LayerRefit(block, inputs) if inputs is not None and skipped is None else None
         free = self.options.width == "free"
         if free:
             silence(experts, kept_EI)
         else:
             block.narrow(kept_EI.nonzero()[:, 1].view(len(kept_EI), -1))
-        if target is not None and read is not None:
-            report["refit"] = asdict(refit_layer(experts, *read, target, self.options.ridge))
-        elif read is not None:
-            report["refit"] = {"skipped": "experts end in a norm: their outputs are not linear in the down projections"}
+        if self.options.refit:
+            report["refit"] = skipped if refit is None else refit.after(block, None, self.options.ridge)
         if free:
             make_ragged(block, kept_EI)
             report["all_neurons"] = sum(widths)

@@ -22,7 +22,7 @@ from moe_compress.errors import BudgetError, RecipeError
 from moe_compress.model import MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Changed, Pass, Plan, register
-from moe_compress.prune.super_experts import super_experts
+from moe_compress.prune.super_experts import measured_super_experts
 from moe_compress.units import parse_bytes, show_bytes
 
 from .allocate import LOADED, Allocation, Choices, Unit, by_layer, greedy, program, uniform, unit_of
@@ -117,10 +117,7 @@ class QuantizeMixed(Pass):
     def plan(self, profile: Profile) -> Plan:
         """A width for every matrix."""
         shape, widths = profile.shape, self.options.widths
-        protected: dict[int, list[int]] = {}
-        if self.options.protect_super_experts:
-            maxima = {i: profile.of(i, OutputNorms())["maximum"] for i in shape.layers}
-            protected = super_experts(maxima, profile.decoder_layers)
+        protected = measured_super_experts(profile) if self.options.protect_super_experts else {}
         choices = {i: self._choices(profile, i, protected.get(i, [])) for i in shape.layers}
         try:
             found, beside = self._allocated(choices, profile)

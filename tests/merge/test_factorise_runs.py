@@ -271,3 +271,16 @@ def test_in_memory_and_from_disk(name, method, tmp_path):
         torch.testing.assert_close(loaded(**batch).logits, output, rtol=1e-4, atol=1e-4)
     held = sum(t.nbytes for n, t in loaded.state_dict().items() if ".experts." in n and "post_expert_norm" not in n)
     assert held == planned["expert_bytes"]
+
+
+def test_fisher_takes_no_original():
+    """Its base is of the model's own gradients: a model in memory needs nothing beside it."""
+    ids = input_batch(tiny_model("qwen3_moe"), 8, 16)["input_ids"]
+    results = []
+    for given in ({}, {"original": tiny_model("qwen3_moe")}):
+        steps = [{"merge.factorise": {"keep": 0.75, "method": "d2-moe", "step": 2}}]
+        results.append(moe_compress.compress(tiny_model("qwen3_moe"), passes=steps, calibration=ids, **given))
+    states = [r.model.state_dict() for r in results]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert results[0].report["passes"][0]["options"]["base"] is None  # the default, Fisher information

@@ -64,7 +64,7 @@ def planned(shape, costs, monkeypatch, protected=None, target="native", **option
         options = {"unit": "expert", **options}
     step = QuantizeMixed(QuantizeMixed.Options(**options), find_target(target))
     monkeypatch.setattr(QuantizeMixed, "_costs", lambda self, profile, index: costs[index])
-    monkeypatch.setattr(mixed, "super_experts", lambda *_: protected or {})
+    monkeypatch.setattr(mixed, "measured_super_experts", lambda *_: protected or {})
     step.forecast(shape)
     return step.plan(Given(shape))
 
