@@ -7,7 +7,10 @@ nothing else (no traceback without `--debug`), with the exit code that the class
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class MoeCompressError(Exception):
@@ -57,3 +60,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def named(name: str, known: Mapping[str, T], what: str) -> T:
+    """What is known under a name. Raises RecipeError, which says what it would be and the nearest name there is."""
+    if name not in known:
+        raise RecipeError(f"no {what} is called {name!r}{nearest(name, known)}")
+    return known[name]

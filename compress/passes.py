@@ -28,7 +28,7 @@ from moe_compress.calib.batches import TokenBatches
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Result, Statistic
-from moe_compress.errors import RecipeError, nearest
+from moe_compress.errors import RecipeError, named
 from moe_compress.export.targets import Target
 from moe_compress.model import MoEBlock, MoEModel
 from moe_compress.model.shape import ModelShape
@@ -249,9 +249,7 @@ def all_passes() -> dict[str, type[Pass]]:
 def find_pass(name: str) -> type[Pass]:
     """The pass of that name. Raises RecipeError with the nearest name there is."""
     passes = all_passes()
-    if name not in passes:
-        raise RecipeError(f"no pass is called {name!r}{nearest(name, passes)}")
-    return passes[name]
+    return named(name, passes, "pass")
 
 
 def load_plugin(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_compress.errors import RecipeError, nearest
+from moe_compress.errors import named
 from moe_compress.model.experts import ExpertWeights
 
 from .align import exact_assignment, permuted, weight_similarity
@@ -108,9 +108,7 @@ def method(
 
 def find_method(name: str) -> Method:
     """The method of that name. Raises RecipeError with the nearest there is."""
-    if name not in METHODS:
-        raise RecipeError(f"no method of factorising is called {name!r}{nearest(name, METHODS)}")
-    return METHODS[name]
+    return named(name, METHODS, "method of factorising")
 
 
 def _everything(weights: ExpertWeights, _: Asked) -> Split:

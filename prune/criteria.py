@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_compress.calib.outputs import OutputMoments, TokenContribution
 from moe_compress.calib.statistics import ChosenLogits, OutputNorms, Result, Routing, Statistic
 from moe_compress.counts import ExpertCounts
-from moe_compress.errors import RecipeError, nearest
+from moe_compress.errors import named
 from moe_compress.model.shape import LayerShape
 
 Measured = dict[str, Result]
@@ -92,9 +92,7 @@ def criterion(
 
 def find_criterion(name: str) -> Criterion:
     """The criterion of that name. Raises RecipeError with the nearest there is."""
-    if name not in CRITERIA:
-        raise RecipeError(f"no criterion is called {name!r}{nearest(name, CRITERIA)}")
-    return CRITERIA[name]
+    return named(name, CRITERIA, "criterion")
 
 
 @criterion("random", "control: what any criterion has to beat", Routing())

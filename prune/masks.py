@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_compress.errors import RecipeError, nearest
+from moe_compress.errors import named
 from moe_compress.quant.layer_rows import Weighing
 
 
@@ -95,9 +95,7 @@ def weight_criterion(
 
 def find_weight_criterion(name: str) -> WeightCriterion:
     """The criterion of that name. Raises RecipeError with the nearest there is."""
-    if name not in WEIGHT_CRITERIA:
-        raise RecipeError(f"no criterion for weights is called {name!r}{nearest(name, WEIGHT_CRITERIA)}")
-    return WEIGHT_CRITERIA[name]
+    return named(name, WEIGHT_CRITERIA, "criterion for weights")
 
 
 @weight_criterion("random", "control: what any criterion has to beat")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_compress.calib.neurons import NeuronGradients, NeuronProjections, NeuronRemoval, NeuronSums, NeuronWeights
 from moe_compress.calib.statistics import Statistic
-from moe_compress.errors import RecipeError, nearest
+from moe_compress.errors import named
 
 from .criteria import Measured
 
@@ -60,9 +60,7 @@ def neuron_criterion(
 
 def find_neuron_criterion(name: str) -> NeuronCriterion:
     """The criterion of that name. Raises RecipeError with the nearest there is."""
-    if name not in NEURON_CRITERIA:
-        raise RecipeError(f"no criterion of neurons is called {name!r}{nearest(name, NEURON_CRITERIA)}")
-    return NEURON_CRITERIA[name]
+    return named(name, NEURON_CRITERIA, "criterion of neurons")
 
 
 @neuron_criterion("random", "control: what any criterion has to beat", NeuronWeights(), comparable=True)

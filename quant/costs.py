@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.calib.statistics import Result, Routing, Statistic
-from moe_compress.errors import RecipeError, UnsupportedModelError, nearest
+from moe_compress.errors import UnsupportedModelError, named
 from moe_compress.model.shape import LayerShape
 
 from .cost import QuantizationError
@@ -116,9 +116,7 @@ def cost(
 
 def find_cost(name: str) -> Cost:
     """The cost of that name. Raises RecipeError with the nearest there is."""
-    if name not in COSTS:
-        raise RecipeError(f"no cost is called {name!r}{nearest(name, COSTS)}")
-    return COSTS[name]
+    return named(name, COSTS, "cost")
 
 
 def solver_gain(options: MixedOptions) -> Statistic:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ
-from moe_compress.errors import RecipeError, nearest
+from moe_compress.errors import RecipeError, named
 from moe_compress.model.beside import KINDS
 from moe_compress.quant.trits import TERNARY
 
@@ -191,6 +191,4 @@ TARGETS: dict[str, Target] = {
 
 def find_target(name: str) -> Target:
     """The target of that name. Raises RecipeError with the nearest there is."""
-    if name not in TARGETS:
-        raise RecipeError(f"no target is called {name!r}{nearest(name, TARGETS)}")
-    return TARGETS[name]
+    return named(name, TARGETS, "target")
