@@ -5,62 +5,105 @@ A run that was interrupted goes on where it was; two tables that share a cell me
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo_model import ROOT, calibration_text, compressed, load_demo, lost, mean_kl, six_texts
+import torch
+from demo_model import ROOT, calibration_text, compressed, load_demo, six_texts
+from torch import Tensor
 
 import moe_compress
 from moe_compress.calib.text import TokenBatches
+from moe_compress.evaluate.generation import choose_prompts, continued
 from moe_compress.evaluate.tasks import score_tasks
+from moe_compress.evaluate.text import load_text, score_batches
 from moe_compress.progress import Monitor
+from moe_compress.recipe import Evaluation, Generation
 
 # (row, column) → passes of a recipe.
 Wanted = Mapping[tuple[str, str], list[dict[str, Any]]]
 
 
-def measure(
-    original: Any,
-    tokenizer: Any,
-    data: TokenBatches,
-    passes: list[dict[str, Any]],
-    tokens: int,
-    tasks: int = 0,
-    prompts: int = 0,
-) -> dict[str, Any]:
-    """One cell: what `lost` (nats per token, per text), `kl`, `bits`, `bytes`, `seconds`; with `tasks` also `acc`, with
-    `prompts` also `repetition`, before and after."""
-    start = time.perf_counter()
-    written = {"generation": {"prompts": prompts}} if prompts else {}
-    result = compressed(original, tokenizer, passes, data, six_texts(tokens) | written)
-    before, after = result.report["before"], result.report["after"]
-    found = {
-        "lost": lost(result.report),
-        "kl": mean_kl(result.report),
-        "bits": after["bits_per_weight"],
-        "bytes": after["bytes"],
-        "seconds": time.perf_counter() - start,
-    }
-    if prompts:
-        found["repetition"] = [each["generation"]["repetition"] for each in (before, after)]
-    if tasks:
+class Yardstick:
+    """The original on the six texts, run once: what every cell is compared with.
+
+    Args:
+        original, tokenizer: the demo model's.
+        tokens: of each text.
+        tasks: items of each task, or 0.
+        prompts: beginnings to continue, or 0.
+    """
+
+    def __init__(self, original: Any, tokenizer: Any, tokens: int, tasks: int = 0, prompts: int = 0):
+        self.original, self.tokenizer, self.tasks = original, tokenizer, tasks
+        self.windows = load_text(tokenizer, Evaluation(**six_texts(tokens)))
+        self.logits = list(self.logits_of(original))
+        self.writing = Generation(prompts=prompts) if prompts else None
+        self.repeated = self.repetition(original)
+
+    @torch.no_grad()
+    def logits_of(self, model: Any) -> Iterator[tuple[int, Tensor]]:
+        """Logits [B, S, V] of each batch of windows."""
+        for number, window in enumerate(self.windows):
+            yield number, model(input_ids=window.ids, use_cache=False).logits
+
+    def repetition(self, model: Any) -> float | None:
+        """Share of repeated 4-grams in what the model writes."""
+        if self.writing is None:
+            return None
+        written = continued(model, choose_prompts(self.windows, self.writing), self.writing)
+        return written.summary(self.writing.ngram)["repetition"]
+
+    def accuracy(self, model: Any) -> float:
+        """Mean of the six tasks."""
         with Monitor(show=False).stage("tasks") as progress:
             scores = score_tasks(
-                result.model,
-                tokenizer,
+                model,
+                self.tokenizer,
                 ["demo"],
                 task_path=ROOT / "demo/tasks",
                 batch_size=16,
-                limit=tasks,
+                limit=self.tasks,
                 max_length=None,
                 progress=progress,
             )
-        found["acc"] = scores["demo"]["acc"]
-    return found
+        return scores["demo"]["acc"]
+
+    def measure(self, passes: list[dict[str, Any]], text: TokenBatches) -> dict[str, Any]:
+        """One cell: `lost` (nats per token, per text), `kl`, `bits`, `bytes`, `seconds` of the passes; with tasks also
+        `acc`, with prompts also `repetition`, before and after."""
+        start = time.perf_counter()
+        result = compressed(self.original, self.tokenizer, passes, text)
+        seconds = time.perf_counter() - start
+        scores = score_batches(self.windows, self.logits_of(result.model), iter(self.logits))
+        size = result.report["after"]
+        found: dict[str, Any] = {
+            "lost": {n: math.log(s.perplexity / scores.before[n].perplexity) for n, s in scores.after.items()},
+            "kl": statistics.mean(scores.drift()["kl"].values()),
+            "bits": size["bits_per_weight"],
+            "bytes": size["bytes"],
+            "seconds": seconds,
+        }
+        if self.writing is not None:
+            found["repetition"] = [self.repeated, self.repetition(result.model)]
+        if self.tasks:
+            found["acc"] = self.accuracy(result.model)
+        return found
+
+
+def drawn(passes: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The passes as they are run with a seed: a random control draws anew with each."""
+    return [
+        {name: {**options, "seed": seed} if options.get("criterion") == "random" else options}
+        for each in passes
+        for name, options in each.items()
+    ]
 
 
 def fill(
@@ -71,7 +114,7 @@ def fill(
     tokens: int,
     tasks: int = 0,
     prompts: int = 0,
-    skip: Callable[[int, list[dict[str, Any]]], bool] = lambda _seed, _passes: False,
+    skip: Callable[[int, list[dict[str, Any]]], bool],
     measuring: bool = True,
 ) -> list[dict[str, Any]]:
     """Measure the cells that the file lacks, seed by seed. Returns what is there of those wanted.
@@ -80,7 +123,7 @@ def fill(
         file: one JSON object a line.
         wanted: cells.
         seeds: calibration seeds 0 … seeds − 1.
-        tokens, tasks, prompts: see `measure`.
+        tokens, tasks, prompts: see `Yardstick`.
         skip: whether a cell needn't be measured with a seed.
         measuring: otherwise nothing is.
     """
@@ -89,18 +132,20 @@ def fill(
     for seed in range(seeds):
         for (row, column), passes in wanted.items():
             if not skip(seed, passes):
-                keys[json.dumps([row, column, seed, tokens, tasks, prompts, passes])] = (row, column, seed)
+                key = json.dumps([row, column, seed, tokens, tasks, prompts, drawn(passes, seed)])
+                keys[key] = (row, column, seed)
     lacking = [key for key in keys if key not in done]
     if measuring and lacking:
         file.parent.mkdir(parents=True, exist_ok=True)
         tokenizer, original = load_demo()
+        yardstick = Yardstick(original, tokenizer, tokens, tasks, prompts)
         data: dict[int, TokenBatches] = {}
         for key in lacking:
             row, column, seed = keys[key]
             if seed not in data:
                 data = {seed: calibration_text(tokenizer, seed=seed)}
             try:
-                found = measure(original, tokenizer, data[seed], wanted[row, column], tokens, tasks, prompts)
+                found = yardstick.measure(drawn(wanted[row, column], seed), data[seed])
             except moe_compress.MoeCompressError as error:
                 print(f"{row}, {column}: {error}", flush=True)
                 continue
@@ -110,6 +155,48 @@ def fill(
             mean = statistics.mean(found["lost"].values())
             print(f"{row}, {column}, seed {seed}: {mean:+.4f}, {found['seconds']:.0f} s", flush=True)
     return [done[key] for key in keys if key in done]
+
+
+def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """What every table can be asked for; its cells are kept under `name`."""
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds")
+    parser.add_argument("--tokens", type=int, default=20_000, help="tokens of each text")
+    parser.add_argument("--tasks", type=int, default=0, help="items of each task; 0 leaves tasks out")
+    parser.add_argument("--prompts", type=int, default=0, help="prompts to continue; 0 leaves that out")
+    parser.add_argument("--only", nargs="*", default=[""], help="rows whose name contains one of these")
+    parser.add_argument("--without", nargs="*", default=[], help="leave out rows whose name contains one of these")
+    parser.add_argument("--columns", nargs="*", help="columns by name; all without")
+    parser.add_argument("--cells", type=Path, default=ROOT / "out" / f"{name}.jsonl")
+    parser.add_argument("--print", action="store_true", help="measure nothing, print what is there")
+
+
+def table(
+    arguments: argparse.Namespace,
+    cells: Wanted,
+    skip: Callable[[int, list[dict[str, Any]]], bool] = lambda _seed, _passes: False,
+) -> None:
+    """Measure those of the cells that are asked for, and print them, columns of bits apart from the others."""
+    columns = arguments.columns
+    wanted = {
+        (row, column): passes
+        for (row, column), passes in cells.items()
+        if any(part in row for part in arguments.only)
+        and not any(part in row for part in arguments.without)
+        and column in (columns or [column])
+    }
+    done = fill(
+        arguments.cells,
+        wanted,
+        arguments.seeds,
+        tokens=arguments.tokens,
+        tasks=arguments.tasks,
+        prompts=arguments.prompts,
+        skip=skip,
+        measuring=not arguments.print,
+    )
+    names = list(dict.fromkeys(column for _, column in wanted))
+    for group in ([c for c in names if "bits" not in c], [c for c in names if "bits" in c]):
+        show(done, group, "nats above the original, KL (tasks: accuracy; prompts: repeated 4-grams)")
 
 
 def show(cells: Sequence[dict[str, Any]], columns: Sequence[str], title: str) -> None:

@@ -17,12 +17,10 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from cells import fill, show
-from demo_model import ROOT
+from cells import Wanted, add_arguments, table
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -97,7 +95,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def wanted() -> dict[tuple[str, str], list[dict[str, Any]]]:
+def wanted() -> Wanted:
     """Cells of the table."""
     rows: dict[str, tuple[str, dict[str, Any]]] = {n: ("prune.experts", o) for n, o in PRUNING.items()}
     rows |= {f"{g} | {m}": (name, {**o, **own}) for m, (name, own) in MERGING.items() for g, o in GROUPINGS.items()}
@@ -215,13 +213,7 @@ def align(neurons: int, hidden: int = 512, tokens: int = 1024) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["table", "layer", "align"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--tasks", type=int, default=0, help="items of each task; 0 leaves tasks out")
-    parser.add_argument("--prompts", type=int, default=0, help="prompts to continue; 0 leaves that out")
-    parser.add_argument("--only", nargs="*", default=[""], help="rows whose name contains one of these")
-    parser.add_argument("--cells", type=Path, default=ROOT / "out" / "merging.jsonl")
-    parser.add_argument("--print", action="store_true", help="measure nothing, print what is there")
+    add_arguments(parser, "merging")
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--neurons", type=int, default=768)
@@ -233,18 +225,7 @@ def main() -> None:
     elif arguments.what == "align":
         align(arguments.neurons)
     else:
-        cells = {k: v for k, v in wanted().items() if any(part in k[0] for part in arguments.only)}
-        done = fill(
-            arguments.cells,
-            cells,
-            arguments.seeds,
-            tokens=arguments.tokens,
-            tasks=arguments.tasks,
-            prompts=arguments.prompts,
-            measuring=not arguments.print,
-        )
-        columns = list(dict.fromkeys(column for _, column in cells))
-        show(done, columns, "nats above the original, KL (tasks: accuracy; prompts: repeated)")
+        table(arguments, wanted())
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ the seeds of the mean over the six texts of the nats per token lost against the 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from cells import fill, show
-from demo_model import ROOT
+from cells import Wanted, add_arguments, table
 
 GROUP = 64
 
@@ -88,10 +86,10 @@ ALLOCATORS: dict[str, dict[str, Any]] = {
 AVERAGES = (2.25, 2.5, 3.0, 3.5)
 
 
-def cells(table: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """(row, column) → options of quantize.mixed."""
+def wanted(which: str) -> Wanted:
+    """Cells of one of the tables, or of both."""
     found = {}
-    if table in ("solvers", "all"):
+    if which in ("solvers", "all"):
         for row, options in SOLVERS.items():
             for column, bits in WIDTHS.items():
                 found[row, column] = {
@@ -102,11 +100,11 @@ def cells(table: str) -> dict[tuple[str, str], dict[str, Any]]:
                     "group_size": GROUP,
                     **options,
                 }
-    if table in ("allocators", "all"):
+    if which in ("allocators", "all"):
         for row, options in ALLOCATORS.items():
             for average in AVERAGES:
                 found[row, f"{average} bits"] = {"bits": average, "group_size": GROUP, **options}
-    return found
+    return {cell: [{"quantize.mixed": options}] for cell, options in found.items()}
 
 
 def settled(seed: int, passes: list[dict[str, Any]]) -> bool:
@@ -119,32 +117,9 @@ def settled(seed: int, passes: list[dict[str, Any]]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=["solvers", "allocators", "all"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--tasks", type=int, default=0, help="items of each task; 0 leaves tasks out")
-    parser.add_argument("--only", nargs="*", default=[""], help="rows whose name contains one of these")
-    parser.add_argument("--columns", nargs="*", help="of these columns: 8, 4, 3, 2, 1.58, 1, '2.5 bits', …")
-    parser.add_argument("--cells", type=Path, default=ROOT / "out" / "quantization.jsonl")
-    parser.add_argument("--print", action="store_true", help="measure nothing, print what is there")
+    add_arguments(parser, "quantization")
     arguments = parser.parse_args()
-    wanted = {
-        (row, column): [{"quantize.mixed": options}]
-        for (row, column), options in cells(arguments.table).items()
-        if any(part in row for part in arguments.only) and column in (arguments.columns or [column])
-    }
-    done = fill(
-        arguments.cells,
-        wanted,
-        arguments.seeds,
-        tokens=arguments.tokens,
-        tasks=arguments.tasks,
-        skip=settled,
-        measuring=not arguments.print,
-    )
-    columns = list(dict.fromkeys(column for _, column in wanted))
-    title = "nats above the original, KL (tasks: accuracy)"
-    for group in ([c for c in columns if "bits" not in c], [c for c in columns if "bits" in c]):
-        show(done, group, title)
+    table(arguments, wanted(arguments.table), settled)
 
 
 if __name__ == "__main__":
