@@ -2,7 +2,7 @@
 
     python benchmarks/synthetic_checkpoint.py SYNTHETIC-4 --layers 4
     python benchmarks/synthetic_checkpoint.py SYNTHETIC-8 --layers 8
-    python benchmarks/memory.py SYNTHETIC-4 SYNTHETIC-8
+    python benchmarks/memory.py SYNTHETIC-4 SYNTHETIC-8 [--only refitted]
 
 Memory is anonymous resident memory (page cache and mapped files don't count), sampled every 20 ms. Whole models are not
 loaded (`compute.memory`), so everything is streamed, verification too.
@@ -28,8 +28,12 @@ RUNS = {
     "protect_super_experts: false}}]\n",
     "RTN 4 bits, no search": "passes: [{quantize.mixed: {bits: 4.25, widths: [4], method: rtn, allocation: uniform, "
     "protect_super_experts: false, search: none}}]\n",
-    "REAP 25%": "passes: [{prune.experts: {keep: 0.75, refit: false}}]\ntarget: transformers\n"
-    f"calibration: {{sources: {ROOT}/demo/calibration.jsonl, sequences: 16, length: 256, batch_size: 4}}\n",
+    **{
+        f"REAP 25%{', refitted' if refit else ''}": f"passes: [{{prune.experts: {{keep: 0.75, refit: {refit}}}}}]\n"
+        f"target: transformers\ncalibration: {{sources: {ROOT}/demo/calibration.jsonl, sequences: 16, length: 256, "
+        "batch_size: 4}\n"
+        for refit in (False, True)
+    },
 }
 
 
@@ -65,6 +69,7 @@ def copied(folder: Path, target: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--only", default="", help="runs whose name contains this")
     arguments = parser.parse_args()
     print(f"{'checkpoint':24}{'run':24}{'GB read':>9}{'peak GB':>9}{'seconds':>9}{'GB/s':>8}")
     for folder in arguments.checkpoints:
@@ -73,6 +78,8 @@ def main() -> None:
             seconds = copied(folder, Path(scratch) / "copy")
             print(f"{folder.name:24}{'plain copy':24}{size:9.2f}{'':9}{seconds:9.1f}{size / seconds:8.2f}", flush=True)
             for name, recipe in RUNS.items():
+                if arguments.only not in name:
+                    continue
                 if recipe is None:
                     command = [str(COMMAND), "inspect", str(folder)]
                 else:

@@ -79,6 +79,7 @@ def test_refit_down_is_least_squares(name, chunk, monkeypatch):
 @pytest.mark.parametrize("frozen", [[], [2, 5]])
 def test_refit_layer_is_least_squares(name, chunk, frozen, monkeypatch):
     monkeypatch.setattr(refit, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(refit, "_KEPT_BYTES", chunk)
     monkeypatch.setattr(refit, "_TOLERANCE", 1e-6)
     _, _, block, call = prepared(name)
     experts = FusedExperts(block.experts_module)
