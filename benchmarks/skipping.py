@@ -29,6 +29,9 @@ def methods(top_k: int) -> dict[str, list[dict[str, Any]]]:
         "ratio (NAEE)": ("skip.ratio", {}, steps),
         "ratio, not renormalised": ("skip.ratio", {"renormalize": False}, steps),
         "ratio, 2% protected by norm": ("skip.ratio", {"protect": "norm"}, steps),
+        "ratio, 2% protected by attention": ("skip.ratio", {"protect": "attention"}, steps),
+        "ratio, 10% protected by norm": ("skip.ratio", {"protect": "norm", "protected": 0.1}, steps[:2]),
+        "ratio, 10% protected by attention": ("skip.ratio", {"protect": "attention", "protected": 0.1}, steps[:2]),
         "top-p": ("skip.top_p", {}, steps),
         "learned (OTP)": ("skip.learned", {}, steps),
     }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from moe_compress.checkpoint.writer import all_finite
-from moe_compress.errors import RunError
+from moe_compress.errors import RunError, UnsupportedModelError
 from moe_compress.model import MoEBlock, MoEModel, Tap
 from moe_compress.model.backward import BackwardStep, GradientSweep
 from moe_compress.model.beside import OUTER
@@ -140,13 +141,33 @@ def _measure(
         for accumulator in accumulators.values():
             accumulator.update(tap)
 
-    if isinstance(step, BackwardStep):
-        step.advance(observe, list(dict.fromkeys(n for s in lacking.values() for n in s.parameters(block))))
-    else:
-        step.advance(observe)
+    with ExitStack() as stack:
+        if any(statistic.reads_attention for statistic in lacking.values()):
+            stack.enter_context(_watched(step, block))
+        if isinstance(step, BackwardStep):
+            step.advance(observe, list(dict.fromkeys(n for s in lacking.values() for n in s.parameters(block))))
+        else:
+            step.advance(observe)
     with step.readable():
         for key, accumulator in accumulators.items():
             _put(model, store, step.index, key, accumulator.result())
+
+
+@contextmanager
+def _watched(step: Step, block: MoEBlock) -> Iterator[None]:
+    """Let taps say what attention tokens receive.
+
+    Raises UnsupportedModelError where the layer computes something else when it is watched: families may ask for the
+    name of what they attend by.
+    """
+    plain = step.behind(0)
+    with block.watching_attention() as attention:
+        seen = step.behind(0)
+        if plain is not None and seen is not None and float((seen - plain).norm()) > 1e-3 * float(plain.norm()):
+            raise UnsupportedModelError(
+                f"{attention.where} computes something else while its attention is watched: set `protect: norm`"
+            )
+        yield
 
 
 def collect_from_weights(

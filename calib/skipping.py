@@ -37,21 +37,37 @@ class RankedWeights(Statistic):
         return _RankedSample(self.sample, tokens)
 
 
+@dataclass(frozen=True)
+class RankedImportance(RankedWeights):
+    """What `RankedWeights` has, and `received` [S] float32: attention that tokens receive (model/attention.py).
+
+    Raises UnsupportedModelError, while measuring, where the family doesn't let it be seen.
+    """
+
+    name: ClassVar[str] = "ranked_importance"
+    reads_attention: ClassVar[bool] = True
+
+
 class _RankedSample(Accumulator):
     def __init__(self, sample: int, tokens: int):
         self.sample, self.tokens, self.seen = sample, tokens, 0
-        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.parts: dict[str, list[Tensor]] = {}
 
     def update(self, tap: Tap) -> None:
         count = len(tap.hidden_TH)
         taken = evenly(self.seen, count, self.sample, self.tokens).to(tap.hidden_TH.device)
         self.seen += count
         weight = tap.weight_TK * executed(tap.index_TK, tap.weight_TK, tap.experts.num_experts)
-        self.parts.append((ranked(weight[taken])[0].float().cpu(), l1_norms(tap.hidden_TH[taken]).cpu()))
+        self._keep("weights", ranked(weight[taken])[0].float())
+        self._keep("norms", l1_norms(tap.hidden_TH[taken]))
+        if tap.received_T is not None:
+            self._keep("received", tap.received_T[taken].float())
+
+    def _keep(self, name: str, part: Tensor) -> None:
+        self.parts.setdefault(name, []).append(part.cpu())
 
     def result(self) -> Result:
-        weights, norms = (torch.cat(column) for column in zip(*self.parts, strict=True))
-        return {"weights": weights, "norms": norms}
+        return {name: torch.cat(parts) for name, parts in self.parts.items()}
 
 
 def prefix_errors(dispatch: Dispatch, output_RH: Tensor, weight_TK: Tensor, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,8 @@ class Statistic(ABC):
     reads_text: ClassVar[bool] = True
     # Whether it is measured on the way back of a GradientSweep: its accumulators then get GradientTaps.
     gradients: ClassVar[bool] = False
+    # Whether its taps are to say what attention tokens receive.
+    reads_attention: ClassVar[bool] = False
     weighs_tokens: ClassVar[bool] = False
 
     @property

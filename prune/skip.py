@@ -19,12 +19,12 @@ from torch import Tensor
 
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
-from moe_compress.calib.skipping import RandomTruncation, RankedWeights, TruncationError
+from moe_compress.calib.skipping import RandomTruncation, RankedImportance, RankedWeights, TruncationError
 from moe_compress.calib.statistics import Statistic
 from moe_compress.errors import RecipeError
 from moe_compress.model import EXPERTS_KINDS, MoEBlock
 from moe_compress.model.fewer import AS_CONFIG, renormalizes
-from moe_compress.model.rules import Choice, Ratio, RouteRule, TopK, TopP, executed, make_rule
+from moe_compress.model.rules import Choice, Ratio, RouteRule, TopK, TopP, executed, importances, make_rule
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 
@@ -58,7 +58,11 @@ class Skip(Pass):
 
     def statistics(self) -> Sequence[Statistic]:
         """What the rule is calibrated on, and what says how many experts it leaves."""
-        return [RankedWeights()]
+        return [self.ranked()]
+
+    def ranked(self) -> RankedWeights:
+        """The tokens whose weights say how many experts a rule leaves."""
+        return RankedWeights()
 
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Sizes stay. Raises RecipeError where the target runs no rules, or there is nothing to skip."""
@@ -84,8 +88,8 @@ class Skip(Pass):
 
     def left(self, index: int, profile: Profile, rule: RouteRule) -> tuple[float, float]:
         """Experts per token on calibration text: before, and with the rule."""
-        measured = profile.of(index, RankedWeights())
-        return experts_left(measured["weights"], measured["norms"], rule)
+        measured = profile.of(index, self.ranked())
+        return experts_left(measured["weights"], measured["norms"], rule, measured.get("received"))
 
     def plan(self, profile: Profile) -> Plan:
         """A rule for every layer, and what it leaves."""
@@ -141,11 +145,14 @@ class SkipToAverage(Skip):
         return found
 
 
-def experts_left(weight_SK: Tensor, norm_S: Tensor, rule: RouteRule) -> tuple[float, float]:
-    """Experts per token before and after a rule that looks at ranked weights, and at norms of inputs, alone."""
+def experts_left(
+    weight_SK: Tensor, norm_S: Tensor, rule: RouteRule, received_S: Tensor | None = None
+) -> tuple[float, float]:
+    """Experts per token before and after a rule that looks at ranked weights, at norms of inputs and at the attention
+    that tokens receive alone."""
     slots = torch.arange(weight_SK.shape[1]).expand_as(weight_SK)
     served = executed(slots, weight_SK, weight_SK.shape[1])
-    _, after = rule(Choice(norm_S.unsqueeze(-1), slots, weight_SK, weight_SK.shape[1]))
+    _, after = rule(Choice(norm_S.unsqueeze(-1), slots, weight_SK, weight_SK.shape[1], received_T=received_S))
     left = executed(slots, after, weight_SK.shape[1])
     return float(served.sum()) / len(served), float(left.sum()) / len(served)
 
@@ -270,10 +277,11 @@ class RatioOptions(AverageOptions):
         description="Least share of the token's largest weight that an expert needs: found for the wanted average; "
         "NAEE's median of second over first weight; or a number",
     )
-    protect: Literal["none", "norm"] = Field(
+    protect: Literal["none", "norm", "attention"] = Field(
         default="none",
-        description="Tokens that keep all their experts: those whose input has the largest L1 norm (half of ODP's "
-        "importance; the other half, the attention that a token receives, experts can't see)",
+        description="Tokens that keep all their experts: those whose input has the largest L1 norm, or (ODP) that norm "
+        "times the attention that they receive from the tokens behind them. The latter reads the text as a whole: "
+        "while a model writes, one token at a time, none is protected",
     )
     protected: float = Field(default=0.02, gt=0, lt=1, description="Share of tokens that `protect` means")
 
@@ -285,7 +293,7 @@ class SkipRatio(SkipToAverage):
     name = "skip.ratio"
     kind = "ratio"
     summary = "skip experts whose weight is small beside the token's largest"
-    paper = "NAEE, arXiv 2402.14800 (dynamic skipping, here for any top-k); ODP, arXiv 2410.06270 (protect: norm)"
+    paper = "NAEE, arXiv 2402.14800 (dynamic skipping, here for any top-k); ODP, arXiv 2410.06270 (protect)"
     Options = RatioOptions
     options: RatioOptions
 
@@ -297,21 +305,27 @@ class SkipRatio(SkipToAverage):
                 f"{self.name}: only `threshold: average` reaches `experts_per_token`: leave one of them out"
             )
 
+    def ranked(self) -> RankedWeights:
+        """See Skip."""
+        return RankedImportance() if self.options.protect == "attention" else RankedWeights()
+
     def rule(self, index: int, profile: Profile) -> RouteRule:
         """See Skip."""
-        measured = profile.of(index, RankedWeights())
-        weights, norms = measured["weights"], measured["norms"]
-        protect, safe = None, torch.zeros(len(norms), dtype=torch.bool)
-        if self.options.protect == "norm":
-            count = max(1, round(self.options.protected * len(norms)))
-            protect = float(norms.sort(descending=True).values[count - 1])
-            safe = norms >= protect
+        measured = profile.of(index, self.ranked())
+        weights = measured["weights"]
+        protect, safe = None, torch.zeros(len(weights), dtype=torch.bool)
+        if self.options.protect != "none":
+            importance = importances(measured["norms"], measured.get("received"))
+            count = max(1, round(self.options.protected * len(importance)))
+            protect = float(importance.sort(descending=True).values[count - 1])
+            safe = importance >= protect
         threshold = self.options.threshold
         if threshold == "average":
             threshold = ratio_threshold(weights, safe, self.wanted(profile.shape.layers[index]))
         elif threshold == "median":
             threshold = median_threshold(weights)
-        return Ratio(float(threshold), protect, self.options.renormalize)
+        by = "attention" if self.options.protect == "attention" else "norm"
+        return Ratio(float(threshold), protect, self.options.renormalize, by)
 
     def notes(self, profile: Profile, layers: dict[int, dict[str, Any]]) -> list[str]:
         """Where an average was asked for and not reached."""

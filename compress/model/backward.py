@@ -307,6 +307,7 @@ def _finished(tap: Tap, at: dict[str, Tensor], leaves: Any, behind: Any, paramet
         tap.modality_T,
         tap.token_weight_T,
         tap.classes,
+        tap.received_T,
         parts,
         gradient_TH=at.get("output_TH", torch.zeros_like(tap.output_TH)),
         weight_gradient_TK=at.get("weight_TK", torch.zeros_like(tap.weight_TK)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_compress.constants import FORMAT_VERSION
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 
 from . import families, hf
+from .attention import Attention, unwatch, watch, watching
 from .axes import ExpertAxes
 from .experts import Experts, FusedExperts
 from .routes import CHILD, Routes, install, routes_of
@@ -90,6 +92,10 @@ def build_experts(block: MoEBlock, kind: str, layout: dict[str, Any]) -> nn.Modu
         raise CheckpointError(f"experts of the kind {kind!r} are not known: the checkpoint needs a newer moe-compress")
     module, _, function = EXPERTS_KINDS[kind].partition(":")
     return getattr(importlib.import_module(module), function)(block, layout)  # type: ignore[no-any-return]
+
+
+class _ChosenError(Exception):
+    """Ends a block's forward before its experts."""
 
 
 class MoEBlock:
@@ -186,6 +192,10 @@ class MoEBlock:
         """Rules between router and experts, in the order in which they apply (rules.py)."""
         routes = routes_of(self.experts_module)
         return [] if routes is None else routes.rules
+
+    def watching_attention(self) -> AbstractContextManager[Attention]:
+        """Within the context, taps say what attention the layer's tokens receive (attention.py)."""
+        return watching(self.module, self.layer, [self.experts_module, self.router])
 
     def infeasible(self, count: int) -> str | None:
         """Why the block can't work with that many experts, or None."""
@@ -364,18 +374,22 @@ class MoEBlock:
 
     def _route_through(self, hidden_TH: Tensor, logits: Tensor) -> Routing:
         """For routers that only score: let the block choose, and catch what it would send to the experts."""
-        caught: dict[str, Tensor] = {}
+        caught: list[Tensor] = []
 
         def catch(_module: nn.Module, arguments: Any) -> None:
-            caught["index"], caught["weight"] = arguments[1], arguments[2]
+            caught[:] = arguments[1:3]
+            raise _ChosenError
 
-        # In front of rules: what the router chose.
+        # In front of rules: what the router chose. Neither they nor the experts run.
         handle = self.experts_module.register_forward_pre_hook(catch, prepend=True)
         try:
             self.parent(hidden_TH.unsqueeze(0))
+        except _ChosenError:
+            pass
         finally:
             handle.remove()
-        return Routing(logits.reshape(len(hidden_TH), -1), caught["index"], caught["weight"])
+        index, weight = caught
+        return Routing(logits.reshape(len(hidden_TH), -1), index, weight)
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -401,6 +415,10 @@ class MoEBlock:
             raise CheckpointError(f"layer {self.layer}: its rule `remap` names expert {wrong[0]} of {count}")
 
     def _put(self, routes: Routes) -> None:
+        if routes.reads_attention:
+            routes.attention = watch(self.module, self.layer, [self.experts_module, self.router])
+        else:
+            unwatch(self.module)
         install(self.experts_module, self.router, routes, read_routing)
 
     def _find_router(self) -> str:

@@ -2,15 +2,17 @@
 
 Promise: no other module imports a private name of transformers. What is used here is the conversion mapping between
 names on disk and names in the module tree (both directions), the loading of a part of a checkpoint into a model on
-the meta device, and the interface through which an experts class dispatches its forward. The conformance test runs
-all of it on the oldest and the newest transformers that setup.cfg admits.
+the meta device, and the interfaces through which experts and attention dispatch their forwards. The conformance test
+runs all of it on the oldest and the newest transformers that setup.cfg admits.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -40,13 +43,15 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 
 # The experts implementation under which a model runs while this toolkit looks at it.
 IMPLEMENTATION = "moe_compress"
+# The attention function of layers in which it is watched what tokens receive.
+_ATTENTION = "moe_compress_received"
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -271,3 +276,25 @@ def implementation(model: PreTrainedModel, name: str = IMPLEMENTATION) -> Iterat
     finally:
         for key, config in configs.items():
             config._experts_implementation_internal = before[key]
+
+
+def register_attention(forward: Callable[..., Any]) -> None:
+    """Make `forward(module, query, key, value, attention_mask, **keywords)` what `attending_here` names."""
+    AttentionInterface.register(_ATTENTION, forward)
+
+
+def attending_here(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a module's config under which the module attends by the function registered here."""
+    own = copy.copy(config)
+    own._attn_implementation_internal = _ATTENTION
+    return own
+
+
+def attention_function(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The function by which a module attends under the name of an implementation; "eager" is its family's own."""
+    family: Any = sys.modules[type(module).__module__]
+    functions = getattr(family, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    found: Callable[..., Any] | None = functions.get(name, getattr(family, "eager_attention_forward", None))
+    if found is None:
+        raise UnsupportedModelError(f"{type(module).__name__} has no attention function {name!r}")
+    return found

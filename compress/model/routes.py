@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_compress.errors import UnsupportedModelError
 
 from . import hf
+from .attention import Attention
 from .experts import FusedExperts
 from .rules import Choice, RouteRule, executed
 
@@ -28,6 +29,7 @@ class Routes(nn.Module):
 
     Attributes:
         tokens: tokens seen since `reset`.
+        attention: what the layer's attention says of tokens, where a rule reads it.
     """
 
     def __init__(self, rules: Iterable[RouteRule]):
@@ -36,6 +38,7 @@ class Routes(nn.Module):
             self.add_module(str(number), rule)
         self.reset()
         self.logits: Any = None  # what the router returned, between its call and the experts'
+        self.attention: Attention | None = None
 
     @property
     def rules(self) -> list[RouteRule]:
@@ -46,6 +49,11 @@ class Routes(nn.Module):
     def reads_logits(self) -> bool:
         """Whether a rule needs the router's logits."""
         return any(rule.reads_logits for rule in self.rules)
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether a rule needs the attention that tokens receive."""
+        return any(rule.reads_attention for rule in self.rules)
 
     @property
     def executed(self) -> int:
@@ -69,10 +77,11 @@ class Routes(nn.Module):
                 "a routing rule reads the router's logits, and this family's router returns none"
             )
         flat = logits.reshape(len(hidden_TH), -1) if isinstance(logits, Tensor) else None
+        received = self.attention.read(len(hidden_TH)) if self.attention is not None else None
         for rule in self.rules:
             if not rule.by_expert:
                 weight_TK = weight_TK.masked_fill(index_TK >= experts, 0)
-            index_TK, weight_TK = rule(Choice(hidden_TH, index_TK, weight_TK, experts, flat))
+            index_TK, weight_TK = rule(Choice(hidden_TH, index_TK, weight_TK, experts, flat, received))
         self.tokens += len(hidden_TH)
         with torch.no_grad():
             self._executed = self._executed + executed(index_TK, weight_TK, experts).sum()  # no wait for a device

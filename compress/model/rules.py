@@ -26,6 +26,7 @@ class Choice(NamedTuple):
         index_TK, weight_TK: experts and weights; 0 in slots that nobody serves.
         experts: how many experts there are.
         logits_TC: what the router returned as its logits; only for rules that say `reads_logits`.
+        received_T: attention that each token received in this layer (attention.py); only for `reads_attention`.
     """
 
     hidden_TH: Tensor
@@ -33,6 +34,7 @@ class Choice(NamedTuple):
     weight_TK: Tensor
     experts: int
     logits_TC: Tensor | None = None
+    received_T: Tensor | None = None
 
 
 class RouteRule(nn.Module):
@@ -41,11 +43,13 @@ class RouteRule(nn.Module):
     Attributes:
         kind: its name in descriptions.
         reads_logits: whether it needs the router's logits.
+        reads_attention: whether it needs the attention that tokens receive.
         by_expert: whether it names experts of the router's numbering, also beyond those that are there.
     """
 
     kind: ClassVar[str]
     reads_logits = False
+    reads_attention = False
     by_expert = False
 
     def describe(self) -> dict[str, Any]:
@@ -117,14 +121,21 @@ class TopK(RouteRule):
 class Ratio(RouteRule):
     """Weights of at least `threshold` times the token's largest (NAEE, arXiv 2402.14800; for any K).
 
-    Tokens whose input has an L1 norm of at least `protect` keep all (ODP, arXiv 2410.06270, without attention).
+    Tokens whose importance is at least `protect` keep all (ODP, arXiv 2410.06270): the L1 norm of their input; with
+    `protect_by: attention` times the attention that they receive, so that in a forward of one token none is protected.
     """
 
     kind = "ratio"
 
-    def __init__(self, threshold: float, protect: float | None = None, renormalize: bool = True):
+    def __init__(
+        self, threshold: float, protect: float | None = None, renormalize: bool = True, protect_by: str = "norm"
+    ):
         super().__init__()
+        if protect_by not in ("norm", "attention"):
+            raise ValueError(f"`protect_by` is {protect_by!r}, neither 'norm' nor 'attention'")
         self.threshold, self.protect, self.renormalize = threshold, protect, renormalize
+        self.protect_by = protect_by
+        self.reads_attention = protect is not None and protect_by == "attention"
 
     def forward(self, choice: Choice) -> tuple[Tensor, Tensor]:
         """See RouteRule."""
@@ -132,9 +143,15 @@ class Ratio(RouteRule):
         keep = ratios(weight) >= self.threshold
         keep[:, 0] = True
         if self.protect is not None:
-            keep |= (l1_norms(choice.hidden_TH) >= self.protect).unsqueeze(-1)
+            received_T = choice.received_T if self.reads_attention else None
+            keep |= (importances(l1_norms(choice.hidden_TH), received_T) >= self.protect).unsqueeze(-1)
         kept_TK = torch.zeros_like(keep).scatter(1, slot, keep)
         return choice.index_TK, dropped(choice.weight_TK, kept_TK, self.renormalize)
+
+
+def importances(norm_T: Tensor, received_T: Tensor | None) -> Tensor:
+    """ODP's importance of tokens (Eq. 6), float32: ‖x‖₁ times the attention that they receive, where it is given."""
+    return norm_T.float() if received_T is None else norm_T.float() * received_T.to(norm_T.device).float()
 
 
 def ratios(ranked_TK: Tensor) -> Tensor:
@@ -324,5 +341,5 @@ def make_rule(description: Mapping[str, Any]) -> RouteRule:
         raise CheckpointError(f"routing rules of kind {kind!r} aren't known: the checkpoint needs a newer moe-compress")
     try:
         return RULES[kind](**values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"a routing rule of kind {kind!r} has other settings: {error}") from error

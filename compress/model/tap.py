@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moe_compress.errors import UnsupportedModelError
 
 from . import hf
+from .attention import attention_of
 from .block import MoEBlock, read_routing
 from .dispatch import Dispatch
 from .experts import Experts, FusedExperts, run_experts
@@ -45,6 +46,7 @@ class Tap:
         token_weight_T: what each token counts in sums over tokens, not negative; None where all count 1.
         classes: the expert that each of the router's classes means (−1: none) where a rule says so (rules.Remap); None
             where class e means expert e.
+        received_T: attention that each token received (attention.py); None where the layer isn't watched for it.
     """
 
     layer: int
@@ -60,6 +62,7 @@ class Tap:
     modality_T: Tensor | None = None
     token_weight_T: Tensor | None = None
     classes: Sequence[int] | None = None
+    received_T: Tensor | None = None
     _parts: tuple[Dispatch, Tensor, Tensor] | None = None
 
     @functools.cached_property
@@ -218,6 +221,8 @@ def observe(
             tap = Tap(block.layer, experts, hidden, index, weight, output, logits, sequence, _parts=parts)
             tap.modality_T, tap.token_weight_T = modality, counted
             tap.classes = next((rule.experts for rule in block.rules if isinstance(rule, Remap)), None)
+            if (attention := attention_of(block.module)) is not None:
+                tap.received_T = attention.read(len(hidden))
             tap.router_arguments = dict(returned[1])
             observer(tap)
 

@@ -17,6 +17,7 @@ from moe_compress.errors import CheckpointError, UnsupportedModelError
 from moe_compress.export.verify import verify
 from moe_compress.export.write import write_folder
 from moe_compress.model import MoEModel, hf
+from moe_compress.model.attention import Attention
 from moe_compress.model.routes import Routes, routes_of
 from moe_compress.model.rules import Capacity, Choice, Learned, Ratio, Remap, TopK, TopP, executed, make_rule
 from moe_compress.model.sweep import Sweep
@@ -24,6 +25,7 @@ from moe_compress.probe import streamed
 from moe_compress.progress import Progress
 
 EXPERTS, HIDDEN = 8, 6
+RECEIVED = torch.rand(40, generator=torch.Generator().manual_seed(9))  # attention that each token receives
 
 
 def routing(kind, tokens=40, slots=4):
@@ -57,7 +59,8 @@ def loops(rule, hidden, index, weight, logits):
         if isinstance(rule, TopK):
             kept = order[: rule.keep]
         elif isinstance(rule, Ratio):
-            safe = rule.protect is not None and float(hidden[t].abs().sum()) >= rule.protect
+            importance = float(hidden[t].abs().sum()) * (float(RECEIVED[t]) if rule.protect_by == "attention" else 1)
+            safe = rule.protect is not None and importance >= rule.protect
             kept = [e for e in order if safe or e == order[0] or row[e] >= rule.threshold * row[order[0]]]
         elif isinstance(rule, TopP):
             kept, total = [], 0.0
@@ -105,6 +108,7 @@ RULES = [
     *(TopK(k, r) for k in (1, 2, 3, 4) for r in (True, False)),
     *(Ratio(b, p, r) for b in (0.0, 0.4, 0.8, 2.0) for p in (None, 5.0) for r in (True, False)),
     *(TopP(p, r) for p in (0.01, 0.5, 0.9, 2.0) for r in (True, False)),
+    *(Ratio(b, p, True, "attention") for b in (0.4, 2.0) for p in (None, 2.5)),
     learned(),
 ]
 
@@ -115,6 +119,9 @@ def test_rules_do_what_loops_do(rule, kind):
     """With weights of every kind; renormalised weights sum up to what the token had; slots without expert stay so."""
     hidden, index, weight, logits = routing(kind)
     routes = Routes([rule])
+    if routes.reads_attention:
+        routes.attention = Attention("here")
+        routes.attention.put(RECEIVED)
     got = routes(hidden, index, weight, EXPERTS)
     expected = loops(rule, hidden, index, weight, logits)
     same(found(*got), expected)
@@ -356,6 +363,8 @@ def test_unknown_rules_are_refused():
         make_rule({"kind": "clairvoyant"})
     with pytest.raises(CheckpointError, match="'top_k' has other settings"):
         make_rule({"kind": "top_k", "depth": 3})
+    with pytest.raises(CheckpointError, match="'ratio' has other settings: `protect_by` is 'charm', neither"):
+        make_rule({"kind": "ratio", "threshold": 0.5, "protect_by": "charm"})
 
 
 def test_parameters_that_no_rule_has_are_refused(tmp_path):

@@ -76,6 +76,18 @@ def test_protected_tokens_count():
     assert experts_left(weight[~safe], norm[~safe], rule)[1] < 3.0
 
 
+def test_attention_protects_beside_the_norm():
+    """The same, by the product of both."""
+    weight, norm = weights(unserved=0)
+    received = torch.rand(len(weight), generator=torch.Generator().manual_seed(5))
+    safe = norm * received >= 8.0
+    assert 0 < int(safe.sum()) < int((norm >= 8.0).sum())
+    rule = Ratio(ratio_threshold(weight, safe, 3.0), 8.0, True, "attention")
+    assert experts_left(weight, norm, rule, received)[1] == pytest.approx(3.0, abs=1.01 / len(weight))
+    assert experts_left(weight[safe], norm[safe], rule, received[safe])[1] == 6.0
+    assert experts_left(weight[~safe], norm[~safe], rule, received[~safe])[1] < 3.0
+
+
 def test_the_median_skips_half_of_second_experts():
     weight, norm = weights(tokens=501, slots=2, unserved=0)
     ratios = sorted((row[1] / row[0]) for row in weight.tolist())
@@ -230,6 +242,7 @@ PASSES = {
     "random": {"skip.top_k": {"experts_per_token": 2.5, "layers": "random"}},
     "ratio": {"skip.ratio": {"experts_per_token": 2.5}},
     "protected": {"skip.ratio": {"experts_per_token": 2.5, "protect": "norm", "protected": 0.1}},
+    "attention": {"skip.ratio": {"experts_per_token": 2.5, "protect": "attention", "protected": 0.1}},
     "top_p": {"skip.top_p": {"experts_per_token": 2.5}},
     "learned": {"skip.learned": {"experts_per_token": 2.5, "epochs": 5}},
     "capacity": {"skip.capacity": {"factor": 0.8, "overflow": "reroute"}},
@@ -257,6 +270,21 @@ def test_plans_say_what_will_run(name, calibration):
         assert summary["experts_per_token"] == pytest.approx(2.5, abs=0.02 if "error" != name != "random" else 0.5)
     if name in ("error", "random"):
         assert summary["experts_per_token"] <= 2.5
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("by", ["norm", "attention"])
+def test_the_wanted_share_is_protected(by, share, calibration):
+    """On the text that calibrates, in the first layer, which reads there what it was calibrated on."""
+    model = four()
+    step = {"skip.ratio": {"threshold": 2.0, "protect": by, "protected": share}}
+    moe_compress.compress(model, passes=[step], calibration=calibration, monitor=Monitor(show=False))
+    taps = []
+    with Sweep(MoEModel.wrap(model), [{"input_ids": calibration.ids}]) as sweep:
+        next(iter(sweep)).run(taps.append)
+    kept = (taps[0].weight_TK != 0).sum(-1)
+    assert int((kept == 4).sum()) == round(share * len(kept))
+    assert int((kept == 1).sum()) == len(kept) - round(share * len(kept))
 
 
 def test_more_experts_lose_less(calibration):
@@ -299,7 +327,7 @@ def test_capacity_is_measured_as_it_runs(calibration):
         assert float(result["busiest"][1]) < float(result["busiest"][0])
 
 
-@pytest.mark.parametrize("name", ["error", "protected", "top_p", "learned"])
+@pytest.mark.parametrize("name", ["error", "protected", "attention", "top_p", "learned"])
 def test_a_folder_and_a_model_in_memory_get_the_same(name, tmp_path, text, small):
     """The same rules, the same counts, before and after in the report; the folder runs them when it is loaded."""
     values = recipe(small, tmp_path / "out", [_halved(PASSES[name])], text)
