@@ -2,9 +2,10 @@
 
     python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
 
-Groups: prune, criteria, novices, neurons, merge, quantize (default: all). Prints one table per group; every row is a
-fresh copy of the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are means
-over the texts of the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the original.
+Groups: prune, criteria, rounds, novices, neurons, merge, quantize (default: all). Prints one table per group; every row
+is a fresh copy of the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are
+means over the texts of the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the
+original.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
             *((c, {"criterion": c}) for c in ("diep", "gram_greedy", "naee")),
             *((f"{c}, global", {"criterion": c, "scope": "global"}) for c in ("diep", "gram_greedy")),
         )
+    },
+    "rounds": {
+        f"{criterion}{', refitted' if refit else ''}, steps: {steps} {keep:.0%}": [
+            {"prune.experts": {"keep": keep, "refit": refit, "criterion": criterion, "steps": steps}}
+        ]
+        for keep in (0.75, 0.5)
+        for criterion in ("reap", "frequency", "gram_greedy")
+        for refit in (False, True)
+        for steps in (1, 2, 4)
     },
     "novices": {
         f"{name} {keep:.0%}": [{"prune.experts": {"keep": keep, **options}}]

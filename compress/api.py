@@ -326,7 +326,7 @@ def _report(
     recipe = {
         "model": view.module.config.name_or_path or type(view.module).__name__,
         "target": target,
-        "passes": [{s.name: s.options.model_dump(mode="json")} for s in steps],
+        "passes": [{s.name: s.options.model_dump(mode="json")} for s in steps if s.round == 0],
     }
     return build(
         recipe=recipe,

@@ -114,8 +114,9 @@ def run_passes(
         source: opens the original once more, for passes that learn from it.
     """
     outcomes: list[Outcome] = []
-    state, before = fingerprint, shape
+    state, before, shapes = fingerprint, shape, [shape]
     for number, step in enumerate(passes):
+        step.start = shapes[number - step.round]
         commits = storage.pass_store(number, step.name)
         own = calibrated.of(step.domains())
         if step.learns() and not all(commits.has(i) for i in model.moe_layers):
@@ -149,6 +150,7 @@ def run_passes(
         shape = step.settle(shape)
         options = step.options.model_dump(mode="json")
         outcomes.append(Outcome(step.name, options, plan, shape, reports))
+        shapes.append(shape)
         state = short_digest([state, step.name, options, plan.to_json(), calibrated.digest])
     return outcomes
 

@@ -23,28 +23,30 @@ from moe_compress.units import show_bytes
 
 def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[ModelShape]:
     """Sizes after each pass. Raises RecipeError, BudgetError for a pass that can't follow or a size that can't be."""
-    shapes = []
+    shapes = [shape]
     for number, step in enumerate(passes):
+        step.start = shapes[number - step.round]
+        entry = sum(other.round == 0 for other in passes[: number + 1]) - 1  # of the recipe
         for index, layer in shape.layers.items():
             if layer.kind not in step.accepts:
                 before = f"can't follow {passes[number - 1].name}" if number else "can't change this model"
                 able = ", ".join(followers(layer.kind)) or "no pass"
                 raise RecipeError(
-                    f"passes[{number}]: {step.name} {before}: the experts of layer {index} are {layer.kind} already; "
+                    f"passes[{entry}]: {step.name} {before}: the experts of layer {index} are {layer.kind} already; "
                     f"what could follow: {able} (docs/passes.md)"
                 )
         layers, shape = shape.layers, step.forecast(shape)
         for index, layer in layers.items():
             if layer.rules and shape.layers[index].num_experts != layer.num_experts:
                 raise RecipeError(
-                    f"passes[{number}]: {step.name} can't follow a pass that skips experts: the rules of layer {index} "
+                    f"passes[{entry}]: {step.name} can't follow a pass that skips experts: the rules of layer {index} "
                     f"({', '.join(layer.rules)}) are made for {layer.num_experts} experts; let {step.name} come first"
                 )
         shapes.append(shape)
     last = shapes[-1]
     if target.uniform_experts and len({layer.num_experts for layer in last.layers.values()}) > 1:
         raise RecipeError(f"target {target.name!r} loads the same number of experts in every layer only")
-    return shapes
+    return shapes[1:]
 
 
 def check_runtime(model: MoEModel, shape: ModelShape, target: Target, wanted: str = "auto") -> None:

@@ -115,6 +115,8 @@ class Pass(ABC):
     Attributes:
         learned: of a pass that learns, layer → what `learn` found, there before `plan` and `apply` are called.
         profile: what `plan` was given, for `apply` to look up tensors that are too large for a plan.
+        round, start: which round it is of a pass that goes in several (rounds.py), and the model's shape before the
+            first, there before `forecast` and `plan` are called; None where nobody has said.
     """
 
     name: ClassVar[str]
@@ -129,6 +131,8 @@ class Pass(ABC):
         self.target = target
         self.learned: dict[int, Result] = {}
         self.profile: Profile | None = None
+        self.round = 0
+        self.start: ModelShape | None = None
 
     def statistics(self) -> Sequence[Statistic]:
         """What `plan` needs to have been measured."""

@@ -18,6 +18,7 @@ from moe_compress.calib.text import Calibration
 from moe_compress.errors import RecipeError
 from moe_compress.export.targets import Target, find_target
 from moe_compress.passes import Pass, PassOptions, find_pass, load_plugin
+from moe_compress.rounds import in_rounds
 from moe_compress.units import parse_bytes
 
 KeyPath = tuple[str | int, ...]
@@ -119,14 +120,17 @@ class Recipe(BaseModel):
         return find_target(self.target)
 
     def steps(self) -> list[Pass]:
-        """The passes with their options."""
-        return [build_pass(entry, self.goal, ("passes", number)) for number, entry in enumerate(self.passes)]
+        """The passes with their options; of one that goes in rounds, each of them."""
+        return [part for step in self._entries() for part in in_rounds(step)]
 
     def plain(self) -> dict[str, Any]:
         """The recipe as JSON values, defaults of passes filled in: what is recorded, and what resuming compares."""
         values = self.model_dump(mode="json")
-        values["passes"] = [{step.name: step.options.model_dump(mode="json")} for step in self.steps()]
+        values["passes"] = [{step.name: step.options.model_dump(mode="json")} for step in self._entries()]
         return values
+
+    def _entries(self) -> list[Pass]:
+        return [build_pass(entry, self.goal, ("passes", number)) for number, entry in enumerate(self.passes)]
 
 
 class _KeyError(RecipeError):
@@ -196,9 +200,10 @@ def make_part(part: type[Part], values: Any, key: str) -> Part:
 
 
 def make_passes(entries: Sequence[Any], target: Target) -> list[Pass]:
-    """The passes of a recipe given as a list. Raises RecipeError with the key."""
+    """The passes of a recipe given as a list, rounds one by one. Raises RecipeError with the key."""
     try:
-        return [build_pass(entry, target, ("passes", number)) for number, entry in enumerate(entries)]
+        steps = [build_pass(entry, target, ("passes", number)) for number, entry in enumerate(entries)]
+        return [part for step in steps for part in in_rounds(step)]
     except _KeyError as error:
         raise RecipeError(f"{_dotted(error.path)}: {error}") from error
 

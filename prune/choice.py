@@ -29,10 +29,12 @@ class Guards:
     Attributes:
         minimum: experts; None for twice the top-k.
         most_removed: of its experts at most this share goes.
+        start: what that is a share of, where a round isn't the first; None: the shape that is asked about.
     """
 
     minimum: int | None = None
     most_removed: float = 1.0
+    start: ModelShape | None = None
 
     def floors(self, shape: ModelShape, total: int, protected: Protected) -> dict[int, int]:
         """Experts that each layer keeps in any case. Raises RecipeError when they are more than `total`."""
@@ -40,7 +42,8 @@ class Guards:
         for index, layer in shape.layers.items():
             step = layer.routing_groups
             least = self.minimum if self.minimum is not None else min(layer.num_experts, 2 * layer.top_k)
-            share = math.ceil(round((1 - self.most_removed) * layer.num_experts, 9))
+            whole = (self.start or shape).layers[index].num_experts
+            share = math.ceil(round((1 - self.most_removed) * whole, 9))
             least = max(least, share, layer.top_k, least_kept(layer, protected.get(index, [])))
             if layer.groups:
                 groups, used = layer.groups
@@ -69,6 +72,28 @@ def best(
 ) -> dict[int, list[int]]:
     """Layer → its `counts[layer]` best experts."""
     return {i: chosen(scores[i], counts[i], layer, protected.get(i, [])) for i, layer in shape.layers.items()}
+
+
+def evened(shape: ModelShape, counts: Mapping[int, int]) -> dict[int, int]:
+    """The most even numbers of experts that layers can keep which sum to those of `counts`.
+
+    `counts` themselves where layers have so many; where an earlier round has left a layer fewer, it keeps what it has,
+    and those that keep fewest keep more, a routing group's worth at a time.
+    """
+    kept = {i: min(counts[i], layer.num_experts) for i, layer in shape.layers.items()}
+    left = sum(counts.values()) - sum(kept.values())
+    while left > 0:
+        room = [
+            i
+            for i, layer in shape.layers.items()
+            if kept[i] + layer.routing_groups <= layer.num_experts and layer.routing_groups <= left
+        ]
+        if not room:
+            break
+        least = min(room, key=lambda i: (kept[i], i))
+        kept[least] += shape.layers[least].routing_groups
+        left -= shape.layers[least].routing_groups
+    return kept
 
 
 def global_counts(

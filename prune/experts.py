@@ -13,26 +13,28 @@ from moe_compress.calib.batches import TokenBatches, split
 from moe_compress.calib.collect import MemoryStore, Profile, collect
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import OutputNorms, Result, Routing, Statistic
-from moe_compress.counts import ExpertCounts, kept_count, kept_slots
+from moe_compress.counts import ExpertCounts, kept_count
 from moe_compress.errors import RecipeError, RunError
 from moe_compress.model import MoEBlock
 from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import NextToken
-from moe_compress.model.shape import ModelShape
+from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.model.sweep import Sweep
 from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
-from moe_compress.refit import LayerRefit, Ridge, no_refit
+from moe_compress.refit import Ridge
+from moe_compress.rounds import Rounds, check_rounds, number_of_rounds, reached, said
 
 from . import attribution, diep, gram_greedy, naee, stun  # noqa: F401  (they register criteria)
-from .choice import Guards, as_mask, best, cheapest_counts, global_counts, removal_order, shares
+from .choice import Guards, as_mask, best, cheapest_counts, evened, global_counts, removal_order, shares
 from .criteria import CRITERIA, Selection, find_criterion
+from .drop import drop_experts
 from .novices import put_means, with_novices
 from .removal import RemovalLoss, dropping_costs
 from .sensitivity import loss_of, measured_costs
 from .super_experts import measured_super_experts
 
 
-class PruneOptions(PassOptions, ExpertCounts):
+class PruneOptions(PassOptions, ExpertCounts, Rounds):
     """Options of `prune.experts`."""
 
     criterion: str = Field(default="reap", description="How experts are scored; the lowest go first")
@@ -89,6 +91,8 @@ class PruneOptions(PassOptions, ExpertCounts):
     def _novices(self) -> Self:
         if self.replace == "mean" and self.refit and "refit" in self.model_fields_set:
             raise ValueError("`refit` belongs to replace: nothing; with replace: mean nothing is solved again")
+        if self.replace == "mean" and self.steps > 1:
+            raise ValueError("`steps` belongs to replace: nothing; nothing can follow replace: mean, no round either")
         return self
 
     @model_validator(mode="after")
@@ -111,11 +115,6 @@ class PruneOptions(PassOptions, ExpertCounts):
     def checked(self) -> bool:
         """Whether the plan is compared with a uniform one."""
         return self.scope == "sensitivity" if self.check is None else self.check
-
-    @property
-    def guards(self) -> Guards:
-        """What every layer keeps."""
-        return Guards(self.minimum, self.most_removed)
 
 
 @register
@@ -171,11 +170,19 @@ class PruneExperts(Pass):
                 f"{self.target.name!r} can't load; use replace: nothing, or target: native"
             )
         counts = self._counts(shape)
+        going = {i: layer.num_experts - self._goal(i, layer) for i, layer in self._start(shape).layers.items()}
+        units = {i: n // shape.layers[i].routing_groups for i, n in going.items()}
+        check_rounds(self, units, "experts (of each routing group)")
+        if number_of_rounds(self) > 1 and len(set(counts.values())) > 1 and self._measures_for_a_number():
+            raise RecipeError(
+                f"prune.experts: criterion {self.options.criterion!r} measures for one number of experts, and layers "
+                f"keep {sorted(set(counts.values()))} after round {self.round + 1}; use steps: 1, or another criterion"
+            )
         for index, count in counts.items():
             if problem := find_criterion(self.options.criterion).problem(shape.layers[index], count):
                 raise RecipeError(f"prune.experts: criterion {self.options.criterion!r}: layer {index} {problem}")
         if self.options.scope != "uniform":
-            self.options.guards.floors(shape, sum(counts.values()), {})
+            self._guards().floors(shape, sum(counts.values()), {})
         if self.options.replace == "mean":
             return shape.with_layers({i: with_novices(layer, counts[i]) for i, layer in shape.layers.items()})
         return shape.with_layers({i: layer.with_experts(counts[i]) for i, layer in shape.layers.items()})
@@ -233,23 +240,19 @@ class PruneExperts(Pass):
         notes += [f"layer {i}: {n} experts saw no calibration token" for i, n in unseen.items() if n]
         kept = sum(len(k) for k in keep.values())
         total = sum(len(s) for s in scores.values())
-        return Plan(self.name, layers, {"kept": kept, "of": total, "criterion": self.options.criterion, **extra}, notes)
+        summary = {**said(self), "kept": kept, "of": total, "criterion": self.options.criterion, **extra}
+        return Plan(self.name, layers, summary, notes)
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Drop the experts that the plan removes, and let those that are left take over what they can."""
         if self.options.replace == "mean":
             assert inputs is not None
             return self._replace(block, decision, inputs)
-        refit, refitted = None, None
-        if self.options.refit and decision["remove"]:
-            assert inputs is not None
-            refit, refitted = _refit(block, inputs)
-        block.keep(decision["keep"])
-        slots = kept_slots(decision["keep"], len(decision["scores"]))
-        if refit is not None:
-            refitted = refit.after(block, slots, self.options.ridge, [slots[e] for e in decision["protected"]])
+        ridge = self.options.ridge if self.options.refit else None
+        slots, refitted = drop_experts(block, decision["keep"], decision["protected"], inputs, ridge)
+        told = {"round": self.round + 1} if number_of_rounds(self) > 1 else {}
         experts = [
-            {"score": score, "removed": slot < 0, "protected": expert in decision["protected"]}
+            {"score": score, "removed": slot < 0, "protected": expert in decision["protected"], **told}
             for expert, (score, slot) in enumerate(zip(decision["scores"], slots, strict=True))
         ]
         return {"removed": decision["remove"], "experts": experts, "slots": slots, "refit": refitted}
@@ -266,7 +269,7 @@ class PruneExperts(Pass):
         return {**report, "slots": list(range(len(experts))), "all_neurons": width * len(decision["keep"])}
 
     def _measures(self) -> list[Statistic]:
-        found = find_criterion(self.options.criterion).measures(self.options)
+        found = find_criterion(self.options.criterion).measures(self._asked())
         if self.options.protect_super_experts:
             found.append(OutputNorms())
         if self.options.scope == "sensitivity" and self.options.sensitivity == "fisher":
@@ -290,7 +293,7 @@ class PruneExperts(Pass):
         counts = self._counts(profile.shape)
         scores = {
             index: chosen_criterion.score(
-                {s.name: profile.of(index, s) for s in chosen_criterion.measures(self.options)},
+                {s.name: profile.of(index, s) for s in chosen_criterion.measures(self._asked())},
                 Selection(layer, counts[index], protected.get(index, []), generator),
             )
             for index, layer in profile.shape.layers.items()
@@ -305,8 +308,33 @@ class PruneExperts(Pass):
         return scores, protected
 
     def _counts(self, shape: ModelShape) -> dict[int, int]:
-        """Layer → experts that it keeps in a uniform plan."""
-        return {i: kept_count(self.name, i, layer, self.options) for i, layer in shape.layers.items()}
+        """Layer → experts that it keeps in a uniform plan, at the end of this round."""
+        counts = {
+            i: reached(self, layer.num_experts, self._goal(i, layer), layer.routing_groups)
+            for i, layer in self._start(shape).layers.items()
+        }
+        return counts if self.options.scope == "uniform" else evened(shape, counts)
+
+    def _goal(self, index: int, layer: LayerShape) -> int:
+        """Experts that a layer, as it was before the first round, keeps after the last."""
+        return kept_count(self.name, index, layer, self.options)
+
+    def _start(self, shape: ModelShape) -> ModelShape:
+        return self.start if self.start is not None and self.round else shape
+
+    def _guards(self) -> Guards:
+        """What every layer keeps."""
+        return Guards(self.options.minimum, self.options.most_removed, self.start if self.round else None)
+
+    def _measures_for_a_number(self) -> bool:
+        return any(not isinstance(s, Statistic) for s in find_criterion(self.options.criterion).statistics)
+
+    def _asked(self) -> ExpertCounts:
+        """What a criterion is told that measures for a number of experts: that of this round."""
+        if self.start is None or number_of_rounds(self) == 1:
+            return self.options
+        counts = set(self._counts(self.start).values())
+        return ExpertCounts(experts=counts.pop()) if len(counts) == 1 else self.options
 
     def _costs(
         self,
@@ -324,7 +352,7 @@ class PruneExperts(Pass):
         if self.options.sensitivity == "fisher":
             costs = {i: dropping_costs(profile.of(i, RemovalLoss())["fisher"], order) for i, order in orders.items()}
             return {i: {len(found) - 1 - n: float(c) for n, c in enumerate(found)} for i, found in costs.items()}
-        floors = self.options.guards.floors(shape, sum(self._counts(shape).values()), protected)
+        floors = self._guards().floors(shape, sum(self._counts(shape).values()), protected)
         count = min(len(text), -(-self.options.measured_tokens * len(text) // text.tokens))
         spread = torch.linspace(0, len(text) - 1, count).round().long().tolist()  # from all domains
         sample = text.chosen(sorted(set(spread)))
@@ -337,7 +365,7 @@ class PruneExperts(Pass):
         protected: dict[int, list[int]],
         costs: dict[int, dict[int, float]],
     ) -> dict[int, list[int]]:
-        shape, guards = profile.shape, self.options.guards
+        shape, guards = profile.shape, self._guards()
         counts = self._counts(shape)
         if self.options.scope == "global":
             compared = scores if find_criterion(self.options.criterion).comparable else shares(scores)
@@ -359,13 +387,3 @@ class PruneExperts(Pass):
             f"held-out text: {losses[1]:.4g} nats per token lost with {free} experts in the layers, {losses[0]:.4g} "
             f"with the same number in all: the {used} plan is used"
         ]
-
-
-def _refit(block: MoEBlock, inputs: BlockInputs) -> tuple[LayerRefit | None, dict[str, str] | None]:
-    """What refits a block once experts are gone; or why nothing can."""
-    if skipped := no_refit(block):
-        return None, skipped
-    refit = LayerRefit(block, inputs)
-    if not refit.known:
-        return None, {"skipped": "the router reads more than the experts do: whom it chooses instead isn't known here"}
-    return refit, None

@@ -24,12 +24,13 @@ from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 from moe_compress.refit import LayerRefit, Ridge, no_refit
+from moe_compress.rounds import Rounds, check_rounds, reached, said
 
 from .neuron_criteria import NEURON_CRITERIA, find_neuron_criterion
 from .ragged import make_ragged, padded
 
 
-class NeuronOptions(PassOptions):
+class NeuronOptions(PassOptions, Rounds):
     """Options of `prune.neurons`."""
 
     keep: float | None = Field(default=None, gt=0, le=1, description="Share of the neurons that stays, e.g. 0.75")
@@ -71,6 +72,8 @@ class NeuronOptions(PassOptions):
             raise ValueError("`scope` belongs to width: free")
         if self.width == "uniform" and "minimum" in self.model_fields_set:
             raise ValueError("`minimum` belongs to width: layer and free; in a uniform plan every expert keeps as many")
+        if self.width == "free" and self.steps > 1:
+            raise ValueError("`steps` belongs to width: uniform and layer; nothing can follow free, no round either")
         across = self.width == "layer" or (self.width == "free" and self.scope == "global")
         if across and find_neuron_criterion(self.criterion).signed:
             raise ValueError(
@@ -112,9 +115,13 @@ class PruneNeurons(Pass):
                 f"prune.neurons: width {self.options.width!r} gives experts different widths, which the target "
                 f"{self.target.name!r} can't load; use width: uniform, or target: native"
             )
-        layers = {i: layer.with_width(self._width(i, layer)) for i, layer in shape.layers.items()}
+        start = self._start(shape).layers
+        going = {i: (n.intermediate - self._goal(i, n)) // self._multiple(n) for i, n in start.items()}
+        check_rounds(self, going, "times `multiple` of its neurons")
+        widths = self._widths(shape)
+        layers = {i: layer.with_width(widths[i]) for i, layer in shape.layers.items()}
         if self.options.width != "uniform":
-            for index, layer in shape.layers.items():
+            for index, layer in start.items():
                 if (least := self._least(layer)) > layers[index].intermediate:
                     raise BudgetError(
                         f"prune.neurons: layer {index}: experts keep {least} neurons at the least, and "
@@ -134,7 +141,7 @@ class PruneNeurons(Pass):
             notes = [f"layer {i}: {n} experts saw no calibration token" for i, n in unseen.items() if n]
         layers = {i: {"kept": [_to_hex(row) for row in kept[i]], "lost": _lost(scores[i], kept[i])} for i in scores}
         total, left = sum(k.numel() for k in kept.values()), sum(int(k.sum()) for k in kept.values())
-        summary: dict[str, Any] = {"neurons": left, "of": total, "criterion": self.options.criterion}
+        summary: dict[str, Any] = {**said(self), "neurons": left, "of": total, "criterion": self.options.criterion}
         if self.options.width != "uniform":
             summary["widths"] = [
                 {"layer": i, "least": int(n.min()), "mean": round(float(n.double().mean()), 1), "most": int(n.max())}
@@ -164,8 +171,16 @@ class PruneNeurons(Pass):
             report["all_neurons"] = sum(widths)
         return report
 
-    def _width(self, index: int, layer: LayerShape) -> int:
-        """Neurons per expert on average, a multiple of m. Raises RecipeError."""
+    def _start(self, shape: ModelShape) -> ModelShape:
+        return self.start if self.start is not None and self.round else shape
+
+    def _widths(self, shape: ModelShape) -> dict[int, int]:
+        """Layer → neurons per expert on average at the end of this round. Raises RecipeError."""
+        start = self._start(shape).layers
+        return {i: reached(self, n.intermediate, self._goal(i, n), self._multiple(n)) for i, n in start.items()}
+
+    def _goal(self, index: int, layer: LayerShape) -> int:
+        """The same after the last round, a multiple of m, of a layer as it was before the first. Raises RecipeError."""
         now, step = layer.intermediate, self._multiple(layer)
         wanted = self.options.neurons if self.options.neurons is not None else now * (self.options.keep or 1.0)
         if wanted > now:
@@ -205,11 +220,11 @@ class PruneNeurons(Pass):
 
     def _choose(self, shape: ModelShape, scores: dict[int, Tensor]) -> dict[int, Tensor]:
         """Layer → which neurons stay, [E, I]."""
-        width = {i: self._width(i, layer) for i, layer in shape.layers.items()}
+        width, start = self._widths(shape), self._start(shape).layers
         if self.options.width == "uniform":
             return {i: best(s, torch.full((len(s),), width[i])) for i, s in scores.items()}
-        step = {i: self._multiple(layer) for i, layer in shape.layers.items()}
-        least = {i: self._least(layer) for i, layer in shape.layers.items()}
+        step = {i: self._multiple(layer) for i, layer in start.items()}
+        least = {i: self._least(layer) for i, layer in start.items()}
         if self.options.width == "free" and self.options.scope == "layer":
             parts = [[i] for i in scores]
         else:
