@@ -2,10 +2,10 @@
 
     python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
 
-Groups: prune, criteria, rounds, novices, neurons, merge, quantize (default: all). Prints one table per group; every row
-is a fresh copy of the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are
-means over the texts of the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the
-original.
+Groups: prune, criteria, rounds, task, novices, neurons, merge, quantize (default: all). Prints one table per group;
+every row is a fresh copy of the model, compressed by the same function that `moe_compress.compress` offers.
+Perplexities are means over the texts of the nats per token, so rows compare as they stand; `kl` is the mean KL
+divergence from the original.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from moe_compress.merge.options import PRESETS
 GROUPINGS = ("router", "weights", "coactivation")
 NEURONS = ("random", "magnitude", "output", "camera", "tenp", "heapr", "fisher", "refit", "refit_in_turn")
 NEURONS_FREE = ("output", "heapr", "fisher", "refit_in_turn")
+ROWS = ("weighted", "dominant", "remap")
+HEALED = ("heal.router", "heal.experts")
 CLUSTERS = ("dominant", "absorb", "kmeans", "average")
 
 GROUPS: dict[str, dict[str, list[Any]]] = {
@@ -57,6 +59,18 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
         for criterion in ("reap", "frequency", "gram_greedy")
         for refit in (False, True)
         for steps in (1, 2, 4)
+    },
+    "task": {
+        f"{name} {keep:.0%}": [{method: {"keep": keep, **options}}, *(HEALED if "healed" in name else ())]
+        for keep in (0.75, 0.5)
+        for name, method, options in (
+            ("gate_mass", "prune.experts", {"criterion": "gate_mass", "refit": False}),
+            *((f"tsep, below: {b}", "prune.experts", {"preset": "tsep", "below": b}) for b in (0.25, 0.5, 0.75)),
+            ("tsep, refitted", "prune.experts", {"preset": "tsep", "refit": True}),
+            ("tsep, healed", "prune.experts", {"preset": "tsep"}),
+            *((f"uncurl, router: {r}", "merge.average", {"preset": "uncurl", "router": r}) for r in ROWS),
+            ("uncurl, healed", "merge.average", {"preset": "uncurl"}),
+        )
     },
     "novices": {
         f"{name} {keep:.0%}": [{"prune.experts": {"keep": keep, **options}}]

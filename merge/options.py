@@ -46,6 +46,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "refit": "mean",
         "ridge": 1e-4,  # the paper's pseudoinverse, as far as few tokens allow
     },
+    "uncurl": {  # arXiv 2409.01483, with k-means for its spectral clustering; the row is a choice of this package's
+        "grouping": "router",
+        "cluster": "kmeans",
+        "weight": "frequency",
+        "router": "weighted",
+        "align": "weights",
+        "refit": "none",
+    },
     "ream": {  # arXiv 2604.04356, section 3, similarity of outputs without the router's part
         "grouping": "output",
         "cluster": "ream",
@@ -74,7 +82,7 @@ class MergeOptions(PassOptions, ExpertCounts):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
-    preset: Literal["hc-smoe", "sub-moe", "m-smoe", "mergemoe", "ream"] | None = Field(
+    preset: Literal["hc-smoe", "sub-moe", "m-smoe", "mergemoe", "uncurl", "ream"] | None = Field(
         default=None, description="A paper's setting, for all of the options below that are not given"
     )
     grouping: Literal["output", "router", "weights", "coactivation"] = Field(

@@ -61,8 +61,8 @@ def shares(scores: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Every layer's scores as shares of their sum. Raises RunError for negative ones, of which that says nothing."""
     if negative := [i for i, found in scores.items() if bool((found < 0).any())]:
         raise RunError(
-            f"prune.experts: scores of layers {negative} are negative, and scope: global compares shares of their sum; "
-            "use scope: uniform, or another criterion"
+            f"prune.experts: scores of layers {negative} are negative, and scope: global and `below` compare shares of "
+            "their sum; use scope: uniform, or another criterion"
         )
     return {index: found / found.sum().clamp_min(1e-300) for index, found in scores.items()}
 
@@ -93,6 +93,23 @@ def evened(shape: ModelShape, counts: Mapping[int, int]) -> dict[int, int]:
         least = min(room, key=lambda i: (kept[i], i))
         kept[least] += shape.layers[least].routing_groups
         left -= shape.layers[least].routing_groups
+    return kept
+
+
+def standing(
+    shape: ModelShape, scores: Mapping[int, Tensor], below: float, goals: Mapping[int, int], protected: Protected
+) -> dict[int, int]:
+    """How many experts of each layer have at least `below` times an even share of its scores, protected ones or not.
+
+    At least `goals`, and of every routing group as many as of the one with the most of them.
+    """
+    kept = {}
+    for index, share in shares(scores).items():
+        layer = shape.layers[index]
+        stays = share >= below / len(share)
+        stays[list(protected.get(index, []))] = True
+        most = int(stays.view(layer.routing_groups, -1).sum(dim=1).max())
+        kept[index] = min(layer.num_experts, max(goals[index], most * layer.routing_groups))
     return kept
 
 

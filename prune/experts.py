@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from moe_compress.calib.batches import TokenBatches, split
@@ -20,101 +19,18 @@ from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.model.sweep import Sweep
-from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
-from moe_compress.refit import Ridge
-from moe_compress.rounds import Rounds, check_rounds, number_of_rounds, reached, said
+from moe_compress.passes import Lesson, Pass, Plan, register
+from moe_compress.rounds import check_rounds, number_of_rounds, reached, said
 
 from . import attribution, diep, gram_greedy, naee, stun  # noqa: F401  (they register criteria)
-from .choice import Guards, as_mask, best, cheapest_counts, evened, global_counts, removal_order, shares
+from .choice import Guards, as_mask, best, cheapest_counts, evened, global_counts, removal_order, shares, standing
 from .criteria import CRITERIA, Selection, find_criterion
 from .drop import drop_experts
 from .novices import put_means, with_novices
+from .options import PRESETS, PruneOptions
 from .removal import RemovalLoss, dropping_costs
 from .sensitivity import loss_of, measured_costs
 from .super_experts import measured_super_experts
-
-
-class PruneOptions(PassOptions, ExpertCounts, Rounds):
-    """Options of `prune.experts`."""
-
-    criterion: str = Field(default="reap", description="How experts are scored; the lowest go first")
-    scope: Literal["uniform", "global", "sensitivity"] = Field(
-        default="uniform",
-        description="uniform: the same number in every layer; global: the lowest of all layers, by scores "
-        "that are made comparable (each layer's sum to 1, unless they are by themselves); sensitivity: fewest where "
-        "losing those that score lowest costs the model's predictions least",
-    )
-    sensitivity: Literal["fisher", "measured"] = Field(
-        default="fisher",
-        description="scope: sensitivity: what it costs, estimated from gradients by one backward sweep, or measured by "
-        "running the whole model for each layer and some numbers of experts (for small models)",
-    )
-    check: bool | None = Field(
-        default=None,
-        description="Hold sequences out and keep the uniform plan if it predicts them better (before any refit); "
-        "default: with scope: sensitivity",
-    )
-    held_out: float = Field(default=0.125, gt=0, lt=1, description="check: share of the sequences that judges")
-    measured_tokens: int = Field(default=2048, ge=1, description="sensitivity: measured: tokens of each run")
-    minimum: int | None = Field(
-        default=None,
-        ge=1,
-        description="Experts that a layer keeps at the least (global, sensitivity); default: twice the top-k",
-    )
-    most_removed: float = Field(
-        default=1.0, gt=0, le=1, description="Share of its experts that a layer loses at the most (global, sensitivity)"
-    )
-    protect_super_experts: bool = Field(default=True, description="Never remove experts with massive activations")
-    domains: list[str] | None = Field(
-        default=None, min_length=1, description="Score experts, and refit, on calibration text with these tags alone"
-    )
-    replace: Literal["nothing", "mean"] = Field(
-        default="nothing",
-        description="mean: a removed expert becomes a novice, a vector, its mean output over the tokens routed to it; "
-        "the router goes on choosing it (MoNE; its criterion is `mone`). For target: native, without refit",
-    )
-    refit: bool = Field(
-        default=True,
-        description="Solve the down projections that are left again, so that on the calibration tokens the layer puts "
-        "out what it did (experts with massive activations stay as they are)",
-    )
-    ridge: Ridge = 0.25
-    seed: int = Field(default=0, description="Seed of the criterion `random`")
-
-    @field_validator("criterion")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        find_criterion(value)
-        return value
-
-    @model_validator(mode="after")
-    def _novices(self) -> Self:
-        if self.replace == "mean" and self.refit and "refit" in self.model_fields_set:
-            raise ValueError("`refit` belongs to replace: nothing; with replace: mean nothing is solved again")
-        if self.replace == "mean" and self.steps > 1:
-            raise ValueError("`steps` belongs to replace: nothing; nothing can follow replace: mean, no round either")
-        return self
-
-    @model_validator(mode="after")
-    def _of_other_scopes(self) -> Self:
-        if self.scope == "uniform":
-            given = {"minimum": self.minimum is not None, "most_removed": self.most_removed < 1, "check": self.check}
-            if wrong := [name for name, there in given.items() if there]:
-                raise ValueError(
-                    f"`{wrong[0]}` belongs to scope: global or sensitivity; in a uniform plan every layer keeps the "
-                    "same number"
-                )
-        elif not find_criterion(self.criterion).ranks:
-            raise ValueError(
-                f"criterion {self.criterion!r} chooses sets of a given size and gives no order, which scope: "
-                f"{self.scope} compares layers by; take scope: uniform, or the criterion gram_greedy"
-            )
-        return self
-
-    @property
-    def checked(self) -> bool:
-        """Whether the plan is compared with a uniform one."""
-        return self.scope == "sensitivity" if self.check is None else self.check
 
 
 @register
@@ -130,8 +46,9 @@ class PruneExperts(Pass):
 
     @classmethod
     def choices(cls) -> dict[str, dict[str, str]]:
-        """The registered criteria."""
-        return {"criterion": {c.name: c.source for c in CRITERIA.values()}}
+        """The registered criteria, and the presets."""
+        presets = {name: ", ".join(f"{k}: {v}" for k, v in values.items()) for name, values in PRESETS.items()}
+        return {"preset": presets, "criterion": {c.name: c.source for c in CRITERIA.values()}}
 
     def statistics(self) -> Sequence[Statistic]:
         """The criterion's, and what finds super experts; nothing where they are measured on part of the text."""
@@ -170,9 +87,10 @@ class PruneExperts(Pass):
                 f"{self.target.name!r} can't load; use replace: nothing, or target: native"
             )
         counts = self._counts(shape)
-        going = {i: layer.num_experts - self._goal(i, layer) for i, layer in self._start(shape).layers.items()}
-        units = {i: n // shape.layers[i].routing_groups for i, n in going.items()}
-        check_rounds(self, units, "experts (of each routing group)")
+        if self.options.below is None:
+            going = {i: layer.num_experts - self._goal(i, layer) for i, layer in self._start(shape).layers.items()}
+            units = {i: n // shape.layers[i].routing_groups for i, n in going.items()}
+            check_rounds(self, units, "experts (of each routing group)")
         if number_of_rounds(self) > 1 and len(set(counts.values())) > 1 and self._measures_for_a_number():
             raise RecipeError(
                 f"prune.experts: criterion {self.options.criterion!r} measures for one number of experts, and layers "
@@ -238,6 +156,10 @@ class PruneExperts(Pass):
         }
         notes += [f"layer {i}: super experts {e} are protected" for i, e in protected.items()]
         notes += [f"layer {i}: {n} experts saw no calibration token" for i, n in unseen.items() if n]
+        if self.options.below is not None and not any(decision["remove"] for decision in layers.values()):
+            notes.append(
+                f"round {self.round + 1}: nothing goes: no expert's share is below {self.options.below} of an even one"
+            )
         kept = sum(len(k) for k in keep.values())
         total = sum(len(s) for s in scores.values())
         summary = {**said(self), "kept": kept, "of": total, "criterion": self.options.criterion, **extra}
@@ -309,9 +231,13 @@ class PruneExperts(Pass):
 
     def _counts(self, shape: ModelShape) -> dict[int, int]:
         """Layer → experts that it keeps in a uniform plan, at the end of this round."""
+        start = self._start(shape).layers
+        if self.options.below is not None:
+            last = self.round + 1 == number_of_rounds(self)  # what goes before that is known once it is measured
+            return {i: self._goal(i, start[i]) if last else layer.num_experts for i, layer in shape.layers.items()}
         counts = {
             i: reached(self, layer.num_experts, self._goal(i, layer), layer.routing_groups)
-            for i, layer in self._start(shape).layers.items()
+            for i, layer in start.items()
         }
         return counts if self.options.scope == "uniform" else evened(shape, counts)
 
@@ -367,6 +293,10 @@ class PruneExperts(Pass):
     ) -> dict[int, list[int]]:
         shape, guards = profile.shape, self._guards()
         counts = self._counts(shape)
+        if self.options.below is not None and self.round + 1 < number_of_rounds(self):
+            start = self._start(shape).layers
+            goals = {i: self._goal(i, layer) for i, layer in start.items()}
+            counts = standing(shape, scores, self.options.below, goals, protected)
         if self.options.scope == "global":
             compared = scores if find_criterion(self.options.criterion).comparable else shares(scores)
             counts = global_counts(shape, compared, sum(counts.values()), guards, protected)

@@ -9,6 +9,7 @@ import torch
 from checkpoints import GPTQ, recipe, write_recipe
 from families import input_batch, tiny_model
 from pydantic import ValidationError
+from reference import experts_calls, joined
 from running import digest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -194,11 +195,64 @@ PassStore.{at[0]} = call
     assert "prune.experts: measure" not in [s["name"] for s in report["stages"]]  # of both rounds it was there
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_windows_drop_what_is_below_an_even_share(name):
+    """TSEP by a plain loop: routing weight summed by hand on the model as it then is, rows removed by hand."""
+    model, below = tiny_model(name), 0.6
+    ids = input_batch(model, 6, 20, 3)["input_ids"]
+    by_hand = copy.deepcopy(model)
+    view = MoEModel.wrap(by_hand)
+    left = {i: list(range(view.block(i).num_experts)) for i in view.moe_layers}
+    groups = {i: (view.block(i).groups or (1,))[0] for i in left}
+    went = []
+    for number in range(3):
+        calls = {i: joined(own) for i, own in experts_calls(by_hand, [{"input_ids": ids}]).items()}
+        went.append({})
+        for layer, call in calls.items():
+            count, size = len(left[layer]), len(left[layer]) // groups[layer]
+            mass = [0.0] * count
+            for _, expert, gate in call.choices():
+                mass[expert] += gate
+            order = [sorted(range(f, f + size), key=lambda e: -mass[e]) for f in range(0, count, size)]
+            if number < 2:
+                stays = max(sum(mass[e] >= below * sum(mass) / count for e in own) for own in order)
+                stays = max(stays, 4 // groups[layer])
+            else:
+                stays = 4 // groups[layer]
+            keep = sorted(e for own in order for e in own[:stays])
+            went[-1][layer] = [e for e in range(count) if e not in keep]
+            left[layer] = [left[layer][e] for e in keep]
+            view.block(layer).keep(keep)
+    assert any(went[0].values())
+    assert any(went[2].values())
+    passes = [{"prune.experts": {"preset": "tsep", "experts": 4, "steps": 3, "below": below}}]
+    report = moe_compress.compress(model, passes=passes, calibration=ids, monitor=QUIET).report
+    for layer in report["layers"]:
+        assert [p["removed"] for p in layer["passes"]] == [own[layer["layer"]] for own in went]
+        assert [e["expert"] for e in layer["experts"] if e["slot"] is not None] == left[layer["layer"]]
+    for (key, mine), theirs in zip(model.state_dict().items(), by_hand.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), key
+
+
+def test_a_window_in_which_nothing_goes_says_so():
+    options = {"preset": "tsep", "experts": 6, "steps": 2, "below": 1e-6}
+    found, removed, report = counts_after(tiny_model("qwen3_moe"), **options)
+    assert found == [6, 6, 6]
+    assert removed == [[0, 2]] * 3
+    assert any(note.startswith("round 1: nothing goes") for note in report["passes"][0]["notes"])
+
+
 def test_what_cannot_be(small, text, tmp_path):
     with pytest.raises(ValidationError):
         rounds(0)
     with pytest.raises(ValidationError, match="nothing can follow replace: mean"):
         rounds(2, replace="mean")
+    with pytest.raises(ValidationError, match="`below` says what goes before the last round"):
+        rounds(1, below=0.5)
+    with pytest.raises(ValidationError, match="`below` belongs to scope: uniform"):
+        rounds(2, below=0.5, scope="global")
+    with pytest.raises(ValidationError, match="criterion 'naee' chooses sets"):
+        rounds(2, below=0.5, criterion="naee")
     with pytest.raises(RecipeError, match="nothing can follow free"):
         make_passes([{"prune.neurons": {"keep": 0.5, "width": "free", "steps": 2}}], find_target("native"))
 
