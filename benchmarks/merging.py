@@ -33,8 +33,10 @@ from moe_compress.merge.align import (
     permuted,
     weight_similarity,
 )
-from moe_compress.merge.cluster import grabbed, hierarchical, kmeans
+from moe_compress.merge.bounded import bounded_linkage
+from moe_compress.merge.cluster import grabbed, hierarchical
 from moe_compress.merge.combine import weighted_average
+from moe_compress.merge.kmeans import kmeans, kmeans_layers
 from moe_compress.merge.refit import refit_down
 from moe_compress.model import FusedExperts
 
@@ -129,13 +131,17 @@ def layer(experts: int, hidden: int, neurons: int, rows: int, loop: bool) -> Non
     tokens = torch.randn(rows // 8, hidden, generator=generator)
     index = torch.stack([torch.randperm(experts, generator=generator)[:8] for _ in tokens])
     weight = torch.full(index.shape, 0.125)
-    unit = torch.nn.functional.normalize(torch.randn(experts, 64, generator=generator), dim=1)
-    like, count = unit @ unit.T, experts * 3 // 4
+    unit = torch.nn.functional.normalize(torch.randn(48, experts, 64, generator=generator), dim=2)
+    alike, count = unit @ unit.mT, experts * 3 // 4
+    like = alike[0]
     print(f"{experts} experts of {hidden} x {neurons}, {rows} rows; {torch.get_num_threads()} threads\n")
-    timed("k-means, 8 starts", lambda: kmeans(like, count, torch.Generator().manual_seed(0)))
+    timed("k-means, 8 starts", lambda: kmeans(like, count, generator))
+    timed("k-means, 8 starts, groups of at most 2", lambda: kmeans(like, count, generator, most=2))
+    timed("k-means, 8 starts, of 48 layers at once", lambda: kmeans_layers(alike, count, generator))
     timed("average linkage", lambda: hierarchical(like, count, "average"))
+    timed("average linkage, groups of at most 2", lambda: bounded_linkage(like, count, "average", 2))
     kept = list(range(count))
-    timed("REAM's groups", lambda: grabbed(like, kept, 16))
+    timed("REAM's groups", lambda: grabbed(like, kept, 17))
     pairs = [(e, count + e) for e in range(experts - count)]
     sample = tokens[:1024]
     weights = view.weights()
@@ -161,7 +167,10 @@ def layer(experts: int, hidden: int, neurons: int, rows: int, loop: bool) -> Non
     timed("refit group by group", lambda: refit_down(view, merged, groups, tokens, index, weight, 0.25))
     if not loop:
         return
-    print("\nthe same, expert by expert")
+    print("\nk-means of 48 layers, one after the other, then start by start")
+    timed("8 starts at once", lambda: [kmeans(one, count, generator) for one in alike])
+    timed("one", lambda: [kmeans(one, count, generator, restarts=1) for one in alike for _ in range(8)])
+    print("\nthe same as above, expert by expert")
     timed("align by activations, exact", lambda: [by_hand(view, a, b, sample) for a, b in pairs])
     timed(
         "average",

@@ -31,7 +31,7 @@ from moe_compress.refit import LayerRefit, no_refit
 from .align import activations_on, align_experts, permuted
 from .cluster import inertia
 from .combine import fisher_average, output_gram, subspace_merge, weighted_average
-from .grouping import group_experts, similarity_statistic
+from .grouping import Asked, group_layers, similarity_statistic, too_many
 from .moments import output_moments
 from .options import MergeOptions, SubspaceOptions, ZipOptions
 from .refit import refit_down, refit_mean
@@ -85,29 +85,29 @@ class _MergeExperts(Pass):
         """Group every layer's experts."""
         generator = torch.Generator().manual_seed(self.options.seed)
         alone = measured_super_experts(profile) if self.options.protect_super_experts else {}
+        asked = {
+            index: self._asked(profile, index, self._count(index, layer), alone.get(index, []))
+            for index, layer in profile.shape.layers.items()
+        }
+        found = dict(zip(asked, group_layers(list(asked.values()), self.options, generator), strict=True))
         layers: dict[int, dict[str, Any]] = {}
-        for index, layer in profile.shape.layers.items():
-            similarity = profile.of(index, similarity_statistic(self.options))["similarity"]
-            usage = self._usage(profile, index)
-            found = group_experts(
-                similarity,
-                self._count(index, layer),
-                self.options,
-                usage,
-                self._saliency(profile, index),
-                1 if self.options.router == "remap" else layer.routing_groups,
-                alone.get(index, []),
-                generator,
-            )
-            groups = [g.members for g in found]
+        for index, own in found.items():
+            groups = [g.members for g in own]
             layers[index] = {
                 "groups": groups,
-                "weights": [[float(usage[e]) for e in g] for g in groups],
-                "dominant": [g.dominant for g in found],
-                "spread": inertia(similarity, groups),
+                "weights": [[float(asked[index].usage_E[e]) for e in g] for g in groups],
+                "dominant": [g.dominant for g in own],
+                "spread": inertia(asked[index].similarity_EE, groups),
                 "protected": alone.get(index, []),
             }
         notes = [f"layer {i}: super experts {e} are not merged" for i, e in alone.items()]
+        placed = {i: sorted(e for g in own for e in g.placed) for i, own in found.items()}
+        notes += [
+            f"layer {i}: no two groups could be joined within max_group: {self.options.bound}; those of experts {e} "
+            "were broken up, and these placed where room was left"
+            for i, e in placed.items()
+            if e
+        ]
         merged = sum(len(g) > 1 for d in layers.values() for g in d["groups"])
         total = sum(len(d["groups"]) for d in layers.values())
         return Plan(self.name, layers, {"experts": total, "merged_groups": merged}, notes)
@@ -223,7 +223,17 @@ class _MergeExperts(Pass):
         """Experts that a layer keeps; a router that stays as it is sets no limit to that."""
         if self.options.router == "remap":
             layer = replace(layer, top_k=1, groups=None)
-        return kept_count(self.name, index, layer, self.options)
+        count = kept_count(self.name, index, layer, self.options)
+        if problem := too_many(layer.num_experts, count, self.options.bound):
+            raise RecipeError(f"{self.name}: layer {index}: {problem}")
+        return count
+
+    def _asked(self, profile: Profile, index: int, count: int, alone: Sequence[int]) -> Asked:
+        """A layer with what it is grouped by."""
+        groups = 1 if self.options.router == "remap" else profile.shape.layers[index].routing_groups
+        similarity = profile.of(index, similarity_statistic(self.options))["similarity"]
+        usage, saliency = self._usage(profile, index), self._saliency(profile, index)
+        return Asked(similarity, count, usage, saliency, groups, alone)
 
     def _usage(self, profile: Profile, index: int) -> Tensor:
         routing = profile.of(index, Routing())

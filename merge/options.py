@@ -10,6 +10,9 @@ from moe_compress.counts import ExpertCounts
 from moe_compress.passes import PassOptions
 from moe_compress.refit import Ridge
 
+# Members of a group by `cluster: ream`, by default: one expert, and 16 that it takes.
+REAM_SIZE = 17
+
 # What a paper's method is in terms of the options. Where a paper leaves the router's rows in place and lets several of
 # them lead to one expert, the nearest that every runtime loads is named; `router: remap` beside it is the paper's own.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -94,7 +97,13 @@ class MergeOptions(PassOptions, ExpertCounts):
         default="ream",
         description="kmeans, or hierarchical clustering by that linkage; dominant: the most used experts stay, each "
         "other joins the one most like it; absorb: the same with the experts that REAP scores highest; ream: these, "
-        "the highest first, take up to 16 each of those most like them",
+        "the highest first, take those most like them, up to `max_group`",
+    )
+    max_group: int | None = Field(
+        default=None,
+        ge=1,
+        description="Experts that a group has at the most (default: any number; with cluster: ream 17, one that takes "
+        "16); others join what is next best",
     )
     weight: Literal["frequency", "gate", "equal", "reap", "energy", "fisher"] = Field(
         default="energy",
@@ -128,6 +137,11 @@ class MergeOptions(PassOptions, ExpertCounts):
     sample: int = Field(default=1024, ge=1, description="Tokens per layer on which outputs and neurons are compared")
     protect_super_experts: bool = Field(default=True, description="Experts with massive activations stay as they are")
     seed: int = Field(default=0, description="Seed of the k-means starts")
+
+    @property
+    def bound(self) -> int | None:
+        """Experts that a group has at the most, None for any number."""
+        return REAM_SIZE if self.max_group is None and self.cluster == "ream" else self.max_group
 
     @model_validator(mode="before")
     @classmethod

@@ -12,7 +12,7 @@ from moe_compress.errors import RecipeError
 from moe_compress.export.targets import find_target
 from moe_compress.merge.cluster import grabbed, hierarchical
 from moe_compress.merge.cluster import joined as joined_to_kept
-from moe_compress.merge.grouping import group_experts
+from moe_compress.merge.grouping import Asked, group_layers
 from moe_compress.merge.options import PRESETS, MergeOptions, SubspaceOptions
 from moe_compress.model import MoEModel
 from moe_compress.passes import find_pass
@@ -71,24 +71,29 @@ SIMILARITY = torch.tensor(
 def test_who_joins_whom():
     assert joined_to_kept(SIMILARITY, [1, 0]) == {1: [1, 3, 5], 0: [0, 2, 4]}
     assert joined_to_kept(SIMILARITY, list(range(6))) == {e: [e] for e in range(6)}
-    assert grabbed(SIMILARITY, [1, 0], 16) == {1: [1, 2, 3, 4, 5], 0: [0]}
-    assert grabbed(SIMILARITY, [1, 0], 2) == {1: [1, 3, 5], 0: [0, 2, 4]}
-    assert grabbed(SIMILARITY, [0, 1], 3) == {0: [0, 2, 4, 5], 1: [1, 3]}
-    assert grabbed(SIMILARITY, [0, 1], 1) == {0: [0, 2, 4], 1: [1, 3, 5]}  # no room: the rest to the most like it
+    assert grabbed(SIMILARITY, [1, 0], 17) == {1: [1, 2, 3, 4, 5], 0: [0]}
+    assert grabbed(SIMILARITY, [1, 0], 3) == {1: [1, 3, 5], 0: [0, 2, 4]}
+    assert grabbed(SIMILARITY, [0, 1], 4) == {0: [0, 2, 4, 5], 1: [1, 3]}
+    with pytest.raises(ValueError, match="6 experts don't fit into 2 groups of at most 2"):
+        grabbed(SIMILARITY, [0, 1], 2)
+
+
+def grouped(count, cluster, routing_groups=1, alone=(), **options):
+    usage, saliency = torch.tensor([1.0, 2, 9, 8, 7, 6]), torch.tensor([9.0, 8, 1, 1, 1, 1])
+    asked = Asked(SIMILARITY, count, usage, saliency, routing_groups, alone)
+    options = MergeOptions(experts=count, cluster=cluster, **options)
+    return [(g.members, g.dominant) for g in group_layers([asked], options, torch.Generator().manual_seed(0))[0]]
 
 
 def test_dominants_are_those_that_stay():
-    usage, saliency = torch.tensor([1.0, 2, 9, 8, 7, 6]), torch.tensor([9.0, 8, 1, 1, 1, 1])
-    g = torch.Generator().manual_seed(0)
-    found = group_experts(SIMILARITY, 2, MergeOptions(experts=2, cluster="absorb"), usage, saliency, 1, [], g)
-    assert [(x.members, x.dominant) for x in found] == [([0, 2, 4], 0), ([1, 3, 5], 1)]
-    found = group_experts(SIMILARITY, 2, MergeOptions(experts=2, cluster="average"), usage, saliency, 1, [], g)
-    assert [(x.members, x.dominant) for x in found] == [([0, 2, 4], 2), ([1, 3, 5], 3)]
+    assert grouped(2, "absorb") == [([0, 2, 4], 0), ([1, 3, 5], 1)]
+    assert grouped(2, "average") == [([0, 2, 4], 2), ([1, 3, 5], 3)]
     # Two routing groups of three, and expert 4 by itself: experts 3 and 5 share the second group's other place.
-    found = group_experts(SIMILARITY, 4, MergeOptions(experts=4, cluster="absorb"), usage, saliency, 2, [4], g)
-    assert [(x.members, x.dominant) for x in found] == [([0, 2], 0), ([1], 1), ([3, 5], 3), ([4], 4)]
+    assert grouped(4, "absorb", 2, [4]) == [([0, 2], 0), ([1], 1), ([3, 5], 3), ([4], 4)]
     with pytest.raises(RecipeError, match="2 experts are to stay by themselves, and only 2 groups are allowed"):
-        group_experts(SIMILARITY, 4, MergeOptions(experts=4, cluster="absorb"), usage, saliency, 2, [4, 5], g)
+        grouped(4, "absorb", 2, [4, 5])
+    with pytest.raises(RecipeError, match="1 experts are to stay by themselves, and the others' 1 groups of at most 4"):
+        grouped(2, "absorb", 1, [4], max_group=4)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "zaya", "deepseek_v3"])
@@ -150,13 +155,14 @@ def merge(**options):
     return cls(cls.Options(**options), find_target("native"))
 
 
+@pytest.mark.parametrize("max_group", [None, 2, 3])
 @pytest.mark.parametrize("grouping", ["output", "router", "weights", "coactivation"])
 @pytest.mark.parametrize("cluster", ["kmeans", "average", "complete", "ward", "dominant", "absorb", "ream"])
-def test_every_grouping_makes_as_many_groups_as_asked_for(grouping, cluster):
+def test_every_grouping_makes_as_many_groups_as_asked_for(grouping, cluster, max_group):
     model = build("deepseek_v3")  # two routing groups, which stay equal
     view = MoEModel.wrap(model)
     batches = [input_batch(model, 2, 24, 1)]
-    step = merge(experts=4, grouping=grouping, cluster=cluster, refit="none", align="none")
+    step = merge(experts=4, grouping=grouping, cluster=cluster, refit="none", align="none", max_group=max_group)
     profile = measure(view, batches, step.statistics())
     plan = step.plan(profile)
     assert plan == step.plan(profile)
@@ -165,6 +171,7 @@ def test_every_grouping_makes_as_many_groups_as_asked_for(grouping, cluster):
         assert sorted(e for g in groups for e in g) == list(range(8))
         assert [{e // 4 for e in g} for g in groups] == [{0}, {0}, {1}, {1}]
         assert all(d in g for d, g in zip(decision["dominant"], groups, strict=True))
+        assert max(map(len, groups)) <= (max_group or 8)
         if cluster in ("dominant", "absorb", "ream"):
             counts = profile.of(layer, Routing())["counts"]
             if cluster != "dominant":

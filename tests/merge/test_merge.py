@@ -16,9 +16,10 @@ from moe_compress.calib.collect import MemoryStore, Profile
 from moe_compress.calib.statistics import OutputNorms, OutputSimilarity, Routing
 from moe_compress.errors import RecipeError
 from moe_compress.export.targets import find_target
-from moe_compress.merge.cluster import inertia, kmeans
+from moe_compress.merge.cluster import inertia
 from moe_compress.merge.combine import joint_subspace, output_gram, subspace_merge, weighted_average
 from moe_compress.merge.experts import PRIOR
+from moe_compress.merge.kmeans import kmeans
 from moe_compress.merge.options import MergeOptions, SubspaceOptions
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import LayerShape, ModelShape
