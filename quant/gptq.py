@@ -247,18 +247,17 @@ def _gptq_chunk(weight_EOK: Tensor, hessian_EKK: Tensor, first_expert: int, sett
 
     # By the identity above a pass leaves tr(Δ (H + λ) Δᵀ) = Σ R_jj² ‖t_j − ŵ_j‖²; without the damping λ, less λ ‖Δ‖².
     seen_EK = diagonal_EK > 0
-    weighing_EK, damping_EK = conditional_EK * seen_EK, damping_E[:, None] * seen_EK
+    costs = (conditional_EK * seen_EK).gather(1, order_EK), (damping_E[:, None] * seen_EK).gather(1, order_EK)
+    # Columns as rows: whatever the loop over them reads and writes is contiguous.
+    rows = zip(weight_EOK, order_EK, strict=True)
+    ordered_EKO = torch.stack([weight_OK.float().t().contiguous()[order_K] for weight_OK, order_K in rows])
     error_EO, is_rtn_EO = rtn_error_EO, torch.ones_like(rtn_error_EO, dtype=torch.bool)
     scale_EOG, zero_EOG = best.scale, best.zero
     for index in range(settings.passes):
         in_order = refit if settings.order == "none" else None
-        found, target_EOK = _columns(
-            weight_EOK, feedback_EKK, order_EK, scale_EOG, zero_EOG, grid, settings.block, in_order
+        found, target_EOK, found_error_EO = _columns(
+            ordered_EKO, feedback_EKK, order_EK, scale_EOG, zero_EOG, costs, grid, settings.block, in_order
         )
-        rounded_EOK = dequantize(found)
-        found_error_EO = _weighed_squares(target_EOK, rounded_EOK, weighing_EK)
-        found_error_EO = found_error_EO.sub_(_weighed_squares(weight_EOK, rounded_EOK, damping_EK)).clamp_min_(0)
-        del rounded_EOK
         better_EO = found_error_EO < error_EO * (1 - ROUNDING)
         is_rtn_EO &= ~(found_error_EO <= rtn_error_EO * (1 + ROUNDING))
         best, error_EO = _choose(better_EO, found, best), torch.where(better_EO, found_error_EO, error_EO)
@@ -277,80 +276,116 @@ def _gptq_chunk(weight_EOK: Tensor, hessian_EKK: Tensor, first_expert: int, sett
     return GptqResult(best, damping_E, error_EO.sum(1) * unit_E, rtn_error_EO.sum(1) * unit_E, is_rtn_EO.sum(1))
 
 
-def _weighed_squares(value_EOK: Tensor, other_EOK: Tensor, weight_EK: Tensor) -> Tensor:
-    """Σ_j weight_j (value_j − other_j)² of every row, [E, O] float64; one expert at a time, for the cache's sake."""
-    rows = [
-        (value_OK.float() - other_OK).square_() @ weight_K
-        for value_OK, other_OK, weight_K in zip(value_EOK, other_EOK, weight_EK, strict=True)
-    ]
-    return torch.stack(rows).double()
-
-
 def _columns(
-    weight_EOK: Tensor,
+    ordered_EKO: Tensor,
     feedback_EKK: Tensor,
     order_EK: Tensor,
     scale_EOG: Tensor,
     zero_EOG: Tensor | None,
+    costs: tuple[Tensor, Tensor],
     grid: Grid,
     block: int,
     refit: Refit | None,
-) -> tuple[Quantized, Tensor]:
-    """One pass over the columns, and the targets [E, O, K] that were rounded, both in the original order.
+) -> tuple[Quantized, Tensor, Tensor]:
+    """One pass over the columns; the targets [E, O, K] that were rounded, both in the original order; the error.
 
+    `ordered_EKO`: the weights in processing order, as are the `costs`: of a column's squared error against its target,
+    and what is taken off for its squared error against its weight. The error of every row [E, O], float64, is their sum.
     `refit` finds the scales of a group anew when it starts, which needs columns in their own order.
     """
-    experts, _, columns = weight_EOK.shape
+    experts, columns, _ = ordered_EKO.shape
     size = columns // scale_EOG.shape[-1]
-    expert_E = torch.arange(experts, device=weight_EOK.device)
-    # Columns as rows: whatever the loop reads and writes is contiguous. A column that is done holds Δ instead of w.
-    delta_EKO = weight_EOK.transpose(1, 2)[expert_E[:, None], order_EK].float()
+    expert_E = torch.arange(experts, device=ordered_EKO.device)
+    delta_EKO = ordered_EKO.clone()  # a column that is done holds Δ instead of w
     codes_EKO = torch.empty(delta_EKO.shape, dtype=torch.uint8, device=delta_EKO.device)
     rounded_EKO = torch.empty_like(delta_EKO)
+    error_EO = torch.zeros_like(delta_EKO[:, 0], dtype=torch.float64)
     scale_EGO = scale_EOG.float().transpose(1, 2).contiguous()
     zero_EGO = None if zero_EOG is None else zero_EOG.float().transpose(1, 2).contiguous()
     group_EK = order_EK // size
     edges = sorted({*range(0, columns, block), *(range(0, columns, size) if refit else ()), columns})
+    work = _Block(delta_EKO[:, : min(block, columns)])
     for start, stop in itertools.pairwise(edges):
-        target_EBO = targets(delta_EKO, feedback_EKK, start, stop)
+        own = slice(start, stop)
+        target_EBO, scale_EBO, level_EBO, delta_EBO = work.begin(stop - start)
+        target_EBO.copy_(targets(delta_EKO, feedback_EKK, start, stop))
         if refit and start % size == 0:
             expected_EbO = expected_targets(delta_EKO, feedback_EKK, start, start + size)
             scale_EO1, zero_EO1 = refit(expected_EbO.transpose(1, 2), slice(start, start + size))
             scale_EGO[:, start // size] = scale_EO1[..., 0]
             if zero_EGO is not None and zero_EO1 is not None:
                 zero_EGO[:, start // size] = zero_EO1[..., 0]
-        # What doesn't depend on the columns before is done for the whole block: a column's turn is short.
-        group_EB = group_EK[:, start:stop]
-        scale_EBO = scale_EGO[expert_E[:, None], group_EB]
-        divisor_EBO = torch.where(scale_EBO == 0, torch.inf, scale_EBO)
-        low, high = level_range(grid, None if zero_EGO is None else zero_EGO[expert_E[:, None], group_EB])
-        level_EBO = torch.empty_like(target_EBO)
-        for inner in range(start, stop, INNER):
-            inner_stop = min(inner + INNER, stop)
-            for column in range(inner, inner_stop):
-                b = column - start
-                limits = (x[:, b] if isinstance(x, Tensor) else x for x in (low, high))
-                level_EO = level_EBO[:, b]
-                torch.div(target_EBO[:, b], divisor_EBO[:, b], out=level_EO)
-                found_EO = level_of_ratio(level_EO, *limits)
-                if found_EO is not level_EO:
-                    level_EO.copy_(found_EO)
-                delta_EO = delta_EKO[:, column].addcmul_(scale_EBO[:, b], level_EO, value=-1)
-                rest_EbO = target_EBO[:, b + 1 : inner_stop - start]
-                rest_EbO.addcmul_(feedback_EKK[:, column + 1 : inner_stop, column, None], delta_EO[:, None])
-            if inner_stop < stop:
-                feedback_EBb = feedback_EKK[:, inner_stop:stop, inner:inner_stop]
-                target_EBO[:, inner_stop - start :].baddbmm_(feedback_EBb, delta_EKO[:, inner:inner_stop])
-        place_EB = order_EK[:, start:stop]
+        scale_EBO.copy_(scale_EGO[expert_E[:, None], group_EK[:, own]])
+        low, high = level_range(grid, None if zero_EGO is None else zero_EGO[expert_E[:, None], group_EK[:, own]])
+        delta_EBO.copy_(delta_EKO[:, own])
+        work.round(feedback_EKK[:, own, own], low, high)
+        delta_EKO[:, own] = delta_EBO
+        place_EB = order_EK[:, own]
         rounded_EKO[expert_E[:, None], place_EB] = target_EBO
+        against_target_EBO = target_EBO.addcmul_(scale_EBO, level_EBO, value=-1).square_()
         codes_EKO[expert_E[:, None], place_EB] = level_EBO.sub_(low).to(torch.uint8)
+        for cost_EK, squares_EBO, sign in zip(costs, (against_target_EBO, delta_EBO.square_()), (1, -1), strict=True):
+            error_EO.add_(torch.bmm(cost_EK[:, None, own], squares_EBO)[:, 0], alpha=sign)
     quantized = Quantized(
         codes_EKO.transpose(1, 2).contiguous(),
         scale_EGO.to(scale_EOG.dtype).transpose(1, 2).contiguous(),
         None if zero_EGO is None else zero_EGO.to(torch.uint8).transpose(1, 2).contiguous(),
         grid,
     )
-    return quantized, rounded_EKO.transpose(1, 2)
+    return quantized, rounded_EKO.transpose(1, 2), error_EO.clamp_min_(0)
+
+
+class _Block:
+    """Rounds the columns of one block after another.
+
+    What doesn't depend on the columns before is done for the whole block, and the buffers' views are made once: a
+    column's turn is short.
+    """
+
+    def __init__(self, like_EBO: Tensor):
+        experts, width, _ = like_EBO.shape
+        self._width = width
+        self._target_EBO, self._scale_EBO, self._divisor_EBO, self._level_EBO, self._delta_EBO = (
+            torch.empty_like(like_EBO, memory_format=torch.contiguous_format) for _ in range(5)
+        )
+        self._feedback_EBB = like_EBO.new_zeros(experts, width, width)
+        stops = [min(column - column % INNER + INNER, width) for column in range(width)]
+        self._columns = list(
+            zip(
+                *(x.unbind(1) for x in (self._target_EBO, self._divisor_EBO, self._level_EBO, self._scale_EBO)),
+                self._delta_EBO.unbind(1),
+                self._delta_EBO.unsqueeze(2).unbind(1),
+                [self._target_EBO[:, column + 1 : stop] for column, stop in enumerate(stops)],
+                [self._feedback_EBB[:, column + 1 : stop, column, None] for column, stop in enumerate(stops)],
+                strict=True,
+            )
+        )
+
+    def begin(self, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The next block, so wide: where targets and scales go, where levels will be, where weights go and become Δ."""
+        self._width = width
+        buffers = self._target_EBO, self._scale_EBO, self._level_EBO, self._delta_EBO
+        target_EBO, scale_EBO, level_EBO, delta_EBO = (buffer[:, :width] for buffer in buffers)
+        return target_EBO, scale_EBO, level_EBO, delta_EBO
+
+    def round(self, feedback_EBB: Tensor, low_EBO: Tensor | float, high_EBO: Tensor | float) -> None:
+        """Round the block's columns, one after another, each making up for those before."""
+        width = self._width
+        self._feedback_EBB[:, :width, :width] = feedback_EBB
+        self._divisor_EBO.copy_(self._scale_EBO).masked_fill_(self._scale_EBO == 0, torch.inf)
+        lows, highs = (x.unbind(1) if isinstance(x, Tensor) else [x] * width for x in (low_EBO, high_EBO))
+        for inner in range(0, width, INNER):
+            stop = min(inner + INNER, width)
+            for columns, low, high in zip(self._columns[inner:stop], lows[inner:stop], highs[inner:stop], strict=True):
+                target_EO, divisor_EO, level_EO, scale_EO, delta_EO, delta_E1O, rest_EbO, feedback_Eb1 = columns
+                torch.div(target_EO, divisor_EO, out=level_EO)
+                level_of_ratio(level_EO, low, high, out=level_EO)
+                delta_EO.addcmul_(scale_EO, level_EO, value=-1)
+                rest_EbO.addcmul_(feedback_Eb1, delta_E1O)
+            if stop < width:
+                self._target_EBO[:, stop:width].baddbmm_(
+                    self._feedback_EBB[:, stop:width, inner:stop], self._delta_EBO[:, inner:stop]
+                )
 
 
 def _choose(first_EO: Tensor, first: Quantized, second: Quantized) -> Quantized:

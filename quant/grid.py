@@ -201,11 +201,13 @@ def nearest_level(weight: Tensor, scale: Tensor, low: Tensor | float, high: Tens
     return level_of_ratio(weight / torch.where(scale == 0, math.inf, scale), low, high)
 
 
-def level_of_ratio(ratio: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """`nearest_level` of weights that are divided by their scales already; may overwrite `ratio`."""
+def level_of_ratio(ratio: Tensor, low: Tensor | float, high: Tensor | float, out: Tensor | None = None) -> Tensor:
+    """`nearest_level` of weights that are divided by their scales already: in `out`, else maybe in place of `ratio`."""
     if isinstance(low, float) and low == -0.5:
-        return torch.where(ratio < 0, -0.5, 0.5)
-    return ratio.round_().clamp_(low, high)  # type: ignore[call-overload, no-any-return, arg-type]
+        level = torch.where(ratio < 0, -0.5, 0.5)
+        return level if out is None else out.copy_(level)
+    level = torch.round(ratio, out=ratio if out is None else out)
+    return level.clamp_(low, high)  # type: ignore[call-overload, no-any-return, arg-type]
 
 
 def _fit(

@@ -8,8 +8,11 @@ With the gradient P = Δ H at hand, the best scale of a group with levels l move
 best code of column j is the one nearest to ŵ_j + P_j / H_jj. Coordinate descent over codes is QuantEase (Behdin et al.
 2023, arXiv 2309.01885); scales move with it here, rounded as they will be stored before anything depends on them. P is
 computed for a panel of columns when a sweep gets there, by one large matrix product, and kept exact within it by small
-ones: so a sweep is one multiplication of Δ with H, and nothing has to be known of P before. What a group's change D
-does to the error is D·(2 P + D H), which needs no product with all of H either.
+ones: so a sweep is one multiplication of Δ with H, and nothing has to be known of P before.
+
+Codes are found in units of their group's scale s, with y_j = l_j + P_j / (s H_jj) at hand, what level j would best be
+if it needn't be whole: the new level is the nearest, its step d = l' − l takes d H_jk / H_kk off every y_k, and the
+error changes by s² H_jj d (d − 2 (y_j − l)). So a column takes four short steps, and no product to know its gain.
 
 Shape letters: E experts, O output features, K input features, G groups along K, C columns of a panel, g of a group, b
 of a block.
@@ -55,21 +58,27 @@ def polish(weight_EOK: Tensor, hessian_EKK: Tensor, quantized: Quantized, sweeps
     change_EO = scale_EGO.new_zeros(scale_EGO[:, 0].shape, dtype=torch.float64)
     squares_EO = change_EO - delta_EKO.square().sum(1)
     panel = size * max(1, PANEL // size)
+    diagonal_EK1 = hessian_EKK.diagonal(dim1=1, dim2=2)[..., None]
+    # A column without weight keeps its code.
+    inverse_EK1 = 1 / torch.where(diagonal_EK1 > 0, diagonal_EK1, torch.inf)
+    codes = _Codes(level_EKO[:, :size])
     for _ in range(sweeps):
         for first in range(0, columns, panel):
             last = min(first + panel, columns)
             gradient_ECO = torch.bmm(hessian_EKK[:, first:last], delta_EKO)
             for start in range(first, last, size):
-                own, group = slice(start, start + size), start // size
-                before_EgO = delta_EKO[:, own].clone()
-                low, high = level_range(grid, None if zero_EGO is None else zero_EGO[:, group])
-                local_EgO = gradient_ECO[:, start - first : start - first + size].clone()
-                hessian_Egg, at_work = hessian_EKK[:, own, own], (level_EKO[:, own], delta_EKO[:, own], local_EgO)
-                _move_scale(scale_EGO[:, group], *at_work, hessian_Egg, dtype)
-                _move_codes(scale_EGO[:, group], *at_work, hessian_Egg, low, high)
-                moved_EgO = torch.sub(delta_EKO[:, own], before_EgO, out=before_EgO)
-                slope_EgO = gradient_ECO[:, start - first : start - first + size].mul(2)
-                change_EO += slope_EgO.baddbmm_(hessian_Egg, moved_EgO).mul_(moved_EgO).sum(1)
+                own, scale_EO = slice(start, start + size), scale_EGO[:, start // size]
+                low, high = level_range(grid, None if zero_EGO is None else zero_EGO[:, start // size])
+                hessian_Egg, level_EgO = hessian_EKK[:, own, own], level_EKO[:, own]
+                local_EgO = gradient_ECO[:, start - first : start - first + size]
+                moved_EgO = _move_scale(scale_EO, level_EgO, local_EgO, hessian_Egg, change_EO, dtype)
+                # A group without a scale keeps its codes.
+                per_level_EO = 1 / torch.where(scale_EO == 0, torch.inf, scale_EO)
+                wanted_EgO = local_EgO.mul_(inverse_EK1[:, own]).mul_(per_level_EO[:, None]).add_(level_EgO)
+                step_EgO, gain_EO = codes.move(level_EgO, wanted_EgO, hessian_Egg, inverse_EK1[:, own], low, high)
+                change_EO -= gain_EO.mul_(scale_EO).mul_(scale_EO)
+                moved_EgO.addcmul_(step_EgO, scale_EO[:, None], value=-1)
+                delta_EKO[:, own] += moved_EgO
                 if own.stop < last:
                     hessian_ECg = hessian_EKK[:, own.stop : last, own]
                     gradient_ECO[:, own.stop - first :].baddbmm_(hessian_ECg, moved_EgO)
@@ -85,49 +94,74 @@ def polish(weight_EOK: Tensor, hessian_EKK: Tensor, quantized: Quantized, sweeps
 
 
 def _move_scale(
-    scale_EO: Tensor, level_EgO: Tensor, delta_EgO: Tensor, local_EgO: Tensor, hessian_Egg: Tensor, dtype: torch.dtype
-) -> None:
-    """Give a group's scales their best values, in place; `local_EgO`, the gradient of its columns, follows."""
+    scale_EO: Tensor,
+    level_EgO: Tensor,
+    local_EgO: Tensor,
+    hessian_Egg: Tensor,
+    change_EO: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Give a group's scales their best values, in place; `local_EgO`, the gradient of its columns, and the change of
+    the error follow. Returns what Δ changed by."""
     product_EgO = torch.bmm(hessian_Egg, level_EgO)
-    curvature_EO = (product_EgO * level_EgO).sum(1)
-    slope_EO = (local_EgO * level_EgO).sum(1)
+    spare_EgO = product_EgO * level_EgO
+    curvature_EO = spare_EgO.sum(1)
+    slope_EO = torch.mul(local_EgO, level_EgO, out=spare_EgO).sum(1)
     best_EO = scale_EO + slope_EO / torch.where(curvature_EO > 0, curvature_EO, torch.inf)
     move_EO = best_EO.to(dtype).float().sub_(scale_EO)
     # Rounding may end on the far side of the minimum; a scale that would overflow or change its sign stays.
     gain_EO = move_EO * (2 * slope_EO - move_EO * curvature_EO)
-    move_EO = torch.where((gain_EO > 0) & move_EO.isfinite() & ((scale_EO + move_EO) * scale_EO > 0), move_EO, 0)
+    moves_EO = (gain_EO > 0) & move_EO.isfinite() & ((scale_EO + move_EO) * scale_EO > 0)
+    move_EO, gain_EO = torch.where(moves_EO, move_EO, 0), torch.where(moves_EO, gain_EO, 0)
     scale_EO += move_EO
-    delta_EgO.addcmul_(level_EgO, move_EO[:, None], value=-1)
+    change_EO -= gain_EO
     local_EgO.addcmul_(product_EgO, move_EO[:, None], value=-1)
+    return torch.mul(level_EgO, move_EO[:, None], out=spare_EgO).neg_()
 
 
-def _move_codes(
-    scale_EO: Tensor,
-    level_EgO: Tensor,
-    delta_EgO: Tensor,
-    local_EgO: Tensor,
-    hessian_Egg: Tensor,
-    low: Tensor | float,
-    high: Tensor | float,
-) -> None:
-    """Give each code of a group its best value given all others, column by column, in place."""
-    size = level_EgO.shape[1]
-    # The best value of a code is ŵ_j + P_j / H_jj; a column without weight, and a group without a scale, keep theirs.
-    diagonal_Eg1 = hessian_Egg.diagonal(dim1=1, dim2=2)[..., None]
-    inverse_Eg1 = 1 / torch.where(diagonal_Eg1 > 0, diagonal_Eg1, torch.inf)
-    per_level_EO = 1 / torch.where(scale_EO == 0, torch.inf, scale_EO)
-    move_EbO = torch.empty_like(level_EgO[:, :BLOCK])
-    for start in range(0, size, BLOCK):
-        stop = min(start + BLOCK, size)
-        for column in range(start, stop):
-            level_EO, move_EO = level_EgO[:, column], move_EbO[:, column - start]
-            ratio_EO = (local_EgO[:, column] * inverse_Eg1[:, column]).mul_(per_level_EO).add_(level_EO)
-            found_EO = level_of_ratio(ratio_EO, low, high)
-            torch.sub(found_EO, level_EO, out=move_EO).mul_(scale_EO)
-            level_EO.copy_(found_EO)
-            rest_EbO = local_EgO[:, column + 1 : stop]
-            rest_EbO.addcmul_(hessian_Egg[:, column + 1 : stop, column, None], move_EO[:, None], value=-1)
-        moved_EbO = move_EbO[:, : stop - start]
-        delta_EgO[:, start:stop] -= moved_EbO
-        if stop < size:
-            local_EgO[:, stop:].baddbmm_(hessian_Egg[:, stop:, start:stop], moved_EbO, alpha=-1)
+class _Codes:
+    """Moves the codes of one group after another. Its buffers' views are made once: making them anew for each column
+    would take longer than what is done with them."""
+
+    def __init__(self, like_EgO: Tensor):
+        self.new_EgO, self.step_EgO, self.wanted_EgO, self.old_EgO = (torch.empty_like(like_EgO) for _ in range(4))
+        size = like_EgO.shape[1]
+        self.coupling_Egg = like_EgO.new_empty(len(like_EgO), size, size)
+        columns = (x.unbind(1) for x in (self.wanted_EgO, self.new_EgO, self.old_EgO, self.step_EgO))
+        stops = [min(column - column % BLOCK + BLOCK, size) for column in range(size)]
+        rests = [self.wanted_EgO[:, column + 1 : stop] for column, stop in enumerate(stops)]
+        couplings = [self.coupling_Egg[:, column + 1 : stop, column, None] for column, stop in enumerate(stops)]
+        self.columns = list(zip(*columns, [x[:, None] for x in self.step_EgO.unbind(1)], rests, couplings, strict=True))
+
+    def move(
+        self,
+        level_EgO: Tensor,
+        wanted_EgO: Tensor,
+        hessian_Egg: Tensor,
+        inverse_Eg1: Tensor,
+        low: Tensor | float,
+        high: Tensor | float,
+    ) -> tuple[Tensor, Tensor]:
+        """Give each level its best value given all others, column by column, in place.
+
+        Returns the steps, in a buffer that the next call overwrites, and what the error of every row lost by them, in
+        units of its squared scale.
+        """
+        size = level_EgO.shape[1]
+        self.wanted_EgO.copy_(wanted_EgO)
+        self.old_EgO.copy_(level_EgO)
+        torch.mul(hessian_Egg, inverse_Eg1, out=self.coupling_Egg)
+        for start in range(0, size, BLOCK):
+            stop = min(start + BLOCK, size)
+            for wanted_EO, new_EO, old_EO, step_EO, step_E1O, rest_EbO, coupling_Eb1 in self.columns[start:stop]:
+                level_of_ratio(wanted_EO, low, high, out=new_EO)
+                torch.sub(new_EO, old_EO, out=step_EO)
+                rest_EbO.addcmul_(coupling_Eb1, step_E1O, value=-1)
+            if stop < size:
+                coupling_Ebb = self.coupling_Egg[:, stop:, start:stop]
+                self.wanted_EgO[:, stop:].baddbmm_(coupling_Ebb, self.step_EgO[:, start:stop], alpha=-1)
+        level_EgO.copy_(self.new_EgO)
+        # (y − l)² − (y − l')² of every column, y as it was when its turn came.
+        gain_EgO = torch.sub(self.wanted_EgO, self.new_EgO, out=self.new_EgO).mul_(2).add_(self.step_EgO)
+        gain_E1O = torch.bmm(hessian_Egg.diagonal(dim1=1, dim2=2)[:, None], gain_EgO.mul_(self.step_EgO))
+        return self.step_EgO, gain_E1O[:, 0]
