@@ -290,7 +290,7 @@ def _columns(
     """One pass over the columns; the targets [E, O, K] that were rounded, both in the original order; the error.
 
     `ordered_EKO`: the weights in processing order, as are the `costs`: of a column's squared error against its target,
-    and what is taken off for its squared error against its weight. The error of every row [E, O], float64, is their sum.
+    and what is taken off for its squared error against its weight. Every row's error [E, O], float64, is their sum.
     `refit` finds the scales of a group anew when it starts, which needs columns in their own order.
     """
     experts, columns, _ = ordered_EKO.shape
