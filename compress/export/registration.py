@@ -51,7 +51,7 @@ class MoeCompressConfig(QuantizationConfigMixin):
         from moe_compress.errors import CheckpointError, UnsupportedModelError
         from moe_compress.model import MoEBlock
         from moe_compress.model.axes import ExpertAxes
-        from moe_compress.model.block import check_version
+        from moe_compress.model.saved import check_version
 
         check_version(self.format_version)
         axes = [ExpertAxes.from_json(values) for values in self.axes]
@@ -125,9 +125,9 @@ class MoeCompressQuantizer(HfQuantizer):
         from safetensors import safe_open
 
         from moe_compress.errors import CheckpointError
-        from moe_compress.model.block import rule_prefix
         from moe_compress.model.disk import check_complete
         from moe_compress.model.hf import NameMap
+        from moe_compress.model.routes import rule_prefix
 
         stored: set[str] = set()
         for file in files:

@@ -24,9 +24,9 @@ from moe_compress.errors import RunError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.axes import with_count
 from moe_compress.model.beside import OUTER, is_bias
-from moe_compress.model.block import rule_prefix
 from moe_compress.model.disk import replaced
 from moe_compress.model.fewer import with_top_k
+from moe_compress.model.routes import rule_prefix
 from moe_compress.progress import Progress
 
 from .served import SERVED, Served

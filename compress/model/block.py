@@ -8,94 +8,26 @@ It knows nothing of methods.
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_compress.constants import FORMAT_VERSION
-from moe_compress.errors import CheckpointError, UnsupportedModelError
+from moe_compress.errors import UnsupportedModelError
 
 from . import families, hf
 from .attention import Attention, unwatch, watch, watching
 from .axes import ExpertAxes
 from .experts import Experts, FusedExperts
-from .routes import CHILD, Routes, install, routes_of
+from .router import Routing, ask_router, read_routing, route_through
+from .routes import CHILD, Routes, install, routes_of, rule_prefix
 from .rules import Remap, RouteRule, make_rule
+from .saved import build_experts, check_classes
 from .tensors import set_tensor
 
-
-@dataclass(frozen=True)
-class Routing:
-    """What a router decides for T tokens.
-
-    Attributes:
-        logits_TE: router logits as the model's own router returns them (some families return probabilities).
-        index_TK, weight_TK: chosen experts and the weights that multiply their outputs.
-    """
-
-    logits_TE: Tensor
-    index_TK: Tensor
-    weight_TK: Tensor
-
-
-def read_routing(output: Any, tokens: int) -> Routing | None:
-    """What a router returned, whatever the order; None where it returned scores alone.
-
-    The order of (logits, weights, index) changed between versions of transformers; dtypes and shapes don't.
-    """
-    if not isinstance(output, tuple):
-        return None
-    tensors = [value for value in output[:3] if isinstance(value, Tensor)]
-    chosen = [value for value in tensors if not value.is_floating_point()]
-    if len(tensors) != 3 or len(chosen) != 1:
-        return None
-    index = chosen[0].reshape(tokens, -1)
-    first, second = (value.reshape(tokens, -1) for value in tensors if value.is_floating_point())
-    logits, weight = (first, second) if second.shape == index.shape else (second, first)
-    return Routing(logits, index, weight)
-
-
-# How a block's experts are rebuilt from a saved state: kind → "module:function", called with block and description,
-# giving an experts module on meta. By name, because the view of a model imports no method.
-EXPERTS_KINDS: dict[str, str] = {
-    "packed": "moe_compress.quant.packed:build_packed",
-    "scaled": "moe_compress.quant.scaled:build_scaled",
-    "ragged": "moe_compress.prune.ragged:build_ragged",
-    "factored": "moe_compress.merge.factored:build_factored",
-}
 # Attribute of a fused experts module whose number of neurons isn't the one that its config says.
 _NARROWED = "moe_compress_neurons"
-
-
-def rule_prefix(path: str) -> str:
-    """What the names of rules' parameters begin with, given the path of an experts module."""
-    return f"{path}.{CHILD}."
-
-
-def check_version(version: Any) -> None:
-    """Raise CheckpointError for a version of the native format that this package doesn't know."""
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint has format version {version}, this moe-compress reads up to {FORMAT_VERSION}: "
-            "install a newer one"
-        )
-
-
-def build_experts(block: MoEBlock, kind: str, layout: dict[str, Any]) -> nn.Module:
-    """The experts module of a kind, for a block. Raises CheckpointError for a kind that nothing here knows."""
-    if kind not in EXPERTS_KINDS:
-        raise CheckpointError(f"experts of the kind {kind!r} are not known: the checkpoint needs a newer moe-compress")
-    module, _, function = EXPERTS_KINDS[kind].partition(":")
-    return getattr(importlib.import_module(module), function)(block, layout)  # type: ignore[no-any-return]
-
-
-class _ChosenError(Exception):
-    """Ends a block's forward before its experts."""
 
 
 class MoEBlock:
@@ -174,18 +106,10 @@ class MoEBlock:
             hidden_TH: what the router reads [T, H].
             context: what else the family's router reads (`input_ids` for hash routing, …).
         """
-        router = self.router
-        arguments: dict[str, Any] = {}
-        for name, parameter in list(inspect.signature(router.forward).parameters.items())[1:]:
-            if hasattr(self.parent, name):  # a correction bias that lives on the block
-                arguments[name] = getattr(self.parent, name)
-            elif name in context:
-                arguments[name] = context[name]
-            elif parameter.default is inspect.Parameter.empty:
-                raise UnsupportedModelError(f"{type(router).__name__} of layer {self.layer} also reads {name!r}")
-        sequences = type(router).__name__ in families.ROUTERS_OF_SEQUENCES
-        output = router(hidden_TH.unsqueeze(0) if sequences else hidden_TH, **arguments)
-        return read_routing(output, hidden_TH.shape[0]) or self._route_through(hidden_TH, output)
+        output = ask_router(self.router, self.parent, f"layer {self.layer}", hidden_TH, context)
+        return read_routing(output, len(hidden_TH)) or route_through(
+            self.parent, self.experts_module, hidden_TH, output
+        )
 
     @property
     def rules(self) -> list[RouteRule]:
@@ -351,7 +275,7 @@ class MoEBlock:
         """
         count = int(description["num_experts"])
         scored = int(description.get("router_experts", count))
-        self._check_classes(description.get(CHILD, []), count, scored)
+        check_classes(self.layer, description.get(CHILD, []), count, scored)
         if (count, scored) != (self.num_experts, self.router_experts):
             for name, (dim, extra) in self.axes.tensors.items():
                 tensor = self._tensor(name)
@@ -372,25 +296,6 @@ class MoEBlock:
         for name, tensor in tensors.items():
             set_tensor(self.module, name, tensor)
 
-    def _route_through(self, hidden_TH: Tensor, logits: Tensor) -> Routing:
-        """For routers that only score: let the block choose, and catch what it would send to the experts."""
-        caught: list[Tensor] = []
-
-        def catch(_module: nn.Module, arguments: Any) -> None:
-            caught[:] = arguments[1:3]
-            raise _ChosenError
-
-        # In front of rules: what the router chose. Neither they nor the experts run.
-        handle = self.experts_module.register_forward_pre_hook(catch, prepend=True)
-        try:
-            self.parent(hidden_TH.unsqueeze(0))
-        except _ChosenError:
-            pass
-        finally:
-            handle.remove()
-        index, weight = caught
-        return Routing(logits.reshape(len(hidden_TH), -1), index, weight)
-
     # --- inside ------------------------------------------------------------------------------------------------
 
     def _holds(self, name: str) -> bool:
@@ -403,16 +308,6 @@ class MoEBlock:
             raise UnsupportedModelError(
                 f"layer {self.layer} has routing rules ({kinds}): change its experts before them"
             )
-
-    def _check_classes(self, rules: list[dict[str, Any]], count: int, scored: int) -> None:
-        tables = [rule["experts"] for rule in rules if rule.get("kind") == Remap.kind and "experts" in rule]
-        if scored != count and not tables:
-            raise CheckpointError(
-                f"layer {self.layer} has {count} experts and a router that scores {scored}, and no rule `remap` that "
-                "says which expert each means"
-            )
-        if wrong := [e for table in tables for e in table if not -1 <= e < count]:
-            raise CheckpointError(f"layer {self.layer}: its rule `remap` names expert {wrong[0]} of {count}")
 
     def _put(self, routes: Routes) -> None:
         if routes.reads_attention:

@@ -26,10 +26,11 @@ from moe_compress.errors import CheckpointError, InputError, UnsupportedModelErr
 from . import beside, hf, offload
 from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index, width_keys
 from .beside import OUTER, Matrix
-from .block import MoEBlock, check_version
+from .block import MoEBlock
 from .disk import DiskWeights, Overlay
 from .expert_names import ExpertNames, find_expert_names
 from .opening import DECODER, PRESENTED, config_of, find_stack, named, one_per_layer, refuse
+from .saved import check_version
 from .tensors import release_freed, to_meta
 
 

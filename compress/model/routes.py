@@ -88,6 +88,11 @@ class Routes(nn.Module):
         return index_TK, weight_TK
 
 
+def rule_prefix(path: str) -> str:
+    """What the names of rules' parameters begin with, given the path of an experts module."""
+    return f"{path}.{CHILD}."
+
+
 def routes_of(experts: nn.Module) -> Routes | None:
     """The rules in front of an experts module, or None."""
     found = getattr(experts, CHILD, None)

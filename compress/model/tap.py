@@ -22,9 +22,10 @@ from moe_compress.errors import UnsupportedModelError
 
 from . import hf
 from .attention import attention_of
-from .block import MoEBlock, read_routing
+from .block import MoEBlock
 from .dispatch import Dispatch
 from .experts import Experts, FusedExperts, run_experts
+from .router import read_routing
 from .rules import Remap
 
 

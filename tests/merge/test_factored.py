@@ -15,8 +15,8 @@ from moe_compress.errors import CheckpointError
 from moe_compress.merge.factored import FactoredExperts, build_factored, factor_experts
 from moe_compress.merge.terms import Base, Basis, Load, LowRank, Sparse
 from moe_compress.model import MoEModel
-from moe_compress.model.block import build_experts
 from moe_compress.model.dispatch import Dispatch
+from moe_compress.model.saved import build_experts
 
 # Gate and up concatenated; transposed, interleaved, biases; no gate, inputs of size 28; a norm after each expert.
 LAYOUTS = sorted({"qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"} & set(discover()))

@@ -1,0 +1,51 @@
+"""What a saved block's description may say: the format's version, kinds of experts, rules that fit its router."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from moe_compress.constants import FORMAT_VERSION
+from moe_compress.errors import CheckpointError
+
+from .rules import Remap
+
+# How a block's experts are rebuilt from a saved state: kind → "module:function", called with block and description,
+# giving an experts module on meta. By name, because the view of a model imports no method.
+EXPERTS_KINDS: dict[str, str] = {
+    "packed": "moe_compress.quant.packed:build_packed",
+    "scaled": "moe_compress.quant.scaled:build_scaled",
+    "ragged": "moe_compress.prune.ragged:build_ragged",
+    "factored": "moe_compress.merge.factored:build_factored",
+}
+
+
+def check_version(version: Any) -> None:
+    """Raise CheckpointError for a version of the native format that this package doesn't know."""
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format version {version}, this moe-compress reads up to {FORMAT_VERSION}: "
+            "install a newer one"
+        )
+
+
+def build_experts(block: Any, kind: str, layout: dict[str, Any]) -> nn.Module:
+    """The experts module of a kind, for a block. Raises CheckpointError for a kind that nothing here knows."""
+    if kind not in EXPERTS_KINDS:
+        raise CheckpointError(f"experts of the kind {kind!r} are not known: the checkpoint needs a newer moe-compress")
+    module, _, function = EXPERTS_KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), function)(block, layout)  # type: ignore[no-any-return]
+
+
+def check_classes(layer: int, rules: list[dict[str, Any]], count: int, scored: int) -> None:
+    """Raise CheckpointError where a router scores other experts than there are and no rule says what that means."""
+    tables = [rule["experts"] for rule in rules if rule.get("kind") == Remap.kind and "experts" in rule]
+    if scored != count and not tables:
+        raise CheckpointError(
+            f"layer {layer} has {count} experts and a router that scores {scored}, and no rule `remap` that "
+            "says which expert each means"
+        )
+    if wrong := [e for table in tables for e in table if not -1 <= e < count]:
+        raise CheckpointError(f"layer {layer}: its rule `remap` names expert {wrong[0]} of {count}")
