@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error"
@@ -29,6 +30,14 @@ def demo() -> Path:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     return DEMO / "moe-demo"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_model) -> Any:
+    """The demo checkpoint's. Nobody changes it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_model)
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,6 @@ RTN = {"quantize.mixed": {"bits": 5, "group_size": 8, "allocation": "uniform", "
 
 
 @pytest.fixture(scope="module")
-def tokenizer(demo_model):
-    return AutoTokenizer.from_pretrained(demo_model)
-
-
-@pytest.fixture(scope="module")
 def source(tmp_path_factory, tokenizer):
     """A tiny model with the demo's vocabulary, saved with its tokenizer."""
     folder = tmp_path_factory.mktemp("source")

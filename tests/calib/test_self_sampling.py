@@ -11,7 +11,7 @@ from families import tiny_model
 from pydantic import ValidationError
 from reference import measure
 from running import digest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from moe_compress.calib.balance import SequenceRouting
 from moe_compress.calib.collect import MemoryStore
@@ -157,11 +157,6 @@ def test_greedy_writing_is_greedy_decoding():
 @pytest.fixture(scope="module")
 def demo_view(demo_model):
     return MoEModel.wrap(AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval())
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_model):
-    return AutoTokenizer.from_pretrained(demo_model)
 
 
 def write(view, tokenizer, settings, store=None, seed="0", prefix=()):

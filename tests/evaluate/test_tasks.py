@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moe_compress.errors import InputError, RunError
 from moe_compress.evaluate import harness, likelihood, tasks
@@ -39,11 +39,6 @@ class Counting(Progress):
 
     def step(self, text=""):
         self.steps += 1
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_model):
-    return AutoTokenizer.from_pretrained(demo_model)
 
 
 @pytest.fixture(scope="module")
