@@ -91,6 +91,8 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=AVERAGES)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     arguments = parser.parse_args()
+    if arguments.tokens < 256:
+        parser.error(f"--tokens {arguments.tokens}: texts are scored in sequences of 256")
     tokenizer, model = load_demo()
     view = MoEModel.wrap(model)
     shape = model_shape(view)
