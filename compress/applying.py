@@ -68,6 +68,8 @@ class Applying:
             at.advance()
             return
         report: dict[str, Any] = {}
+        if layer.block is not None and self.step.prepares():
+            report |= self._prepared(at, layer, layer.block)
         # What comes before the block is changed first: the block's inputs are then those that it will really read.
         first, then = linears.get("first", {}), linears.get("then", {})
         if first:
@@ -97,6 +99,13 @@ class Applying:
         with self.model.editing(layer):
             self._commit(layer, report)
 
+    def _prepared(self, at: Step, layer: Layer, block: MoEBlock) -> dict[str, Any]:
+        inputs = BlockInputs()
+        at.run(inputs.observe)
+        inputs.stored = self.model.stored_dtypes(at.index)
+        with self.model.editing(layer):
+            return self.step.prepare(block, self.plan.layers[layer.index], inputs)
+
     def _original_outputs(self, at: Step, other: Step) -> Tensor:
         found: list[Tensor] = []
         if self.step.beside_original() == "same":
@@ -117,8 +126,9 @@ class Applying:
         """Bytes that the block's router and rules take where they are stored."""
         stored = self.model.stored_dtypes(layer.index)
         experts, rules = block.path + ".", block.rule_prefix
-        state = block.state()[0]
-        tensors = {n: t for n, t in state.items() if not n.startswith(experts) or n.startswith(rules)}
+        state = block.module.state_dict()
+        own = (n for n in block.own_names() if not n.startswith(experts) or n.startswith(rules))
+        tensors = {n: state[n] for n in own}
         return sum(t.numel() * stored.get(n, t.dtype).itemsize for n, t in tensors.items())
 
     def _round(self, layer: Layer, block: MoEBlock) -> None:

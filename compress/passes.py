@@ -190,6 +190,18 @@ class Pass(ABC):
     def plan(self, profile: Profile) -> Plan:
         """Decide for all layers. Pure: the same profile gives the same plan."""
 
+    def prepares(self) -> bool:
+        """Whether `prepare` is to be called in each layer before anything of it changes; such a pass needs inputs."""
+        return False
+
+    def prepare(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs) -> dict[str, Any]:
+        """Change a block and what feeds it in a way that leaves what its layer computes as it was.
+
+        What changes beside router and experts is told to the block (`MoEBlock.also_changed`). `inputs` is what the
+        block read before; `apply` gets what it reads afterwards. Returns what was done, as JSON values.
+        """
+        return {}
+
     @abstractmethod
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Change one block. Returns what was done and why, per layer and expert, as JSON values."""

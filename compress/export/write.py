@@ -237,8 +237,8 @@ def _in_version_3(block: Mapping[str, Any]) -> bool:
 
 
 def _block(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a layer's description says of its block; nothing where it has none."""
-    return {k: v for k, v in description.items() if k != "matrices"}
+    """What a layer's description says of its block to who reads the file; nothing where it has none."""
+    return {k: v for k, v in description.items() if k not in ("matrices", "beside")}
 
 
 def on_disk(

@@ -8,6 +8,7 @@ It knows nothing of methods.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,6 +29,8 @@ from .tensors import set_tensor
 
 # Attribute of a fused experts module whose number of neurons isn't the one that its config says.
 _NARROWED = "moe_compress_neurons"
+# Attribute of a decoder layer: names of tensors beside router and experts that were changed with them.
+_BESIDE = "moe_compress_beside"
 
 
 class MoEBlock:
@@ -250,6 +253,18 @@ class MoEBlock:
         return [n for n in self.own_names() if n.startswith(experts) and not n.startswith(others)]
 
     @property
+    def changed_beside(self) -> list[str]:
+        """Names, relative to the layer, of tensors beside router and experts that were changed with them and are dense
+        still: they are kept, and written, with the block."""
+        there = self.module.state_dict().keys()
+        return sorted(n for n in getattr(self.module, _BESIDE, ()) if n in there)
+
+    def also_changed(self, names: Iterable[str]) -> None:
+        """From now on these tensors (relative to the layer) belong to `state`; what is the block's own does anyway."""
+        others = set(names) - set(self.own_names())
+        setattr(self.module, _BESIDE, frozenset(getattr(self.module, _BESIDE, frozenset())) | others)
+
+    @property
     def rule_prefix(self) -> str:
         """What the names of rules' parameters begin with, relative to the layer."""
         return rule_prefix(self.path)
@@ -265,8 +280,10 @@ class MoEBlock:
             description["neurons"] = self.experts.intermediate_size
         if self.rules:
             description[CHILD] = [rule.describe() for rule in self.rules]
-        whole = self.module.state_dict()
-        return {name: whole[name] for name in self.own_names()}, description
+        whole, beside = self.module.state_dict(), self.changed_beside
+        if beside:
+            description["beside"] = beside
+        return {name: whole[name] for name in [*self.own_names(), *beside]}, description
 
     def restructure(self, description: dict[str, Any]) -> None:
         """Give the block the structure that `state` described, tensors on the meta device where shapes change.
@@ -290,6 +307,8 @@ class MoEBlock:
             self.replace_experts(build_experts(self, description["kind"], description["layout"]))
         if rules := description.get(CHILD):
             self._put(Routes(make_rule(rule) for rule in rules))
+        if beside := description.get("beside"):
+            self.also_changed(beside)
 
     def assign(self, tensors: dict[str, Tensor]) -> None:
         """Set the block's tensors by name (relative to the layer)."""

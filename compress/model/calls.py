@@ -86,12 +86,8 @@ class Call:
                 keywords = map_tensors(
                     dict(batch), lambda t: t.to(device, module.dtype if t.is_floating_point() else None)
                 )
-                # Nothing is generated, and a layer that runs twice would read its own keys and values. Many classes
-                # hand the switch on without naming it.
-                accepted = inspect.signature(module.forward).parameters
-                if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-                    keywords.setdefault("use_cache", False)
-                result = module(**keywords)
+                # Nothing is generated, and a layer that runs twice would read its own keys and values.
+                result = module(**{**no_cache(module), **keywords})
                 self.output = result.logits if hasattr(result, "logits") else result[0]
         except Aborted:
             pass
@@ -100,6 +96,13 @@ class Call:
         finally:
             self.layer = None
             self._stopped.release()
+
+
+def no_cache(module: nn.Module) -> dict[str, bool]:
+    """What keeps a model from caching keys and values. Many classes hand the switch on without naming it."""
+    accepted = inspect.signature(module.forward).parameters
+    switch = "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    return {"use_cache": False} if switch else {}
 
 
 class Stub(nn.Module):

@@ -247,7 +247,7 @@ def replaced(name: str, description: dict[str, Any], own: frozenset[str]) -> boo
         description: of what changed; see Overlay.
         own: names of the block's tensors in the source.
     """
-    if "experts" in description and name in own:
+    if "experts" in description and (name in own or name in description.get("beside", ())):
         return True
     matrices = description.get("matrices") or {}
     heads = (f"{values['head']}.weight" for values in matrices.values() if "head" in values)

@@ -30,6 +30,7 @@ from .block import MoEBlock
 from .disk import DiskWeights, Overlay
 from .expert_names import ExpertNames, find_expert_names
 from .opening import DECODER, PRESENTED, config_of, find_stack, named, one_per_layer, refuse
+from .reading import Reads, follow
 from .saved import check_version
 from .tensors import release_freed, to_meta
 
@@ -292,6 +293,12 @@ class MoEModel:
     def kept(self) -> dict[str, str]:
         """Full path of linear layers and embeddings that are never packed → why."""
         return self._beside[1]
+
+    @functools.cached_property
+    def reads(self) -> dict[int, Reads | str]:
+        """Layer → the norm and the matrices that what its experts read has to do with, or why that isn't known."""
+        experts = {i: self.block(i).path for i in self.moe_layers}
+        return follow(self.module.config, type(self.module), self.stack, experts)
 
     def axes(self, index: int) -> ExpertAxes:
         """What counts experts in a layer's block."""

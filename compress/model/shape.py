@@ -11,6 +11,7 @@ from typing import Any
 
 from .beside import Matrix
 from .model import MoEModel
+from .reading import Lazily, Reads
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class ModelShape:
         config: of the model as transformers has it, defaults filled in.
         matrices: decoder layer, or OUTER → the matrices among them that can be packed, or are.
         kept: path → why a matrix is never packed.
+        reads: decoder layer → what its experts read, or why that isn't known.
     """
 
     layers: dict[int, LayerShape]
@@ -95,6 +97,7 @@ class ModelShape:
     config: dict[str, Any] = field(default_factory=dict)
     matrices: Mapping[int, list[Matrix]] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
+    reads: Mapping[int, Reads | str] = field(default_factory=dict, compare=False)
 
     @property
     def expert_bytes(self) -> int:
@@ -161,4 +164,5 @@ def model_shape(model: MoEModel) -> ModelShape:
         total = sum(t.numel() * t.element_size() for t in own.values())
     config = model.module.config.to_dict()
     other_bytes = total - sum(layer.bytes for layer in layers.values())
-    return ModelShape(layers, other_bytes, others, config, model.matrices, model.kept)
+    reads = Lazily(lambda: model.reads)
+    return ModelShape(layers, other_bytes, others, config, model.matrices, model.kept, reads)
