@@ -39,6 +39,10 @@ SOLVERS |= {
     "RTN, smoothed": {"method": "rtn", "smooth": "neurons"},
     "HQQ, smoothed": {"method": "hqq", "smooth": "neurons"},
     "GPTQ, g², compensated, polished (default), smoothed": {"smooth": "neurons"},
+    "RTN, input smoothed": {"method": "rtn", "smooth": "input"},
+    "RTN, input smoothed, largest": {"method": "rtn", "smooth": "input", "smooth_merge": "max"},
+    "GPTQ, g², compensated, polished (default), input smoothed": {"smooth": "input"},
+    "GPTQ, g², compensated, polished (default), both smoothed": {"smooth": "both"},
 }
 ALLOCATORS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},

@@ -89,7 +89,7 @@ def _smoothed(
     experts: FusedExperts, widths: Widths, options: SolverOptions, inputs: BlockInputs | None
 ) -> list[float] | str | None:
     """Move factors between projections: see smooth_neurons; None where it isn't asked for."""
-    if options.smooth == "none":
+    if not options.smooths_neurons:
         return None
     if inputs is None:
         raise InputError("smoothing needs what the experts read")

@@ -28,7 +28,8 @@ from moe_compress.units import parse_bytes, show_bytes
 from .allocate import LOADED, Allocation, Choices, Unit, by_layer, greedy, program, uniform, unit_of
 from .beside import Beside, quantize_matrices
 from .costs import COSTS, Asked, find_cost
-from .experts import quantize_experts
+from .experts import CHUNK_BYTES, quantize_experts
+from .input_smoothing import check_reachable, input_errors, left_out, smooth_inputs
 from .low_rank import pair_bytes
 from .options import MixedOptions
 from .packed import PROJECTIONS
@@ -66,6 +67,10 @@ class QuantizeMixed(Pass):
         """GPTQ and smoothing read what the experts read."""
         return self.options.method == "gptq" or self.options.smooth != "none"
 
+    def prepares(self) -> bool:
+        """Smoothing of inputs changes the norm before the block and all that reads it."""
+        return self.options.smooths_input
+
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Sizes at the budget. Raises RecipeError for widths or groups, BudgetError for a budget that can't be met."""
         options = self.options
@@ -90,6 +95,8 @@ class QuantizeMixed(Pass):
                 f"quantize.mixed: the target {self.target.name!r} can't add low-rank factors to packed experts: leave "
                 "`low_rank` out, or take target: native"
             )
+        if options.smooths_input:
+            check_reachable(self.name, shape)
         for index, layer in shape.layers.items():
             for what, length in (("hidden size", layer.hidden), ("neurons", layer.intermediate)):
                 if self.options.group_size != -1 and length % self.options.group_size:
@@ -147,6 +154,7 @@ class QuantizeMixed(Pass):
             **self._beside.summary(shape, beside),
         }
         notes = [f"layer {i}: super experts {e} get {max(widths)} bits" for i, e in protected.items()]
+        notes += left_out(shape) if self.options.smooths_input else []
         return Plan(
             self.name, layers, summary, [self._said(found), *notes, *found.notes, *self._beside.notes(shape)], beside
         )
@@ -182,6 +190,18 @@ class QuantizeMixed(Pass):
         proven = "" if gap is None else ", proven to be the best" if gap == 0 else f", within {gap:.1g} of the best"
         return (
             f"a width for each {self._unit} by {options.allocation} within {share}, cost: {options.cost}{gain}{proven}"
+        )
+
+    def prepare(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs) -> dict[str, Any]:
+        """Smooth what a block reads."""
+        assert self.profile is not None
+        widths, options = decision["bits"], self.options
+        return smooth_inputs(
+            block,
+            self.profile.shape,
+            options,
+            inputs,
+            lambda factor_PH: input_errors(block, factor_PH, widths, options, inputs, CHUNK_BYTES),
         )
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:

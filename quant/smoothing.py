@@ -102,7 +102,7 @@ def factors(down_EHI: Tensor, moment_EII: Tensor, width: float, options: SolverO
     for power in POWERS:
         exponent_EI = (power * (log_EI - log_EI.mean(1, keepdim=True))).clamp(-12, 12)
         tried.append(torch.where(strength_EI > 0, exponent_EI, 0).exp2())
-    error_PE = torch.stack([_error(down_EHI, moment_EII, factor_EI, width, options) for factor_EI in tried])
+    error_PE = torch.stack([quantization_error(down_EHI, moment_EII, factor_EI, width, options) for factor_EI in tried])
     best_E = error_PE.argmin(0)  # of equal ones the first
     everyone_E = torch.arange(len(best_E), device=best_E.device)
     return torch.tensor(POWERS)[best_E.cpu()], torch.stack(tried)[best_E, everyone_E]
@@ -113,15 +113,18 @@ def _scaled(down_EHI: Tensor, factor_EI: Tensor) -> Tensor:
     return (down_EHI.float() * factor_EI.unsqueeze(1)).to(down_EHI.dtype)
 
 
-def _error(down_EHI: Tensor, moment_EII: Tensor, factor_EI: Tensor, width: float, options: SolverOptions) -> Tensor:
-    """What quantizing leaves of down projections with these factors, Σ (ΔW a)², [E]; GPTQ without its last sweeps."""
-    value_EHI = _scaled(down_EHI, factor_EI)
-    scaled_EII = moment_EII / (factor_EI.unsqueeze(1) * factor_EI.unsqueeze(2))
+def quantization_error(
+    weight_EOK: Tensor, moment_EKK: Tensor, factor_EK: Tensor, width: float, options: SolverOptions
+) -> Tensor:
+    """What quantizing leaves of matrices whose columns have these factors, Σ (ΔW x)², [E]; `moment_EKK` is of what
+    they read without the factors. GPTQ without its last sweeps."""
+    value_EOK = _scaled(weight_EOK, factor_EK)
+    scaled_EKK = moment_EKK / (factor_EK.unsqueeze(1) * factor_EK.unsqueeze(2))
     grid = options.grid(width)
     if options.method == "gptq":
-        quantized = gptq(value_EHI, scaled_EII, grid, damping=options.damping, search=options.search).quantized
+        quantized = gptq(value_EOK, scaled_EKK, grid, damping=options.damping, search=options.search).quantized
     else:
         quantize = round_to_nearest if options.method == "rtn" else half_quadratic
-        quantized = quantize(value_EHI, grid, search=options.search)
-    exact_EHI = down_EHI.float() * factor_EI.unsqueeze(1)
-    return output_error(exact_EHI - dequantize(quantized), scaled_EII).sum(1)
+        quantized = quantize(value_EOK, grid, search=options.search)
+    exact_EOK = weight_EOK.float() * factor_EK.unsqueeze(1)
+    return output_error(exact_EOK - dequantize(quantized), scaled_EKK).sum(1)

@@ -13,7 +13,35 @@ from .layer_rows import Weighing
 from .rotation import Rotation, Rotations
 
 
-class SolverOptions(PassOptions):
+class InputSmoothing(PassOptions):
+    """How factors of what a block reads are found (see input_smoothing.py), where a pass moves any."""
+
+    smooth_exponent: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="smooth: input: exponent of what is read, its complement that of weights; default: each layer's "
+        "best, or no factors",
+    )
+    smooth_merge: Literal["max", "mean"] = Field(
+        default="mean",
+        description="smooth: input: how the factors of experts, router and shared experts become one per channel: the "
+        "geometric mean, or the largest (EAQuant)",
+    )
+
+    @property
+    def smooths_input(self) -> bool:
+        """Whether factors move out of the norm before the block."""
+        return False
+
+    @model_validator(mode="after")
+    def _exponent_of_something(self) -> Self:
+        if self.smooth_exponent is not None and not self.smooths_input:
+            raise ValueError("`smooth_exponent` says how inputs are smoothed: add `smooth: input`")
+        return self
+
+
+class SolverOptions(InputSmoothing):
     """Options of the solvers (see experts.py)."""
 
     method: Literal["gptq", "rtn", "hqq"] = Field(
@@ -44,10 +72,11 @@ class SolverOptions(PassOptions):
         description="Rotate what down projections read by a random Hadamard matrix, at run time too, or what all "
         "projections of experts read (target: native)",
     )
-    smooth: Literal["none", "neurons"] = Field(
+    smooth: Literal["none", "neurons", "input", "both"] = Field(
         default="none",
-        description="Move factors from experts' up projections to their down projections, neuron by neuron, where "
-        "that lowers the error (AWQ); folded into the weights, whatever the target. Reads the text",
+        description="Move factors where that lowers the error, folded into the weights whatever the target. neurons: "
+        "from experts' up projections to their down projections (AWQ); input: from the norm before the block to "
+        "router, experts and shared experts (EAQuant); or both. Reads the text",
     )
     sweeps: int = Field(
         default=2,
@@ -58,11 +87,26 @@ class SolverOptions(PassOptions):
     @model_validator(mode="after")
     def _neurons_apart(self) -> Self:
         """Rotating mixes what factors would tell apart."""
-        if self.smooth == "neurons" and self.rotate != "none":
+        if self.smooths_neurons and self.rotate != "none":
             raise ValueError(
-                "`smooth: neurons` is of no use where activations are rotated: set `rotate: none` or `smooth: none`"
+                f"`smooth: {self.smooth}` is of no use where activations are rotated: set `rotate: none` or "
+                "`smooth: none`"
+            )
+        if self.smooths_input and self.rotate == "both":
+            raise ValueError(
+                f"`smooth: {self.smooth}` is of no use where inputs are rotated: set `rotate: down` or `smooth: none`"
             )
         return self
+
+    @property
+    def smooths_neurons(self) -> bool:
+        """Whether factors move between up and down projections."""
+        return self.smooth in ("neurons", "both")
+
+    @property
+    def smooths_input(self) -> bool:
+        """Whether factors move out of the norm before the block."""
+        return self.smooth in ("input", "both")
 
     @property
     def low_rank_rounds(self) -> int:
