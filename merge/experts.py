@@ -17,9 +17,10 @@ from torch import Tensor
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.fisher import WeightFisher
 from moe_compress.calib.inputs import BlockInputs
-from moe_compress.calib.statistics import OutputNorms, Routing, Statistic
+from moe_compress.calib.outputs import OutputGram
+from moe_compress.calib.statistics import OutputNorms, OutputSimilarity, Routing, Statistic
 from moe_compress.counts import kept_count
-from moe_compress.errors import RecipeError
+from moe_compress.errors import RecipeError, UnsupportedModelError
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.experts import ExpertWeights
 from moe_compress.model.shape import LayerShape, ModelShape
@@ -36,6 +37,7 @@ from .moments import output_moments
 from .options import MergeOptions, SubspaceOptions, ZipOptions
 from .refit import refit_down, refit_mean
 from .routers import FoldedBias, router_mixing
+from .scope import MergingCost, counts_by_cost, merging_floors
 from .zipping import zip_experts, zipped_neurons
 
 # Weight of the matrices themselves in the second moment of their outputs: directions that a group's few tokens say
@@ -63,14 +65,26 @@ class _MergeExperts(Pass):
         by_output = self.options.weight in ("reap", "energy", "fisher") or self.options.cluster in ("absorb", "ream")
         if self.options.protect_super_experts or by_output:
             found.append(OutputNorms())
-        return found
+        if self.options.scope == "global":
+            found += [self._outputs, OutputGram()]
+        return list({s.key: s for s in found}.values())
 
     def needs_inputs(self) -> bool:
         """To refit, to align, and to measure what the merge does to the routing."""
         return True
 
     def forecast(self, shape: ModelShape) -> ModelShape:
-        """Counts after merging. Raises RecipeError where the target has no router that leads several rows to one."""
+        """Counts after merging; where layers differ they are forecast as if uniform, the total is the same.
+
+        Raises RecipeError where the target has no router that leads several rows to one, or loads only uniform layers.
+        """
+        if self.options.scope == "global":
+            if self.target.uniform_experts:
+                raise RecipeError(
+                    f"{self.name}: scope 'global' gives layers different numbers of experts, which the target "
+                    f"{self.target.name!r} can't load; use scope: uniform, or target: native"
+                )
+            self._floors(shape, {})
         layers = {i: layer.with_experts(self._count(i, layer)) for i, layer in shape.layers.items()}
         if self.options.router == "remap":
             if self.target.quantized_format != "native":
@@ -85,10 +99,19 @@ class _MergeExperts(Pass):
         """Group every layer's experts."""
         generator = torch.Generator().manual_seed(self.options.seed)
         alone = measured_super_experts(profile) if self.options.protect_super_experts else {}
-        asked = {
-            index: self._asked(profile, index, self._count(index, layer), alone.get(index, []))
-            for index, layer in profile.shape.layers.items()
-        }
+        counts = {i: self._count(i, layer) for i, layer in profile.shape.layers.items()}
+        told: dict[str, Any] = {}
+        if self.options.scope == "global":
+            counts, told = counts_by_cost(
+                profile.shape.with_layers({i: self._routed(layer) for i, layer in profile.shape.layers.items()}),
+                counts,
+                self._floors(profile.shape, alone),
+                {i: self._merging_cost(profile, i) for i in counts},
+                lambda tried: group_layers(
+                    [self._asked(profile, i, count, alone.get(i, [])) for i, count in tried], self.options, generator
+                ),
+            )
+        asked = {i: self._asked(profile, i, count, alone.get(i, [])) for i, count in counts.items()}
         found = dict(zip(asked, group_layers(list(asked.values()), self.options, generator), strict=True))
         layers: dict[int, dict[str, Any]] = {}
         for index, own in found.items():
@@ -110,7 +133,7 @@ class _MergeExperts(Pass):
         ]
         merged = sum(len(g) > 1 for d in layers.values() for g in d["groups"])
         total = sum(len(d["groups"]) for d in layers.values())
-        return Plan(self.name, layers, {"experts": total, "merged_groups": merged}, notes)
+        return Plan(self.name, layers, {"experts": total, "merged_groups": merged, **told}, notes)
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Merge each group's weights and router rows, and solve down projections again."""
@@ -221,16 +244,37 @@ class _MergeExperts(Pass):
 
     def _count(self, index: int, layer: LayerShape) -> int:
         """Experts that a layer keeps; a router that stays as it is sets no limit to that."""
-        if self.options.router == "remap":
-            layer = replace(layer, top_k=1, groups=None)
-        count = kept_count(self.name, index, layer, self.options)
-        if problem := too_many(layer.num_experts, count, self.options.bound):
+        count = kept_count(self.name, index, self._routed(layer), self.options)
+        problem = too_many(layer.num_experts, count, self.options.bound)
+        if problem and self.options.scope == "uniform":
             raise RecipeError(f"{self.name}: layer {index}: {problem}")
         return count
 
+    @property
+    def _outputs(self) -> OutputSimilarity:
+        return OutputSimilarity(sample=self.options.sample)
+
+    def _routed(self, layer: LayerShape) -> LayerShape:
+        """With what the router asks of the number of experts; one that stays as it is asks for nothing."""
+        return replace(layer, top_k=1, groups=None) if self.options.router == "remap" else layer
+
+    def _floors(self, shape: ModelShape, alone: dict[int, list[int]]) -> dict[int, int]:
+        options, total = self.options, sum(self._count(i, layer) for i, layer in shape.layers.items())
+        routed = shape.with_layers({i: self._routed(layer) for i, layer in shape.layers.items()})
+        return merging_floors(self.name, routed, total, options.minimum, options.bound, alone)
+
+    def _merging_cost(self, profile: Profile, index: int) -> MergingCost:
+        gram, similarity = profile.of(index, OutputGram()), profile.of(index, self._outputs)["similarity"]
+        if "relative" not in gram:
+            raise UnsupportedModelError(
+                f"{self.name}: layer {index} returns no hidden state per token that merging's errors could be compared "
+                "with: use scope: uniform"
+            )
+        return MergingCost(similarity, gram["relative"].diagonal(), self._usage(profile, index))
+
     def _asked(self, profile: Profile, index: int, count: int, alone: Sequence[int]) -> Asked:
         """A layer with what it is grouped by."""
-        groups = 1 if self.options.router == "remap" else profile.shape.layers[index].routing_groups
+        groups = self._routed(profile.shape.layers[index]).routing_groups
         similarity = profile.of(index, similarity_statistic(self.options))["similarity"]
         usage, saliency = self._usage(profile, index), self._saliency(profile, index)
         return Asked(similarity, count, usage, saliency, groups, alone)

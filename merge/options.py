@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -105,6 +105,16 @@ class MergeOptions(PassOptions, ExpertCounts):
         description="Experts that a group has at the most (default: any number; with cluster: ream 17, one that takes "
         "16); others join what is next best",
     )
+    scope: Literal["uniform", "global"] = Field(
+        default="uniform",
+        description="uniform: the same number of experts in every layer; global: as many in all, most where merging "
+        "them would lose most of the layer's output, beside the hidden state (target: native)",
+    )
+    minimum: int | None = Field(
+        default=None,
+        ge=1,
+        description="scope: global: experts that a layer keeps at the least; default: twice the top-k",
+    )
     weight: Literal["frequency", "gate", "equal", "reap", "energy", "fisher"] = Field(
         default="energy",
         description="Weights of a group's members: tokens routed to them, routing weight, equal, REAP's score, or "
@@ -137,6 +147,12 @@ class MergeOptions(PassOptions, ExpertCounts):
     sample: int = Field(default=1024, ge=1, description="Tokens per layer on which outputs and neurons are compared")
     protect_super_experts: bool = Field(default=True, description="Experts with massive activations stay as they are")
     seed: int = Field(default=0, description="Seed of the k-means starts")
+
+    @model_validator(mode="after")
+    def _of_scope(self) -> Self:
+        if self.minimum is not None and self.scope == "uniform":
+            raise ValueError("`minimum` belongs to scope: global; in a uniform plan every layer keeps the same number")
+        return self
 
     @property
     def bound(self) -> int | None:

@@ -30,11 +30,13 @@ class Guards:
         minimum: experts; None for twice the top-k.
         most_removed: of its experts at most this share goes.
         start: what that is a share of, where a round isn't the first; None: the shape that is asked about.
+        name: of the pass, for messages.
     """
 
     minimum: int | None = None
     most_removed: float = 1.0
     start: ModelShape | None = None
+    name: str = "prune.experts"
 
     def floors(self, shape: ModelShape, total: int, protected: Protected) -> dict[int, int]:
         """Experts that each layer keeps in any case. Raises RecipeError when they are more than `total`."""
@@ -50,9 +52,10 @@ class Guards:
                 least = max(least, 2 * groups, -(-layer.top_k * groups // used))
             floors[index] = min(layer.num_experts, -(-least // step) * step)
         if sum(floors.values()) > total:
+            share = ", raise `most_removed`" if self.most_removed < 1 else ""
             raise RecipeError(
-                f"prune.experts: {total} experts are to be kept, but each layer keeps a minimum and these sum to "
-                f"{sum(floors.values())}; lower `minimum`, raise `most_removed`, or keep more"
+                f"{self.name}: {total} experts are to be kept, but each layer keeps a minimum and these sum to "
+                f"{sum(floors.values())}; lower `minimum`{share}, or keep more"
             )
         return floors
 
@@ -139,7 +142,7 @@ def removal_order(scores: Tensor, layer: LayerShape, protected: list[int]) -> li
 
 
 def cheapest_counts(
-    shape: ModelShape, costs: Mapping[int, Mapping[int, float]], total: int, guards: Guards, protected: Protected
+    shape: ModelShape, costs: Mapping[int, Mapping[int, float]], total: int, floors: Mapping[int, int]
 ) -> dict[int, int]:
     """How many experts each layer keeps so that what is lost in all layers together is least, `total` kept.
 
@@ -148,9 +151,8 @@ def cheapest_counts(
         costs: layer → experts kept → what that costs, among them all of the layer's experts (mostly 0). Between the
             numbers that are there, costs are interpolated; keeping more is never taken to cost more.
         total: experts that are kept in all layers together.
-        guards, protected: what stays in any case.
+        floors: layer → experts that it keeps in any case.
     """
-    floors = guards.floors(shape, total, protected)
     rows: list[tuple[list[int], list[float]]] = []
     for index, layer in shape.layers.items():
         counts = list(range(floors[index], layer.num_experts + 1, layer.routing_groups))

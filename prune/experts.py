@@ -302,7 +302,8 @@ class PruneExperts(Pass):
             counts = global_counts(shape, compared, sum(counts.values()), guards, protected)
             scores = compared
         if self.options.scope == "sensitivity":
-            counts = cheapest_counts(shape, costs, sum(counts.values()), guards, protected)
+            total = sum(counts.values())
+            counts = cheapest_counts(shape, costs, total, guards.floors(shape, total, protected))
         return best(shape, scores, counts, protected)
 
     def _verdict(self, learned: Result) -> tuple[dict[str, Any], list[str]]:

@@ -117,7 +117,7 @@ def test_counts_are_the_cheapest_of_all(seed):
     floors = guards.floors(shape, 22, {2: [0, 1, 2, 3]})
     assert floors == {0: 4, 1: 4, 2: 4}
     for total in (12, 15, 19, 22):
-        found = cheapest_counts(shape, costs, total, guards, {2: [0, 1, 2, 3]})
+        found = cheapest_counts(shape, costs, total, guards.floors(shape, total, {2: [0, 1, 2, 3]}))
         ranges = [range(floors[i], shape.layers[i].num_experts + 1) for i in range(3)]
         best = min(
             (sum(costs[i][n] for i, n in enumerate(counts)), counts)
@@ -127,14 +127,14 @@ def test_counts_are_the_cheapest_of_all(seed):
         assert sum(found.values()) == total
         assert sum(costs[i][n] for i, n in found.items()) == pytest.approx(best[0], rel=1e-4)
     with pytest.raises(RecipeError, match="raise `most_removed`"):
-        cheapest_counts(shape, costs, 10, guards, {})
+        guards.floors(shape, 10, {})
 
 
 def test_groups_go_in_steps_and_costs_are_interpolated():
     shape = shape_of(8, 8, groups=(2, 1))
     costs = {0: {4: 1.0, 8: 0.0}, 1: {4: 5.0, 6: 4.9, 8: 0.0}}
-    assert cheapest_counts(shape, costs, 14, Guards(), {}) == {0: 6, 1: 8}
-    assert cheapest_counts(shape, costs, 12, Guards(), {}) == {0: 4, 1: 8}
+    assert cheapest_counts(shape, costs, 14, Guards().floors(shape, 14, {})) == {0: 6, 1: 8}
+    assert cheapest_counts(shape, costs, 12, Guards().floors(shape, 12, {})) == {0: 4, 1: 8}
 
 
 def test_order_of_removal_is_the_choice_for_every_number():
