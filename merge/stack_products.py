@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.model.dispatch import Dispatch
+from moe_compress.quant.run_packed import FEW_ROWS
 from moe_compress.quant.stack import Stack
 
 
@@ -27,6 +28,8 @@ class Rows:
 
 def grouped(slots_E: Sequence[int], dispatch: Dispatch) -> Rows:
     """Rows of the experts that have a slot (not −1), sorted by slot."""
+    if len(dispatch.expert_R) <= FEW_ROWS:
+        return _few_grouped(slots_E, dispatch.expert_R)
     counts = dispatch.counts_E.cpu()
     slot_E = torch.tensor(list(slots_E))
     total = torch.zeros(int(slot_E.max()) + 1 if len(slot_E) else 0, dtype=torch.int64)
@@ -39,6 +42,18 @@ def grouped(slots_E: Sequence[int], dispatch: Dispatch) -> Rows:
     slot_R = slot_E.repeat_interleave(counts)
     order = slot_R.argsort(stable=True)
     return Rows(order[slot_R[order] >= 0].to(dispatch.expert_R.device), *found)
+
+
+def _few_grouped(slots_E: Sequence[int], expert_R: Tensor) -> Rows:
+    """`grouped` without a dozen calls, each of which costs more than counting few rows by hand."""
+    places: dict[int, list[int]] = {}
+    for row, expert in enumerate(expert_R.tolist()):
+        if slots_E[expert] >= 0:
+            places.setdefault(slots_E[expert], []).append(row)
+    slots = sorted(places)
+    order = [row for slot in slots for row in places[slot]]
+    index = None if order == list(range(len(expert_R))) else torch.tensor(order, device=expert_R.device)
+    return Rows(index, slots, [len(places[slot]) for slot in slots])
 
 
 def ordered_times(stack: Stack, rows: Rows, sorted_RK: Tensor) -> Tensor:
@@ -67,6 +82,13 @@ def routed_times(stack: Stack, slots_E: Sequence[int], input_RK: Tensor, dispatc
 
 def once_per_token(stack: Stack, input_RK: Tensor, dispatch: Dispatch) -> Tensor:
     """Rows times the stack's only matrix, each token once."""
+    if len(dispatch.row_R) <= FEW_ROWS:
+        rows: dict[int, int] = {}
+        place = [rows.setdefault(t, len(rows)) for t in dispatch.token_R.tolist()]
+        first = [place.index(number) for number in range(len(rows))]
+        if first == place:
+            return ordered_times(stack, Rows(None, [0] if place else [], [len(place)]), input_RK)
+        return ordered_times(stack, Rows(None, [0], [len(first)]), input_RK[first])[place]
     token, place_R = dispatch.token_R.unique(return_inverse=True)
     if not len(token):
         return input_RK.new_zeros(0, stack.out_features)

@@ -195,6 +195,8 @@ class LowRank(Term):
             if self.shared == "left":
                 return routed_times(own.left, everyone, routed_times(own.right, slots, input_RK, dispatch), dispatch)
             rows = grouped(slots, dispatch)
+            if not rows.slots:
+                continue
             between = ordered_times(own.right, rows, input_RK if rows.index is None else input_RK[rows.index])
             part = spread(ordered_times(own.left, rows, between), rows, len(input_RK))
             output = part if output is None else output + part

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 # the cache (5 bytes a weight).
 WEIGHTS_PER_THREAD = 1 << 21
 MOST_WEIGHTS = 1 << 24
+# Up to so many rows on a CPU, dense matrices are multiplied one by one where they lie: picking several copies them,
+# which takes several times as long as reading them.
+FEW_ROWS = 64
 # Groups with shorter runs of columns get their scale (or zero point) spread out before it is applied.
 SHORT_RUN = {torch.float32: 32, torch.int8: 64}
 
@@ -109,6 +112,8 @@ def multiply(stack: Stack, input_RK: Tensor, slots: list[int], counts: list[int]
         backward: take rows [R, O], times the matrices transposed → [R, K].
     """
     encoding, in_features = stack.encoding, stack.in_features
+    if encoding.name == "dense" and not backward and _few(stack, input_RK):
+        return _where_they_lie(stack.weight, input_RK, slots, counts)
     stored = next(stack.parameters())
     out_features = stored.shape[1]
     on_cpu = stored.device.type == "cpu"
@@ -143,6 +148,19 @@ def multiply(stack: Stack, input_RK: Tensor, slots: list[int], counts: list[int]
     if backward and order is not None:
         output = order.columns_back(output)
     return output.to(input_RK.dtype)
+
+
+def _few(stack: Stack, input_RK: Tensor) -> bool:
+    """Whether there are few rows, and no matrix is so large that `multiply` takes them one by one anyway."""
+    small = stack.out_features * stack.in_features <= weights_at_once()
+    return small and 0 < input_RK.shape[0] <= FEW_ROWS and input_RK.device.type == "cpu"
+
+
+def _where_they_lie(weight_SOK: Tensor, input_RK: Tensor, slots: list[int], counts: list[int]) -> Tensor:
+    """Each slot's rows times its matrix in float32 or better, of which nothing is copied that has the rows' dtype."""
+    work_RK = input_RK if input_RK.dtype.itemsize >= 4 else input_RK.float()
+    rows = zip(slots, work_RK.split_with_sizes(counts), strict=True)
+    return torch.cat([own @ weight_SOK[slot].to(own.dtype).T for slot, own in rows]).to(input_RK.dtype)
 
 
 def dense(stack: Stack, index: Tensor | slice, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:

@@ -118,6 +118,27 @@ def test_forward_is_that_of_the_product_of_the_factors(name, kind):
         torch.testing.assert_close(getattr(module.expert(2), key), stacked[2])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_rows_give_what_they_give_among_many(kind, dtype, monkeypatch):
+    """Few rows are counted by hand and matrices read where they lie: the same as by the way for many."""
+    (terms, _), rows = make(kind, 12, 24, 16), []
+    for few in (64, -1):
+        monkeypatch.setattr("moe_compress.quant.run_packed.FEW_ROWS", few)
+        monkeypatch.setattr("moe_compress.merge.stack_products.FEW_ROWS", few)
+        for tokens in (1, 4, 11):
+            index, weight = routing(tokens, 12, tokens == 4)
+            dispatch = Dispatch.of(index, weight, 12)
+            hidden = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(5)).to(dtype)
+            for term, per_token in itertools.product(terms, (True, False)):
+                rows.append(term(hidden[dispatch.token_R], dispatch, per_token))
+    half = len(rows) // 2
+    assert all(row.dtype == dtype for row in rows)
+    for one, other in zip(rows[:half], rows[half:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_input(kind):
     """What heal.router needs: those of the dense module with the same weights."""
