@@ -52,10 +52,10 @@ class Guards:
                 least = max(least, 2 * groups, -(-layer.top_k * groups // used))
             floors[index] = min(layer.num_experts, -(-least // step) * step)
         if sum(floors.values()) > total:
-            share = ", raise `most_removed`" if self.most_removed < 1 else ""
+            also = ", raise `most_removed`" if self.most_removed < 1 else ""
             raise RecipeError(
                 f"{self.name}: {total} experts are to be kept, but each layer keeps a minimum and these sum to "
-                f"{sum(floors.values())}; lower `minimum`{share}, or keep more"
+                f"{sum(floors.values())}; lower `minimum`{also}, or keep more"
             )
         return floors
 
