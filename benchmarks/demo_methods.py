@@ -82,6 +82,7 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
                 for n in ("", "mean")
             ),
             *((f"{c}, refitted", {"criterion": c}) for c in ("mone", "reap")),
+            *((f"{c}, novices, refitted", {"criterion": c, "replace": "mean"}) for c in ("mone", "reap")),
         )
     },
     "neurons": {

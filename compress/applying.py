@@ -119,7 +119,7 @@ class Applying:
         report = self.step.apply(block, self.plan.layers[layer.index], inputs)
         report["other_bytes_change"] = self._beside(layer, block) - beside
         if inputs is not None:
-            self._round(layer, block)
+            self.model.round_block(layer)
         return report
 
     def _beside(self, layer: Layer, block: MoEBlock) -> int:
@@ -130,16 +130,6 @@ class Applying:
         own = (n for n in block.own_names() if not n.startswith(experts) or n.startswith(rules))
         tensors = {n: state[n] for n in own}
         return sum(t.numel() * stored.get(n, t.dtype).itemsize for n, t in tensors.items())
-
-    def _round(self, layer: Layer, block: MoEBlock) -> None:
-        """Give live weights the values that will be stored: what follows must see those."""
-        tensors, description = block.state()
-        stored = self.model.stored_dtypes(layer.index)
-        if description["kind"] == "fused":
-            block.assign({n: t.to(stored.get(n, t.dtype)).to(t.dtype) for n, t in tensors.items()})
-        if description["kind"] == "ragged":  # holds its dense weights as they are stored
-            came = next(d for n, d in stored.items() if n.startswith(block.path) and "down_proj" in n)
-            block.assign({n: tensors[n].to(came) for n in block.weight_names() if not n.endswith("_bias")})
 
     def _commit(self, layer: Layer, report: dict[str, Any]) -> None:
         stored = self.model.stored_dtypes(layer.index)

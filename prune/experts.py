@@ -112,7 +112,17 @@ class PruneExperts(Pass):
         scores, protected = self._scores(profile)
         uniform = best(profile.shape, scores, self._counts(profile.shape), protected)
         free = self._choose(profile, scores, protected, self._costs(lesson, text, profile, scores, protected))
-        losses = [loss_of(lesson, held, keep) for keep in (uniform, free)] if held is not None else []
+        losses = []
+        if held is not None:
+            reads = text if self.needs_inputs() else None
+
+            def take_out(block: MoEBlock, keep: Sequence[int], inputs: BlockInputs | None) -> None:
+                if self.options.replace == "mean":  # novices are made in place, and these weights are needed again
+                    state = block.state()[0]
+                    block.assign({name: state[name].clone() for name in block.weight_names()})
+                self._take_out(block, list(keep), protected.get(block.layer, []), inputs)
+
+            losses = [loss_of(lesson, held, keep, take_out, reads) for keep in (uniform, free)]
         keep = uniform if losses and losses[0] <= losses[1] else free
         return {
             index: {
@@ -167,28 +177,34 @@ class PruneExperts(Pass):
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:
         """Drop the experts that the plan removes, and let those that are left take over what they can."""
-        if self.options.replace == "mean":
-            assert inputs is not None
-            return self._replace(block, decision, inputs)
-        ridge = self.options.ridge if self.options.refit else None
-        slots, refitted = drop_experts(block, decision["keep"], decision["protected"], inputs, ridge)
+        report = self._take_out(block, decision["keep"], decision["protected"], inputs)
         told = {"round": self.round + 1} if number_of_rounds(self) > 1 else {}
         experts = [
-            {"score": score, "removed": slot < 0, "protected": expert in decision["protected"], **told}
-            for expert, (score, slot) in enumerate(zip(decision["scores"], slots, strict=True))
+            {
+                "score": score,
+                "removed": expert in report["removed"],
+                **({"replaced": expert in report["replaced"]} if "replaced" in report else {}),
+                "protected": expert in decision["protected"],
+                **told,
+            }
+            for expert, score in enumerate(decision["scores"])
         ]
-        return {"removed": decision["remove"], "experts": experts, "slots": slots, "refit": refitted}
+        return {**report, "experts": experts}
 
-    def _replace(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs) -> dict[str, Any]:
-        """Put means in the place of the experts that the plan removes."""
-        removed, width = decision["remove"], block.experts.intermediate_size
-        unseen = put_means(block, removed, inputs)
-        experts = [
-            {"score": score, "removed": False, "replaced": e in removed, "protected": e in decision["protected"]}
-            for e, score in enumerate(decision["scores"])
-        ]
-        report = {"removed": [], "replaced": removed, "replaced_by_zeros": unseen, "experts": experts}
-        return {**report, "slots": list(range(len(experts))), "all_neurons": width * len(decision["keep"])}
+    def _take_out(
+        self, block: MoEBlock, keep: list[int], protected: list[int], inputs: BlockInputs | None
+    ) -> dict[str, Any]:
+        """Remove all experts but these from a block, or put means in their place. Returns what is reported of it."""
+        count, ridge = block.num_experts, self.options.ridge if self.options.refit else None
+        removed = sorted(set(range(count)) - set(keep))
+        if self.options.replace == "nothing":
+            slots, told = drop_experts(block, keep, protected, inputs, ridge)
+            return {"removed": removed, "slots": slots, "refit": told}
+        assert inputs is not None
+        neurons = block.experts.intermediate_size * len(keep)
+        unseen, told = put_means(block, removed, inputs, ridge, protected)
+        report = {"removed": [], "replaced": removed, "replaced_by_zeros": unseen, "refit": told}
+        return {**report, "slots": list(range(count)), "all_neurons": neurons}
 
     def _measures(self) -> list[Statistic]:
         found = find_criterion(self.options.criterion).measures(self._asked())

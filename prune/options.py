@@ -44,8 +44,8 @@ class PruneOptions(PassOptions, ExpertCounts, Rounds):
     )
     check: bool | None = Field(
         default=None,
-        description="Hold sequences out and keep the uniform plan if it predicts them better (before any refit); "
-        "default: with scope: sensitivity",
+        description="Hold sequences out and keep the uniform plan if it predicts them better, both as they would be "
+        "written (solved again, or with novices, by the other sequences); default: with scope: sensitivity",
     )
     held_out: float = Field(default=0.125, gt=0, lt=1, description="check: share of the sequences that judges")
     measured_tokens: int = Field(default=2048, ge=1, description="sensitivity: measured: tokens of each run")
@@ -71,7 +71,7 @@ class PruneOptions(PassOptions, ExpertCounts, Rounds):
     replace: Literal["nothing", "mean"] = Field(
         default="nothing",
         description="mean: a removed expert becomes a novice, a vector, its mean output over the tokens routed to it; "
-        "the router goes on choosing it (MoNE; its criterion is `mone`). For target: native, without refit",
+        "the router goes on choosing it (MoNE; its criterion is `mone`). For target: native",
     )
     refit: bool = Field(
         default=True,
@@ -96,8 +96,6 @@ class PruneOptions(PassOptions, ExpertCounts, Rounds):
 
     @model_validator(mode="after")
     def _novices(self) -> Self:
-        if self.replace == "mean" and self.refit and "refit" in self.model_fields_set:
-            raise ValueError("`refit` belongs to replace: nothing; with replace: mean nothing is solved again")
         if self.replace == "mean" and self.steps > 1:
             raise ValueError("`steps` belongs to replace: nothing; nothing can follow replace: mean, no round either")
         return self

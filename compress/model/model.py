@@ -355,6 +355,18 @@ class MoEModel:
         with offload.editable(layer.module):
             yield layer.block
 
+    def round_block(self, layer: Layer) -> None:
+        """Give a changed block's live weights the values that will be stored: what follows must see those."""
+        block = layer.block
+        assert block is not None
+        tensors, description = block.state()
+        stored = self.stored_dtypes(layer.index)
+        if description["kind"] == "fused":
+            block.assign({n: t.to(stored.get(n, t.dtype)).to(t.dtype) for n, t in tensors.items()})
+        if description["kind"] == "ragged":  # holds its dense weights as they are stored
+            came = next(d for n, d in stored.items() if n.startswith(block.path) and "down_proj" in n)
+            block.assign({n: tensors[n].to(came) for n in block.weight_names() if not n.endswith("_bias")})
+
     @contextmanager
     def outer_weights(self, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         """Dense matrices of embeddings and head by path, as the source stores them."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -245,9 +245,9 @@ class Step:
         """The same batches in front of another model's live layer, to `run` them through it."""
         return Step(self._sweep, layer)
 
-    def run(self, observer: Observer | None = None) -> None:
-        """Run every batch through the layer and drop the results; `observer` gets a Tap for each."""
-        for number in range(len(self._sweep._calls)):
+    def run(self, observer: Observer | None = None, numbers: Iterable[int] | None = None) -> None:
+        """Run every batch, or those of `numbers`, through the layer and drop the results; a Tap of each is observed."""
+        for number in range(len(self._sweep._calls)) if numbers is None else numbers:
             self._forward(number, observer)
 
     def advance(self, observer: Observer | None = None) -> None:

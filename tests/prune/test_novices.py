@@ -9,10 +9,11 @@ from checkpoints import recipe
 from families import input_batch
 from native_reader import Native
 from pydantic import ValidationError
-from reference import build, experts_calls, joined, outputs_ETH
+from reference import activations_ETI, build, experts_calls, joined, outputs_ETH
 from test_criteria import prune
 
 import moe_compress
+from moe_compress import refit
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.errors import RecipeError, UnsupportedModelError
 from moe_compress.model import MoEModel
@@ -29,7 +30,7 @@ def batches_of(model):
     return [input_batch(model, 2, 12, 1), input_batch(model, 1, 9, 2)]
 
 
-def replaced(model, removed, weight_of=None):
+def replaced(model, removed, weight_of=None, ridge=None, protected=()):
     """The first MoE layer's block with these replaced, and what it read; and the experts before that, by reference."""
     view, batches = MoEModel.wrap(model), batches_of(model)
     layer = view.moe_layers[0]
@@ -43,7 +44,8 @@ def replaced(model, removed, weight_of=None):
     if weight_of is not None:
         inputs._counted, inputs._weighed = [weight_of(len(call.hidden_TH))], True
     with torch.no_grad():
-        unseen = put_means(view.block(layer), removed, inputs)
+        unseen, told = put_means(view.block(layer), removed, inputs, ridge, protected)
+    assert (told is None) == (ridge is None)
     return view.block(layer), call, each, unseen
 
 
@@ -96,14 +98,64 @@ def test_a_constant_expert_can_go_without_a_trace():
     assert all(len(layer["passes"][0]["replaced"]) == 2 for layer in result.report["layers"])
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"])
+def test_the_others_are_solved_for_what_the_means_leave(name, weighed, monkeypatch):
+    """Dense least squares, float64, unknowns of the experts that stay but for a protected one."""
+    monkeypatch.setattr(refit, "_TOLERANCE", 1e-6)
+
+    def weight_of(tokens):
+        return (torch.arange(tokens) % 3).double() if weighed else torch.ones(tokens).double()
+
+    removed, protected, ridge = [1, 4, 6], [2], 0.5
+    original = build(name)
+    before = MoEModel.wrap(original).block(MoEModel.wrap(original).moe_layers[0]).experts.weights().map(torch.clone)
+    activation = activations_ETI(
+        MoEModel.wrap(original).block(MoEModel.wrap(original).moe_layers[0]).experts_module,
+        joined(experts_calls(original, batches_of(original))[MoEModel.wrap(original).moe_layers[0]]).hidden_TH,
+    )
+    block, call, each, _ = replaced(original, removed, weight_of if weighed else None, ridge, protected)
+    root = weight_of(len(call.hidden_TH)).sqrt() if weighed else torch.ones(len(call.hidden_TH)).double()
+    now = block.experts.weights()
+    features = torch.zeros(len(call.hidden_TH), 8, activation.shape[2], dtype=torch.float64)
+    left = torch.zeros_like(call.output_TH, dtype=torch.float64)
+    for token, expert, gate in call.choices():
+        if expert in removed:
+            left[token] += gate * (each[expert, token] - now.down_bias[expert].double())
+        else:
+            features[token, expert] += gate * activation[expert, token]
+    free = [e for e in range(8) if e not in (*removed, *protected)]
+    whole, left = features * root[:, None, None], left * root[:, None]
+    scale = ridge * 8 * activation.shape[2] / len(whole) * float(whole.flatten(1).square().sum(0).mean())
+    own = whole[:, free].flatten(1)
+    step = torch.linalg.solve(own.T @ own + scale * torch.eye(own.shape[1]).double(), own.T @ left)
+    found = (now.down[:, :, : activation.shape[2]] - before.down)[free].double().transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(found, step, rtol=2e-3, atol=2e-5)
+    for e in (*free, *protected):
+        same = torch.equal(now.down[e, :, : activation.shape[2]], before.down[e])
+        assert same == (e in protected or not whole[:, e].any())
+    assert all(not now.down[e].any() for e in removed)
+
+
+def test_refitting_beside_novices_is_never_worse_on_the_calibration_tokens():
+    error = {}
+    for ridge in (None, 0.25):
+        block, call, *_ = replaced(build("qwen3_moe"), [1, 4, 6], ridge=ridge)
+        found = block.experts_module(call.hidden_TH, call.index_TK, call.weight_TK)
+        error[ridge] = float((found.double() - call.output_TH.double()).square().sum())
+    assert error[0.25] < 0.9 * error[None]
+
+
 def test_norms_after_experts_are_refused():
     with pytest.raises(UnsupportedModelError, match="a norm follows its experts"):
         replaced(build("muse_spark"), [1])
 
 
 def test_options(small, text, tmp_path):
-    with pytest.raises(ValidationError, match="`refit` belongs to replace: nothing"):
-        prune(**STEP, refit=True)
+    with pytest.raises(ValidationError, match="`steps` belongs to replace: nothing"):
+        prune(**STEP, steps=2)
+    values = recipe(small, tmp_path / "out", [{"prune.experts": STEP}], text)
+    assert make_recipe(make_recipe(values).plain()).plain() == make_recipe(values).plain()
     for target in ("vllm", "transformers"):
         values = recipe(small, tmp_path / "out", [{"prune.experts": STEP}], text) | {"target": target}
         with pytest.raises(RecipeError, match=r"replace: mean .* can't load; use replace: nothing, or target: native"):
