@@ -49,7 +49,7 @@ def reached(step: Pass, start: int, goal: int, unit: int = 1) -> int:
     """
     rounds, done = number_of_rounds(step), step.round + 1
     most, left = (start - goal) // unit, rounds - done
-    exact = start * (goal / start) ** (done / rounds)
+    exact: float = start * (goal / start) ** (done / rounds)
     return goal + unit * max(min(left, most), min(most, round((exact - goal) / unit)))
 
 
