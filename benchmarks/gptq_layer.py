@@ -13,6 +13,7 @@ that must be read and written at least once over the measured bandwidth.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from types import SimpleNamespace
 
@@ -59,7 +60,42 @@ _CALLED = (
     (polishing, "_move_scale"),
     (polishing._Codes, "move"),
 )
-STAGES = [(module, name, getattr(module, name)) for module, name in _CALLED]
+
+
+def stages(called):
+    """(owner, name, what it is now) of functions given by owner and name."""
+    return [(owner, name, getattr(owner, name)) for owner, name in called]
+
+
+STAGES = stages(_CALLED)
+
+
+def operations(rows: int, experts: int, hidden: int, neurons: int, sweeps: int, compensates: bool) -> dict[str, float]:
+    """What moments, factors and solving take at least, of experts that see so many rows in all."""
+    h, i, again = hidden, neurons, 1 if compensates else 0
+    # The error of rounding and two passes' feedback, half a square each; per sweep a square.
+    square = 2 * (2 * i * h * h + h * i * i)
+    return {
+        # Per row: x xᵀ, activations, a aᵀ; where the down projection compensates, activations and a cross moment again.
+        "moments": 2 * rows * (h * h + 2 * h * i * (1 + again) + i * i * (1 + again)),
+        "factors": experts * ((h**3 + i**3) / 3 + again * (i**3 / 3 + 4 * h * i * i)),
+        "solve": experts * square * (3 * 0.5 + sweeps),
+    }
+
+
+def bytes_moved(rows: int, experts: int, hidden: int, neurons: int) -> float:
+    """What must be read and written at least once."""
+    h, i = hidden, neurons
+    return experts * 4 * (3 * h * i + h * h + i * i) + 4 * rows * (h + i)
+
+
+def measured_rates() -> tuple[float, float]:
+    """Operations a second of a large product, bytes a second of a large copy."""
+    big = torch.randn(2048, 2048)
+    big @ big
+    rate = 3 * 2 * 2048**3 / seconds(lambda: [big @ big for _ in range(3)])
+    source, target = torch.empty(1 << 25).fill_(1), torch.empty(1 << 25).fill_(0)
+    return rate, 3 * 2 * 4 * len(source) / seconds(lambda: [target.copy_(source) for _ in range(3)])
 
 
 def seconds(function) -> float:
@@ -68,7 +104,8 @@ def seconds(function) -> float:
     return time.process_time() - start
 
 
-def watch(spent: dict[str, float]) -> None:
+@contextlib.contextmanager
+def watching(spent: dict[str, float], watched_stages=STAGES):
     """Put the seconds that each stage takes, without those inside it, into `spent` from now on."""
     inside = [0.0]
 
@@ -84,8 +121,13 @@ def watch(spent: dict[str, float]) -> None:
 
         return timed
 
-    for module, name, function in STAGES:
+    for module, name, function in watched_stages:
         setattr(module, name, watched(name, function))
+    try:
+        yield
+    finally:
+        for module, name, function in watched_stages:
+            setattr(module, name, function)
 
 
 def main() -> None:
@@ -113,12 +155,7 @@ def main() -> None:
     hidden_TH = torch.randn(tokens, given.hidden)
     inputs.observe(SimpleNamespace(hidden_TH=hidden_TH, index_TK=index, weight_TK=weight, **counted))
 
-    big = torch.randn(2048, 2048)
-    big @ big
-    rate = 3 * 2 * 2048**3 / seconds(lambda: [big @ big for _ in range(3)])
-    source, target = torch.empty(1 << 25).fill_(1), torch.empty(1 << 25).fill_(0)
-    bandwidth = 3 * 2 * 4 * len(source) / seconds(lambda: [target.copy_(source) for _ in range(3)])
-
+    rate, bandwidth = measured_rates()
     sweeps = 0 if given.plain else given.sweeps
     options = SolverOptions(sweeps=sweeps, compensate=not given.plain)
     widths = {name: [given.bits] * done for name in ("gate", "up", "down")}
@@ -132,19 +169,13 @@ def main() -> None:
             took = (time.perf_counter() - start) * scale
             print(f"{given.experts} experts, measured on {done}, {given.threads} threads: {took:.1f} s by the clock")
             return
-        watch(spent)
-        total = seconds(lambda: [None for _ in solving.solve_experts(experts, widths, options, inputs)])
+        with watching(spent):
+            total = seconds(lambda: [None for _ in solving.solve_experts(experts, widths, options, inputs)])
     spent["moments, activations"] = total - sum(spent.values())
 
     h, i = given.hidden, given.neurons
-    # Per row: x xᵀ, activations, a aᵀ; where the down projection compensates, activations and a cross moment again.
-    again = 0 if given.plain else 1
-    operations = {"moments": 2 * rows * (h * h + 2 * h * i * (1 + again) + i * i * (1 + again))}
-    operations["factors"] = done * ((h**3 + i**3) / 3 + again * (i**3 / 3 + 4 * h * i * i))
-    # The error of rounding and two passes' feedback, half a square each; per sweep a square.
-    square = 2 * (2 * i * h * h + h * i * i)
-    operations["solve"] = done * square * (3 * 0.5 + sweeps)
-    moved = done * 4 * (3 * h * i + h * h + i * i) + 4 * rows * (h + i)
+    needed = operations(rows, done, h, i, sweeps, not given.plain)
+    moved = bytes_moved(rows, done, h, i)
     print(
         f"{given.experts} experts {h}×{i}, {given.tokens} tokens, {given.bits} bits, {torch.get_num_threads()} threads"
     )
@@ -152,8 +183,8 @@ def main() -> None:
     for name, took in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"{name:22}{took * scale:9.1f} s")
     print(f"{'total':22}{total * scale:9.1f} s")
-    limits = ", ".join(f"{name} {count * scale / rate:.1f} s" for name, count in operations.items())
-    print(f"limit by operations {sum(operations.values()) * scale / rate:.1f} s ({limits})")
+    limits = ", ".join(f"{name} {count * scale / rate:.1f} s" for name, count in needed.items())
+    print(f"limit by operations {sum(needed.values()) * scale / rate:.1f} s ({limits})")
     print(f"limit by bytes {moved * scale / bandwidth:.1f} s")
 
 

@@ -3,11 +3,15 @@
     python -m venv PEER && PEER/bin/pip install llmcompressor==0.14.0.1        # an environment of its own
     python benchmarks/llm_compressor.py demo  --peer PEER/bin/python [--bits 4 3 2]
     python benchmarks/llm_compressor.py layer --peer PEER/bin/python [--sequences 32 --length 256]
+    python benchmarks/llm_compressor.py scaling --peer PEER/bin/python [--measure 16] [--calibration 4096 16384]
 
 `demo`: both quantize the demo checkpoint's experts by GPTQ, symmetric, groups of 64, with the same calibration tokens;
 both results are scored here on the same held-out text. `layer`: both take one layer with Qwen3-30B-A3B's
 shapes (128 experts, 2048 × 768) through calibration and solving at 4 bits; loading and saving aren't counted. Ours is
-timed twice: with its defaults, and with one plain pass.
+timed twice: with its defaults, and with one plain pass. `scaling`: how that grows with calibration tokens, in seconds of
+the processor on one thread, from a layer with `--measure` experts of those shapes. Theirs reads all tokens with each of
+them, ours an expert's share of tokens at top-8 of 128, and times are scaled to 128 experts: ours as they are, of theirs
+only what grows with the tokens, and solving. So what either takes to begin with is counted against ours.
 """
 
 from __future__ import annotations
@@ -27,15 +31,18 @@ from typing import Any
 
 import torch
 from demo_model import MODEL, calibration_text, load_demo, six_texts
+from gptq_layer import bytes_moved, measured_rates, operations, stages, watching
 from quantization_table import PLAIN
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_compress
 from moe_compress.checkpoint.reader import sidecar_files
 from moe_compress.evaluate.score import score_folders
 from moe_compress.model import MoEModel
 from moe_compress.progress import Monitor
+from moe_compress.quant import experts as solving
+from moe_compress.quant.solver import SolverOptions
 from moe_compress.recipe import Evaluation
 from moe_compress.resources import device_and_dtype
 
@@ -132,6 +139,98 @@ def layer(arguments: argparse.Namespace) -> None:
             print(f"{'llm-compressor':28}{told['seconds']:9.1f} s, peak {told['peak_gb']:.1f} GB", flush=True)
 
 
+def scaling(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # theirs
+    rate, bandwidth = measured_rates()
+    measured, times = arguments.measure, 128 / arguments.measure
+    few, many = arguments.calibration[0], arguments.calibration[-1]
+    ids = torch.randint(0, 256, (many // 256, 256), generator=torch.Generator().manual_seed(0))
+    variants: dict[str, dict[str, Any]] = {"default": {}, "plain": PLAIN}
+    theirs, ours = {}, {}
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        small_layer(Path(folder), measured)
+        for tokens in arguments.calibration:
+            for name, options in variants.items():
+                # Top 1 of all measured experts: so many tokens give each what top-8 of 128 would.
+                own = ids[: tokens * measured // 16 // 256]
+                ours[name, tokens] = [times * value for value in our_seconds(Path(folder), own, options)]
+                print(f"{tokens} tokens, ours, {name}: {ours[name, tokens]}", flush=True)
+            if arguments.peer:
+                told = peer(arguments.peer, Path(folder), ids[: tokens // 256], "-", 4)
+                theirs[tokens] = [told["cpu"] - told["cpu_solving"], told["cpu_solving"]]
+                print(f"{tokens} tokens, theirs, {measured} experts: {theirs[tokens]}", flush=True)
+    print(f"\nseconds of the processor, 128 experts, measured on {measured}; calibration + solving")
+    print(f"matrix products at {rate / 1e9:.0f} GFLOP/s, bandwidth {bandwidth / 1e9:.0f} GB/s")
+    print(
+        f"{'tokens':>9}" + "".join(f"{x:>22}" for x in ("llm-compressor", *variants, "limit, default", "limit, plain"))
+    )
+    lines = [(tokens, "") for tokens in arguments.calibration]
+    for tokens, note in [*lines, *([(arguments.extrapolate, " extrapolated")] if few < many else [])]:
+        row, totals = [], []
+        each = {name: {t: ours[name, t] for t in arguments.calibration} for name in variants}
+        if theirs:
+            # Only what grows with the tokens is scaled.
+            slope = (theirs[many][0] - theirs[few][0]) / (many - few) if few < many else theirs[few][0] / few
+            fixed = theirs[few][0] - slope * few
+            solve = statistics.mean(own[1] for own in theirs.values()) * times
+            row.append((fixed + slope * times * tokens, solve))
+        row += [straight(own, tokens) for own in each.values()]
+        for options in variants.values():
+            sweeps = options.get("sweeps", SolverOptions().sweeps)
+            needed = operations(tokens * 8, 128, 2048, 768, sweeps, "compensate" not in options)
+            passing = 6 * tokens * 8 * 2048 * 768  # the forward
+            row.append(((needed["moments"] + passing) / rate, (needed["factors"] + needed["solve"]) / rate))
+        totals = [sum(pair) for pair in row]
+        shown = "".join(f"{f'{a:.0f} + {b:.0f} = {a + b:.0f}':>22}" for a, b in row)
+        beside = ", ".join(f"{totals[0] / own:.1f}" for own in totals[1:3]) if theirs else ""
+        print(f"{tokens:>9}{shown}  theirs / ours {beside}{note}")
+        print(f"{'':>9}limit by bytes {bytes_moved(tokens * 8, 128, 2048, 768) / bandwidth:.1f}")
+
+
+def straight(own: dict[int, list[float]], tokens: int) -> tuple[float, float]:
+    """Calibration, on the line through the measured ones; solving, their mean."""
+    if tokens in own:
+        return own[tokens][0], own[tokens][1]
+    few, many = min(own), max(own)
+    slope = (own[many][0] - own[few][0]) / (many - few)
+    return own[few][0] + slope * (tokens - few), statistics.mean(pair[1] for pair in own.values())
+
+
+def small_layer(folder: Path, experts: int) -> None:
+    """One decoder layer with few experts of Qwen3-30B-A3B's shape, and next to nothing beside them."""
+    config = AutoConfig.from_pretrained(MODEL)
+    for name, value in {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_experts": experts,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": 256,
+    }.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for file in sidecar_files(MODEL):
+        if file.name.startswith("tokenizer"):
+            (folder / file.name).write_bytes(file.read_bytes())
+
+
+def our_seconds(model: Path, ids: torch.Tensor, options: dict[str, Any]) -> list[float]:
+    """Of the processor: calibration, and solving."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    spent: dict[str, float] = {}
+    with watching(spent, stages([(solving, "gptq"), (solving, "compensated")])):
+        start = time.process_time()
+        moe_compress.compress(
+            loaded, passes=[{"quantize.mixed": uniform(4) | options}], calibration=ids, monitor=Monitor(show=False)
+        )
+        total = time.process_time() - start
+    return [total - sum(spent.values()), sum(spent.values())]
+
+
 def matmul_rate() -> float:
     """Operations per second of a large float32 product, the best of a few."""
     left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
@@ -145,15 +244,18 @@ def matmul_rate() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["demo", "layer"])
+    parser.add_argument("what", choices=["demo", "layer", "scaling"])
     parser.add_argument("--peer", help="Python of an environment with llm-compressor")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--tokens", type=int, default=20_000, help="of each held-out text")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--measure", type=int, default=16, help="scaling: experts that are really done")
+    parser.add_argument("--calibration", type=int, nargs="+", default=[4096, 16384], help="scaling: tokens, ascending")
+    parser.add_argument("--extrapolate", type=int, default=262_144, help="scaling: tokens, on a straight line")
     parser.add_argument("--scratch", help="where the synthetic layer goes (1.3 GB)")
     arguments = parser.parse_args()
-    demo(arguments) if arguments.what == "demo" else layer(arguments)
+    {"demo": demo, "layer": layer, "scaling": scaling}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

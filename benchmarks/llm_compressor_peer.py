@@ -3,7 +3,8 @@
     python benchmarks/llm_compressor_peer.py MODEL IDS.safetensors OUT BITS
 
 GPTQ on every expert's projections, symmetric, groups of 64, all its other settings as they come; calibration tokens as
-given. Prints one line of JSON: seconds of calibration and solving, without loading and saving.
+given. Prints one line of JSON: seconds of calibration and solving, without loading and saving; the same in seconds of
+the processor, and those of solving alone.
 """
 
 # ruff: noqa: E402
@@ -37,7 +38,15 @@ def main() -> None:
     weights = QuantizationArgs(num_bits=int(bits), type="int", symmetric=True, strategy="group", group_size=64)
     experts = r"re:.*mlp\.experts\..*(gate_proj|up_proj|down_proj)$"
     scheme = QuantizationScheme(targets=[experts], weights=weights)
-    start = time.perf_counter()
+    solving, solve = [], GPTQModifier.compress_modules
+
+    def timed(modifier: GPTQModifier) -> None:
+        began = time.process_time()
+        solve(modifier)
+        solving.append(time.process_time() - began)
+
+    GPTQModifier.compress_modules = timed
+    start, cpu_start = time.perf_counter(), time.process_time()
     oneshot(
         model=model,
         dataset=Dataset.from_dict(rows),
@@ -48,10 +57,11 @@ def main() -> None:
         batch_size=8,
         pipeline="sequential",
     )
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     if output != "-":
         model.save_pretrained(output, save_compressed=True)
-    print(json.dumps({"seconds": seconds, "peak_gb": peak_gigabytes()}), flush=True)
+    told = {"seconds": seconds, "cpu": cpu, "cpu_solving": sum(solving), "peak_gb": peak_gigabytes()}
+    print(json.dumps(told), flush=True)
 
 
 def peak_gigabytes() -> float:
