@@ -8,10 +8,10 @@
 `demo`: both quantize the demo checkpoint's experts by GPTQ, symmetric, groups of 64, with the same calibration tokens;
 both results are scored here on the same held-out text. `layer`: both take one layer with Qwen3-30B-A3B's
 shapes (128 experts, 2048 × 768) through calibration and solving at 4 bits; loading and saving aren't counted. Ours is
-timed twice: with its defaults, and with one plain pass. `scaling`: how that grows with calibration tokens, in seconds of
-the processor on one thread, from a layer with `--measure` experts of those shapes. Theirs reads all tokens with each of
-them, ours an expert's share of tokens at top-8 of 128, and times are scaled to 128 experts: ours as they are, of theirs
-only what grows with the tokens, and solving. So what either takes to begin with is counted against ours.
+timed twice: with its defaults, and with plain GPTQ. `scaling`: how that grows with calibration tokens, in seconds of
+the processor on one thread, from a layer with `--measure` experts of those shapes. In theirs each of them reads all
+tokens, in ours its share of them at top-8 of 128. Times are scaled to 128 experts: ours whole, of theirs solving, and
+of calibration only what grows with the tokens. So what either takes to begin with is counted against ours.
 """
 
 from __future__ import annotations
@@ -162,19 +162,18 @@ def scaling(arguments: argparse.Namespace) -> None:
                 print(f"{tokens} tokens, theirs, {measured} experts: {theirs[tokens]}", flush=True)
     print(f"\nseconds of the processor, 128 experts, measured on {measured}; calibration + solving")
     print(f"matrix products at {rate / 1e9:.0f} GFLOP/s, bandwidth {bandwidth / 1e9:.0f} GB/s")
-    print(
-        f"{'tokens':>9}" + "".join(f"{x:>22}" for x in ("llm-compressor", *variants, "limit, default", "limit, plain"))
-    )
+    heads = (*(["llm-compressor"] if theirs else []), *variants, "limit, default", "limit, plain")
+    print(f"{'tokens':>9}" + "".join(f"{head:>22}" for head in heads))
     lines = [(tokens, "") for tokens in arguments.calibration]
     for tokens, note in [*lines, *([(arguments.extrapolate, " extrapolated")] if few < many else [])]:
-        row, totals = [], []
+        row = []
         each = {name: {t: ours[name, t] for t in arguments.calibration} for name in variants}
         if theirs:
             # Only what grows with the tokens is scaled.
             slope = (theirs[many][0] - theirs[few][0]) / (many - few) if few < many else theirs[few][0] / few
             fixed = theirs[few][0] - slope * few
-            solve = statistics.mean(own[1] for own in theirs.values()) * times
-            row.append((fixed + slope * times * tokens, solve))
+            calibration, solve = straight(theirs, tokens)
+            row.append((fixed + times * (calibration - fixed), times * solve))
         row += [straight(own, tokens) for own in each.values()]
         for options in variants.values():
             sweeps = options.get("sweeps", SolverOptions().sweeps)

@@ -25,7 +25,7 @@ Shape letters: E experts, O output features, K input features, G groups along K,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -373,7 +373,7 @@ class _Block:
         width = self._width
         self._feedback_EBB[:, :width, :width] = feedback_EBB
         self._divisor_EBO.copy_(self._scale_EBO).masked_fill_(self._scale_EBO == 0, torch.inf)
-        lows, highs = (x.unbind(1) if isinstance(x, Tensor) else [x] * width for x in (low_EBO, high_EBO))
+        lows, highs = _each(low_EBO, width), _each(high_EBO, width)
         for inner in range(0, width, INNER):
             stop = min(inner + INNER, width)
             for columns, low, high in zip(self._columns[inner:stop], lows[inner:stop], highs[inner:stop], strict=True):
@@ -386,6 +386,11 @@ class _Block:
                 self._target_EBO[:, stop:width].baddbmm_(
                     self._feedback_EBB[:, stop:width, inner:stop], self._delta_EBO[:, inner:stop]
                 )
+
+
+def _each(limit_EBO: Tensor | float, width: int) -> Sequence[Tensor | float]:
+    """The limit of every column."""
+    return limit_EBO.unbind(1) if isinstance(limit_EBO, Tensor) else [limit_EBO] * width
 
 
 def _choose(first_EO: Tensor, first: Quantized, second: Quantized) -> Quantized:

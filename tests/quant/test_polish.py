@@ -14,6 +14,7 @@ from moe_compress.quant.polish import polish
 from moe_compress.quant.rtn import round_to_nearest
 
 KINDS = [(1, 16, True), (1.58, 16, True), (2, 16, True), (2, 16, False), (3, -1, True), (4, 16, False), (4, 48, True)]
+KINDS.append((3, 24, True))  # groups that don't end with a block of columns
 GRIDS = [Grid(bits, group, symmetric) for bits, group, symmetric in KINDS]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
