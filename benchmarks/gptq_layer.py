@@ -60,14 +60,7 @@ _CALLED = (
     (polishing, "_move_scale"),
     (polishing._Codes, "move"),
 )
-
-
-def stages(called):
-    """(owner, name, what it is now) of functions given by owner and name."""
-    return [(owner, name, getattr(owner, name)) for owner, name in called]
-
-
-STAGES = stages(_CALLED)
+STAGES = [(module, name, getattr(module, name)) for module, name in _CALLED]
 
 
 def operations(rows: int, experts: int, hidden: int, neurons: int, sweeps: int, compensates: bool) -> dict[str, float]:
@@ -105,7 +98,7 @@ def seconds(function) -> float:
 
 
 @contextlib.contextmanager
-def watching(spent: dict[str, float], watched_stages=STAGES):
+def watching(spent: dict[str, float], stages=STAGES):
     """Put the seconds that each stage takes, without those inside it, into `spent` from now on."""
     inside = [0.0]
 
@@ -121,13 +114,13 @@ def watching(spent: dict[str, float], watched_stages=STAGES):
 
         return timed
 
-    for module, name, function in watched_stages:
-        setattr(module, name, watched(name, function))
+    for owner, name, function in stages:
+        setattr(owner, name, watched(name, function))
     try:
         yield
     finally:
-        for module, name, function in watched_stages:
-            setattr(module, name, function)
+        for owner, name, function in stages:
+            setattr(owner, name, function)
 
 
 def main() -> None:

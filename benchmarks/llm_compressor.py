@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from demo_model import MODEL, calibration_text, load_demo, six_texts
-from gptq_layer import bytes_moved, measured_rates, operations, stages, watching
+from gptq_layer import bytes_moved, measured_rates, operations, watching
 from quantization_table import PLAIN
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -221,7 +221,7 @@ def our_seconds(model: Path, ids: torch.Tensor, options: dict[str, Any]) -> list
     """Of the processor: calibration, and solving."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     spent: dict[str, float] = {}
-    with watching(spent, stages([(solving, "gptq"), (solving, "compensated")])):
+    with watching(spent, [(solving, name, getattr(solving, name)) for name in ("gptq", "compensated")]):
         start = time.process_time()
         moe_compress.compress(
             loaded, passes=[{"quantize.mixed": uniform(4) | options}], calibration=ids, monitor=Monitor(show=False)
