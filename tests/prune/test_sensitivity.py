@@ -315,4 +315,5 @@ def test_from_disk_as_in_memory_and_again(sensitivity, tmp_path):
         assert own["passes"][0]["removed"] == other["passes"][0]["removed"]
     summaries = [r["passes"][0]["summary"] for r in (mine, theirs)]
     for key in ("held_out_kl_uniform", "held_out_kl_sensitivity"):
-        assert summaries[0][key] == pytest.approx(summaries[1][key], rel=1e-3)
+        # What is judged is rounded as it is stored: bfloat16 there, float32 here.
+        assert summaries[0][key] == pytest.approx(summaries[1][key], rel=1e-2)
