@@ -30,7 +30,7 @@ from .neuron_criteria import NEURON_CRITERIA, find_neuron_criterion
 from .ragged import make_ragged, padded
 
 
-class NeuronOptions(PassOptions, Rounds):
+class NeuronOptions(Rounds, PassOptions):
     """Options of `prune.neurons`."""
 
     keep: float | None = Field(default=None, gt=0, le=1, description="Share of the neurons that stays, e.g. 0.75")

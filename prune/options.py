@@ -24,11 +24,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class PruneOptions(PassOptions, ExpertCounts, Rounds):
+class PruneOptions(Rounds, ExpertCounts, PassOptions):
     """Options of `prune.experts`; `preset` replaces the defaults of those that are not given."""
 
     preset: Literal["tsep"] | None = Field(
-        default=None, description="A paper's setting, for all of the options below that are not given"
+        default=None, description="A paper's setting, for all of the options that are not given"
     )
     criterion: str = Field(default="reap", description="How experts are scored; the lowest go first")
     scope: Literal["uniform", "global", "sensitivity"] = Field(

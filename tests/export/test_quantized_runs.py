@@ -131,7 +131,7 @@ def test_other_targets_and_older_readers_refuse(runs, source, text, tmp_path, mo
     assert "\n" not in str(found.value)
     folder = runs("low rank").output
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    monkeypatch.setattr("moe_compress.model.block.FORMAT_VERSION", config["format_version"] - 1)
+    monkeypatch.setattr("moe_compress.model.saved.FORMAT_VERSION", config["format_version"] - 1)
     with pytest.raises(MoeCompressError, match="reads up to 2"):
         MoEModel.open(folder)
 
