@@ -2,10 +2,10 @@
 
     python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
 
-Groups: prune, criteria, rounds, task, novices, neurons, merge, quantize (default: all). Prints one table per group;
-every row is a fresh copy of the model, compressed by the same function that `moe_compress.compress` offers.
-Perplexities are means over the texts of the nats per token, so rows compare as they stand; `kl` is the mean KL
-divergence from the original.
+Groups: rounds, task, novices, merge, quantize (default: all). Prints one table per group; every row is a fresh copy of
+the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are means over the texts of
+the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the original. Criteria of pruning
+are beside each other in pruning.py.
 """
 
 from __future__ import annotations
@@ -20,37 +20,11 @@ from demo_model import calibration_text, compressed, load_demo, mean_kl, mean_lo
 from moe_compress.merge.options import PRESETS
 
 GROUPINGS = ("router", "weights", "coactivation")
-NEURONS = ("random", "magnitude", "output", "camera", "tenp", "heapr", "fisher", "refit", "refit_in_turn")
-NEURONS_FREE = ("output", "heapr", "fisher", "refit_in_turn")
 ROWS = ("weighted", "dominant", "remap")
 HEALED = ("heal.router", "heal.experts")
 CLUSTERS = ("dominant", "absorb", "kmeans", "average")
 
 GROUPS: dict[str, dict[str, list[Any]]] = {
-    "prune": {
-        f"{name}{', refitted' if refit else ''} {keep:.0%}": [
-            {"prune.experts": {"keep": keep, "refit": refit, **options}}
-        ]
-        for keep in (0.75, 0.5)
-        for refit in (False, True)
-        for name, options in (
-            *((c, {"criterion": c}) for c in ("random", "frequency", "gate_mass", "ean", "reap", "easy_ep")),
-            ("reap, global", {"criterion": "reap", "scope": "global"}),
-            ("gram_greedy, global", {"criterion": "gram_greedy", "scope": "global"}),
-            ("reap, by sensitivity", {"criterion": "reap", "scope": "sensitivity"}),
-        )
-    },
-    "criteria": {
-        f"{name} {keep:.0%}": [{"prune.experts": {"keep": keep, "refit": False, **options}}]
-        for keep in (0.75, 0.5)
-        for name, options in (
-            *((c, {"criterion": c}) for c in ("attribution", "attribution_abs", "attribution_squared")),
-            *((c, {"criterion": c}) for c in ("random", "reap", "reap_l2", "weighted_ean", "man", "msan")),
-            *((c, {"criterion": c}) for c in ("easy_ep", "tcess", "mone", "max_activation", "stun")),
-            *((c, {"criterion": c}) for c in ("diep", "gram_greedy", "naee")),
-            *((f"{c}, global", {"criterion": c, "scope": "global"}) for c in ("diep", "gram_greedy")),
-        )
-    },
     "rounds": {
         f"{criterion}{', refitted' if refit else ''}, steps: {steps} {keep:.0%}": [
             {"prune.experts": {"keep": keep, "refit": refit, "criterion": criterion, "steps": steps}}
@@ -83,19 +57,6 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
             ),
             *((f"{c}, refitted", {"criterion": c}) for c in ("mone", "reap")),
             *((f"{c}, novices, refitted", {"criterion": c, "replace": "mean"}) for c in ("mone", "reap")),
-        )
-    },
-    "neurons": {
-        f"{name} {keep:.0%}": [{"prune.neurons": {"keep": keep, **options}}]
-        for keep in (0.75, 0.5)
-        for name, options in (
-            *(
-                (f"{c}{'' if refit else ', no refit'}", {"criterion": c, "refit": refit})
-                for c in NEURONS
-                for refit in (False, True)
-            ),
-            *((f"{c}, {w}", {"criterion": c, "width": w}) for c in NEURONS_FREE for w in ("layer", "free")),
-            *((f"{c}, free per layer", {"criterion": c, "width": "free", "scope": "layer"}) for c in NEURONS_FREE),
         )
     },
     "merge": {

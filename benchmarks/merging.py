@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pruning
 import torch
 from cells import Wanted, add_arguments, table
 from transformers import Qwen3MoeConfig
@@ -40,16 +41,11 @@ from moe_compress.merge.kmeans import kmeans, kmeans_layers
 from moe_compress.merge.refit import refit_down
 from moe_compress.model import FusedExperts
 
-SHARES = (0.75, 0.5)
-PRUNING: dict[str, dict[str, Any]] = {
-    **{f"prune: {c}": {"criterion": c, "refit": False} for c in ("random", "frequency", "ean", "easy_ep")},
-    "prune: easy_ep, refitted": {"criterion": "easy_ep"},
-    "prune: REAP": {"refit": False},
-    "prune: REAP, refitted (default)": {},
-    "prune: gram_greedy": {"criterion": "gram_greedy", "refit": False},
-    "prune: gram_greedy, refitted": {"criterion": "gram_greedy"},
-    "prune: gram_greedy global, refitted": {"criterion": "gram_greedy", "scope": "global"},
-}
+# Of pruning.py's rows, those to be beaten.
+PRUNING = (
+    *("random", "frequency", "ean", "easy_ep", "easy_ep, refitted", "reap", "reap, refitted"),
+    *("gram_greedy", "gram_greedy, refitted", "gram_greedy, global, refitted"),
+)
 GROUPINGS: dict[str, dict[str, Any]] = {
     "REAM's groups": {},
     "outputs, average linkage": {"cluster": "average"},
@@ -101,12 +97,12 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def wanted() -> Wanted:
     """Cells of the table."""
-    rows: dict[str, tuple[str, dict[str, Any]]] = {n: ("prune.experts", o) for n, o in PRUNING.items()}
+    rows = {f"prune: {name}": pruning.ROWS[name] for name in PRUNING}
     rows |= {f"{g} | {m}": (name, {**o, **own}) for m, (name, own) in MERGING.items() for g, o in GROUPINGS.items()}
     rows |= OTHERS
     return {
         (row, f"{1 - keep:.0%} fewer"): [{name: {"keep": keep, **options}}]
-        for keep in SHARES
+        for keep in pruning.SHARES
         for row, (name, options) in rows.items()
     }
 

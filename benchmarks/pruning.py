@@ -26,6 +26,7 @@ WIDTHS = ("output", "heapr", "fisher", "refit_in_turn")
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{c: ("prune.experts", {"criterion": c, "refit": False}) for c in CRITERIA},
     **{f"{c}, refitted": ("prune.experts", {"criterion": c}) for c in CRITERIA},
+    "diep, global": ("prune.experts", {"criterion": "diep", "scope": "global", "refit": False}),
     "reap, global": ("prune.experts", {"scope": "global", "refit": False}),
     "gram_greedy, global": ("prune.experts", {"criterion": "gram_greedy", "scope": "global", "refit": False}),
     "reap, global, refitted": ("prune.experts", {"scope": "global"}),
@@ -40,6 +41,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         f"neurons: {c}, {width} widths, refitted": ("prune.neurons", {"criterion": c, "width": width})
         for c in WIDTHS
         for width in ("layer", "free")
+    },
+    **{
+        f"neurons: {c}, free widths per layer, refitted": (
+            "prune.neurons",
+            {"criterion": c, "width": "free", "scope": "layer"},
+        )
+        for c in WIDTHS
     },
     "neurons recombined: dern as published": ("prune.dern", {"refit": False, "start": "gate"}),
     "neurons recombined: dern, refitted": ("prune.dern", {}),
