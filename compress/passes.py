@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from moe_compress.calib.batches import TokenBatches
@@ -42,6 +42,28 @@ class PassOptions(BaseModel):
     """Base of a pass's options: unknown keys are errors, every field has a description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PresetOptions(PassOptions):
+    """Options with a field `preset`, which replaces the defaults of those that are not given.
+
+    Attributes:
+        presets: name → options of a paper's setting.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(name := values.get("preset"), str):
+            return {**cls.presets.get(name, {}), **values}
+        return values
+
+    @classmethod
+    def told_presets(cls) -> dict[str, str]:
+        """Name → the options that it sets, as text."""
+        return {name: ", ".join(f"{k}: {v}" for k, v in values.items()) for name, values in cls.presets.items()}
 
 
 @dataclass

@@ -54,8 +54,7 @@ class _MergeExperts(Pass):
     def choices(cls) -> dict[str, dict[str, str]]:
         """The presets, as the options that they set."""
         assert issubclass(cls.Options, MergeOptions)
-        told = {name: ", ".join(f"{k}: {v}" for k, v in values.items()) for name, values in cls.Options.presets.items()}
-        return {"preset": told}
+        return {"preset": cls.Options.told_presets()}
 
     def statistics(self) -> Sequence[Statistic]:
         """Similarity of experts, how often each is used, and how much it puts out."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from moe_compress.counts import ExpertCounts
-from moe_compress.passes import PassOptions
+from moe_compress.passes import PresetOptions
 from moe_compress.refit import Ridge
 
 # Members of a group by `cluster: ream`, by default: one expert, and 16 that it takes.
@@ -80,10 +80,10 @@ ZIP_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class MergeOptions(PassOptions, ExpertCounts):
+class MergeOptions(PresetOptions, ExpertCounts):
     """Options of all merging passes; `preset` replaces the defaults of those that are not given."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    presets: ClassVar = PRESETS
 
     preset: Literal["hc-smoe", "sub-moe", "m-smoe", "mergemoe", "uncurl", "ream"] | None = Field(
         default=None, description="A paper's setting, for all of the options below that are not given"
@@ -159,18 +159,11 @@ class MergeOptions(PassOptions, ExpertCounts):
         """Experts that a group has at the most, None for any number."""
         return REAM_SIZE if self.max_group is None and self.cluster == "ream" else self.max_group
 
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(name := values.get("preset"), str):
-            return {**cls.presets.get(name, {}), **values}
-        return values
-
 
 class ZipOptions(MergeOptions):
     """Options of `merge.zip`."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = ZIP_PRESETS
+    presets: ClassVar = ZIP_PRESETS
 
     preset: Literal["zipit"] | None = Field(  # type: ignore[assignment]
         default=None, description="A paper's setting, for all of the options below that are not given"

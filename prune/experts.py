@@ -27,7 +27,7 @@ from .choice import Guards, as_mask, best, cheapest_counts, evened, global_count
 from .criteria import CRITERIA, Selection, find_criterion
 from .drop import drop_experts
 from .novices import put_means, with_novices
-from .options import PRESETS, PruneOptions
+from .options import PruneOptions
 from .removal import RemovalLoss, dropping_costs
 from .sensitivity import loss_of, measured_costs
 from .super_experts import measured_super_experts
@@ -47,8 +47,7 @@ class PruneExperts(Pass):
     @classmethod
     def choices(cls) -> dict[str, dict[str, str]]:
         """The registered criteria, and the presets."""
-        presets = {name: ", ".join(f"{k}: {v}" for k, v in values.items()) for name, values in PRESETS.items()}
-        return {"preset": presets, "criterion": {c.name: c.source for c in CRITERIA.values()}}
+        return {"preset": PruneOptions.told_presets(), "criterion": {c.name: c.source for c in CRITERIA.values()}}
 
     def statistics(self) -> Sequence[Statistic]:
         """The criterion's, and what finds super experts; nothing where they are measured on part of the text."""

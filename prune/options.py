@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from moe_compress.counts import ExpertCounts
-from moe_compress.passes import PassOptions
+from moe_compress.passes import PresetOptions
 from moe_compress.refit import Ridge
 from moe_compress.rounds import Rounds
 
@@ -24,8 +24,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class PruneOptions(Rounds, ExpertCounts, PassOptions):
+class PruneOptions(Rounds, ExpertCounts, PresetOptions):
     """Options of `prune.experts`; `preset` replaces the defaults of those that are not given."""
+
+    presets: ClassVar = PRESETS
 
     preset: Literal["tsep"] | None = Field(
         default=None, description="A paper's setting, for all of the options that are not given"
@@ -80,13 +82,6 @@ class PruneOptions(Rounds, ExpertCounts, PassOptions):
     )
     ridge: Ridge = 0.25
     seed: int = Field(default=0, description="Seed of the criterion `random`")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(name := values.get("preset"), str):
-            return {**PRESETS.get(name, {}), **values}
-        return values
 
     @field_validator("criterion")
     @classmethod

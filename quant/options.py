@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from moe_compress.passes import PresetOptions
 
 from .allocate import Rule, Unit
 from .costs import find_cost
@@ -59,8 +61,10 @@ class LowRankOptions(BaseModel):
         return sorted({0, *value})
 
 
-class MixedOptions(SolverOptions):
+class MixedOptions(SolverOptions, PresetOptions):
     """Options of `quantize.mixed`; `preset` replaces the defaults of those that are not given."""
+
+    presets: ClassVar = PRESETS
 
     preset: Literal["pmq", "gemq", "alphaq", "mxmoe", "edgemoe", "quantmoe-bench"] | None = Field(
         default=None, description="A paper's allocation, for all of the options below that are not given"
@@ -131,13 +135,6 @@ class MixedOptions(SolverOptions):
         default=True, description="Experts with massive activations get the largest of `widths`"
     )
     seed: int = Field(default=0, description="Seed of the cost `random`")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(name := values.get("preset"), str):
-            return {**PRESETS.get(name, {}), **values}
-        return values
 
     @field_validator("cost")
     @classmethod

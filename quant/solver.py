@@ -57,7 +57,6 @@ class SolverOptions(InputSmoothing):
         ge=0,
         description="GPTQ: tokens that the layer's mean Hessian counts for; default: as many as it has rows",
     )
-
     hessian: Weighing = Field(
         default="gate_squared",
         description="GPTQ: what a token counts for an expert: 1, its routing weight (MoEQuant), or the square of that, "

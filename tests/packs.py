@@ -84,3 +84,14 @@ class Packed:
 def three_quarters(block) -> list[int]:
     """Experts to keep, as many of every routing group."""
     return [e for e in range(block.num_experts) if e % 4 != 1]
+
+
+def layout(*encodings, out_features=32, in_features=64, biases=()):
+    """The layout of experts without a gate, in these encodings, of the same shape up and down."""
+    names = [e.name for e in encodings]
+    entry = {"out_features": out_features, "in_features": in_features, "experts": names}
+    return {
+        "encodings": {e.name: e.to_json() for e in encodings},
+        "projections": {"up": entry, "down": entry},
+        "biases": dict.fromkeys(biases, "bfloat16"),
+    }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoints import recipe, small_checkpoint
 from families import tiny_model
+from packs import layout
 from test_compressed_tensors import CT, Packed, dry, random_codes
 
 from moe_compress import feasibility
@@ -90,16 +91,6 @@ def test_a_format_that_the_target_doesnt_have_is_refused(small, tmp_path):
 
 
 # --- assertions in the exporter --------------------------------------------------------------------------------------
-
-
-def layout(*encodings, out_features=32, in_features=64, biases=()):
-    names = [e.name for e in encodings]
-    entry = {"out_features": out_features, "in_features": in_features, "experts": names}
-    return {
-        "encodings": {e.name: e.to_json() for e in encodings},
-        "projections": {"up": entry, "down": entry},
-        "biases": dict.fromkeys(biases, "bfloat16"),
-    }
 
 
 def test_the_exporter_refuses_a_config_that_reads_otherwise():

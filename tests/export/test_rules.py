@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from checkpoints import small_checkpoint
-from packs import pack_block
+from packs import layout, pack_block
 
 from moe_compress.errors import RunError
 from moe_compress.export import gptq_format, rules, served
@@ -100,16 +100,6 @@ def test_descriptions_that_servers_would_misread(source, tmp_path, layers, rule,
     with broken(*rule, message):
         write(source, tmp_path / "out", layers)
     assert not list(tmp_path.iterdir())  # nothing was begun
-
-
-def layout(*encodings, out_features=32, in_features=64, biases=()):
-    names = [e.name for e in encodings]
-    entry = {"out_features": out_features, "in_features": in_features, "experts": names}
-    return {
-        "encodings": {e.name: e.to_json() for e in encodings},
-        "projections": {"up": entry, "down": entry},
-        "biases": dict.fromkeys(biases, "bfloat16"),
-    }
 
 
 @pytest.mark.parametrize(
