@@ -1,6 +1,8 @@
 """Tables of cells on the demo checkpoint: each a fresh copy, compressed and scored, kept in a file as it is done.
 
-A run that was interrupted goes on where it was; two tables that share a cell measure it once.
+A run that was interrupted goes on where it was; two tables that share a cell measure it once. Cells behind the numbers
+of the docs are in benchmarks/measured/, each with the commit that it was measured at: `--print` shows them, and a new
+method is compared with them without measuring them again. Those to be measured anew are to be deleted there.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +28,8 @@ from moe_compress.evaluate.tasks import score_tasks
 from moe_compress.evaluate.text import load_text, score_batches
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation, Generation
+
+MEASURED = ROOT / "benchmarks" / "measured"
 
 # (row, column) → passes of a recipe.
 Wanted = Mapping[tuple[str, str], list[dict[str, Any]]]
@@ -97,6 +102,12 @@ class Yardstick:
         return found
 
 
+def revision() -> str:
+    """The commit that is checked out, marked where files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def drawn(passes: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """The passes as they are run with a seed: a random control draws anew with each."""
     return [
@@ -139,6 +150,7 @@ def fill(
         file.parent.mkdir(parents=True, exist_ok=True)
         tokenizer, original = load_demo()
         yardstick = Yardstick(original, tokenizer, tokens, tasks, prompts)
+        commit = revision()
         data: dict[int, TokenBatches] = {}
         for key in lacking:
             row, column, seed = keys[key]
@@ -149,7 +161,7 @@ def fill(
             except moe_compress.MoeCompressError as error:
                 print(f"{row}, {column}: {error}", flush=True)
                 continue
-            done[key] = {"key": key, "row": row, "column": column, "seed": seed, **found}
+            done[key] = {"key": key, "row": row, "column": column, "seed": seed, "commit": commit, **found}
             with file.open("a") as lines:
                 lines.write(json.dumps(done[key]) + "\n")
             mean = statistics.mean(found["lost"].values())
@@ -166,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--without", nargs="*", default=[], help="leave out rows whose name contains one of these")
     parser.add_argument("--columns", nargs="*", help="columns by name; all without")
-    parser.add_argument("--cells", type=Path, default=ROOT / "out" / f"{name}.jsonl")
+    parser.add_argument("--cells", type=Path, default=MEASURED / f"{name}.jsonl")
     parser.add_argument("--print", action="store_true", help="measure nothing, print what is there")
 
 

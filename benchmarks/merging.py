@@ -1,7 +1,7 @@
 """Grouping × merging, pruning and factorising on the demo checkpoint at the same bytes; what one large layer takes.
 
     python benchmarks/merging.py table [--seeds 3] [--tokens 20000] [--tasks 100] [--prompts 20] [--only TEXT …]
-                                       [--cells out/merging.jsonl] [--print]
+                                       [--cells FILE] [--print]
     python benchmarks/merging.py layer [--experts 128] [--hidden 2048] [--neurons 768] [--rows 8192] [--loop]
     python benchmarks/merging.py align [--neurons 768]
 

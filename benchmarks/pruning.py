@@ -1,7 +1,7 @@
 """Pruning on the demo checkpoint: every criterion, and neurons inside experts at the same bytes.
 
     python benchmarks/pruning.py [--seeds 3] [--tokens 5000] [--tasks 100] [--only TEXT …] [--columns C …]
-                                 [--cells out/pruning.jsonl] [--print]
+                                 [--cells FILE] [--print]
 
 Mean ± standard deviation over calibration seeds of the mean over six texts of the nats per token lost against the
 original, then the KL divergence, and with --tasks the accuracy (mean of six tasks). Cells are kept as they are done.

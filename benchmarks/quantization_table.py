@@ -1,7 +1,7 @@
 """Quantizers and allocators on the demo checkpoint: the same bytes in each column, several calibration seeds.
 
     python benchmarks/quantization_table.py solvers|allocators|all [--seeds 3] [--tokens 20000] [--tasks 100]
-                                            [--only TEXT …] [--columns C …] [--cells out/quantization.jsonl] [--print]
+                                            [--only TEXT …] [--columns C …] [--cells FILE] [--print]
 
 Every cell is a fresh copy of the demo model, compressed by what `moe_compress.compress` offers, scored on the six
 held-out texts (and, with --tasks N, on the first N items of the six tasks). Cells are kept in a file as they are done,
