@@ -64,6 +64,7 @@ FACTORISING: dict[str, dict[str, Any]] = {
     "svd": {},
     "latent": {},
     "d2-moe": {"base": "frequency"},
+    "d2-moe, Fisher base": {"method": "d2-moe", "base": "fisher"},
     "resmoe": {},
     "mobe": {},
     "mc-smoe": {},
@@ -80,8 +81,16 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "aligned, refitted, weighted row": ("merge.average", {"router": "weighted"}),
     "aligned, refitted, rows left in place": ("merge.average", {"router": "remap"}),
     "aligned, refitted, numbers by cost": ("merge.average", {"scope": "global"}),
+    "aligned, refitted, healed": ("merge.average", {}),
     "as HC-SMoE": ("merge.average", {"preset": "hc-smoe"}),
-    "as Sub-MoE, rank 0.75": ("merge.subspace", {"preset": "sub-moe", "rank": 0.75}),
+    **{
+        f"as Sub-MoE, rank {rank:.0%}{'' if whiten else ', not whitened'}": (
+            "merge.subspace",
+            {"preset": "sub-moe", "rank": rank, "whiten": whiten},
+        )
+        for rank in (1.0, 0.75, 0.5, 0.25)
+        for whiten in (True, False)
+    },
     "as M-SMoE": ("merge.average", {"preset": "m-smoe"}),
     "as MergeMoE": ("merge.average", {"preset": "mergemoe"}),
     "as UNCURL": ("merge.average", {"preset": "uncurl"}),
@@ -100,11 +109,7 @@ def wanted() -> Wanted:
     rows = {f"prune: {name}": pruning.ROWS[name] for name in PRUNING}
     rows |= {f"{g} | {m}": (name, {**o, **own}) for m, (name, own) in MERGING.items() for g, o in GROUPINGS.items()}
     rows |= OTHERS
-    return {
-        (row, f"{1 - keep:.0%} fewer"): [{name: {"keep": keep, **options}}]
-        for keep in pruning.SHARES
-        for row, (name, options) in rows.items()
-    }
+    return pruning.cells(rows)
 
 
 def timed(label: str, function: Callable[[], Any]) -> Any:
