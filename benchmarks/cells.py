@@ -180,6 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--columns", nargs="*", help="columns by name; all without")
     parser.add_argument("--cells", type=Path, default=MEASURED / f"{name}.jsonl")
     parser.add_argument("--print", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--markdown", action="store_true", help="print the table as the docs have it")
 
 
 def table(
@@ -208,27 +209,41 @@ def table(
     )
     names = list(dict.fromkeys(column for _, column in wanted))
     for group in ([c for c in names if "bits" not in c], [c for c in names if "bits" in c]):
-        show(done, group, "nats above the original, KL (tasks: accuracy; prompts: repeated 4-grams)")
+        title = "nats above the original (KL); tasks: accuracy; prompts: repeated 4-grams"
+        show(done, group, title, arguments.markdown)
 
 
-def show(cells: Sequence[dict[str, Any]], columns: Sequence[str], title: str) -> None:
+def show(cells: Sequence[dict[str, Any]], columns: Sequence[str], title: str, markdown: bool) -> None:
     """Mean ± standard deviation over seeds of the mean over texts of the nats lost, KL, accuracy, repetition."""
     rows = list(dict.fromkeys(c["row"] for c in cells if c["column"] in columns))
     if not rows:
         return
-    print(f"\n{title:56}" + "".join(f"{c:>30}" for c in columns))
-    for row in rows:
-        line = f"{row:56}"
-        for column in columns:
-            own = [c for c in cells if (c["row"], c["column"]) == (row, column)]
-            if not own:
-                line += f"{'':>30}"
-                continue
-            means = [statistics.mean(c["lost"].values()) for c in own]
-            spread = f"±{statistics.stdev(means):.4f}" if len(means) > 1 else ""
-            kl = f"{statistics.mean(c['kl'] for c in own):.4f}"
-            shown = f" {statistics.mean(c['acc'] for c in own):.3f}" if all("acc" in c for c in own) else ""
-            if all("repetition" in c for c in own):
-                shown += f" {statistics.mean(c['repetition'][1] for c in own):.1%}"
-            line += f"{statistics.mean(means):>+10.4f}{spread:<8}{kl:>6}{shown:>6}"
-        print(line)
+    lines = [[title, *columns]]
+    lines += [
+        [row, *(said([c for c in cells if (c["row"], c["column"]) == (row, column)]) for column in columns)]
+        for row in rows
+    ]
+    if markdown:
+        lines.insert(1, ["---"] * len(lines[0]))
+        print("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print()
+    for name, *values in lines:
+        print(name.ljust(widths[0]) + "".join(f"   {v:<{w}}" for v, w in zip(values, widths[1:], strict=True)).rstrip())
+
+
+def said(own: Sequence[dict[str, Any]]) -> str:
+    """A row's cells of one column, of all seeds."""
+    if not own:
+        return ""
+    means = [statistics.mean(c["lost"].values()) for c in own]
+    told = f"{statistics.mean(means):.4f}"
+    if len(means) > 1:
+        told += f" ±{statistics.stdev(means):.4f}"
+    told += f" ({statistics.mean(c['kl'] for c in own):.4f})"
+    if all("acc" in c for c in own):
+        told += f" {statistics.mean(c['acc'] for c in own):.3f}"
+    if all("repetition" in c for c in own):
+        told += f" {statistics.mean(c['repetition'][1] for c in own):.1%}"
+    return told
