@@ -10,6 +10,11 @@ moment, so nothing larger than [E, I, max(I, H)] is made (five of [E, I, H] and 
 Each of at most 50 steps costs as much as all rows through the down projections, there and back; where the weighted
 neurons of all rows take more than 1 GB they are computed again in every step.
 
+Squares count a token by what the layer puts out for it, and in many models a few tokens have outputs a hundred times as
+large. Where the experts that make those are gone, all others would be bent towards them. So a token's error is also
+looked at evened, with the weight m / (‖y_t‖² + m), m the median of ‖y_t‖²: where solving raises that sum, tokens are
+solved for with these weights instead, under which it can't rise.
+
 The ridge λ is relative: λ = ridge · (unknowns per output / rows) · mean of the Gram matrix's diagonal. The weights that
 are there know more than few tokens do; that λ grows with unknowns per row keeps one setting right for little and much
 text.
@@ -64,13 +69,27 @@ class RefitError:
     after: float
 
 
+@dataclass(frozen=True)
+class LayerError(RefitError):
+    """The same of a layer; `before` and `after` are of tokens as they are.
+
+    Attributes:
+        evened_before, evened_after: with tokens evened (see the file's head).
+        tokens: how they counted in what was solved: "as they are" or "evened".
+    """
+
+    evened_before: float
+    evened_after: float
+    tokens: str
+
+
 def refit_layer(
     experts: FusedExperts, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, target_TH: Tensor,
-    ridge: float, frozen: Sequence[int] = (),
-) -> RefitError:  # fmt: skip
+    ridge: float, frozen: Sequence[int] = (), count_T: Tensor | None = None,
+) -> LayerError:  # fmt: skip
     """Solve all down projections of a layer together, in place.
 
-    min over all W_e of Σ_t ‖y_t − Σ_e g_te·(W_e·a_te + b_e)‖² + λ Σ_e ‖W_e − W_e0‖².
+    min over all W_e of Σ_t c_t ‖y_t − Σ_e g_te·(W_e·a_te + b_e)‖² + λ Σ_e ‖W_e − W_e0‖².
 
     Args:
         experts: after the change; no norm behind them.
@@ -78,26 +97,68 @@ def refit_layer(
         target_TH: y, what they should put out together.
         ridge: see the file's head; rows are tokens.
         frozen: experts whose weights stay.
+        count_T: c, how much each token counts; None: all the same. Where that bends the layer, c is evened.
     """
     if experts.has_norm:
         raise ValueError("a norm follows the experts: their outputs are not linear in the down projections")
-    problem = _Layer(experts, hidden_TH, index_TK, weight_TK)
-    left_TH = target_TH.float() - problem.output()
-    right = problem.correlated(left_TH)
+    root_T1 = torch.ones(len(hidden_TH), 1) if count_T is None else count_T.float().sqrt().unsqueeze(-1)
+    root_T1 = root_T1.to(hidden_TH.device)
+    target_TH = root_T1 * target_TH.float()
+    even_T = _evening(target_TH)
+
+    size_T = target_TH.double().square().sum(dim=1)
+    size, even_size = max(float(size_T.sum()), 1e-30), max(float(even_T @ size_T), 1e-30)
+
+    def errors(left_TH: Tensor) -> tuple[float, float]:
+        """Relative squared error with tokens as they are, and evened."""
+        left_T = left_TH.double().square().sum(dim=1)
+        return float(left_T.sum()) / size, float(even_T @ left_T) / even_size
+
+    before_TH = target_TH - root_T1 * layer_output(experts, hidden_TH, index_TK, weight_TK)
+    step, after_TH = _solved(_Layer(experts, hidden_TH, index_TK, weight_TK * root_T1), before_TH, ridge, frozen)
+    before, after, tokens = errors(before_TH), errors(after_TH), "as they are"
+    if after[1] > before[1]:
+        del step
+        even_T1 = even_T.float().sqrt().unsqueeze(-1)
+        evened = _Layer(experts, hidden_TH, index_TK, weight_TK * root_T1 * even_T1)
+        step, after_TH = _solved(evened, even_T1 * before_TH, ridge, frozen)
+        after, tokens = errors(after_TH / even_T1), "evened"
+    down = experts.weights().down
+    down += step.transpose(1, 2).to(down)
+    return LayerError(before[0], after[0], before[1], after[1], tokens)
+
+
+def _evening(target_TH: Tensor) -> Tensor:
+    """What evens tokens, [T] float64 in (0, 1]: half for an output of the median size, less for a larger one."""
+    square_T = target_TH.double().square().sum(dim=1)
+    some_T = square_T[square_T > 0]
+    return some_T.median() / (square_T + some_T.median()) if len(some_T) else torch.ones_like(square_T)
+
+
+def _solved(problem: _Layer, left_TH: Tensor, ridge: float, frozen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Conjugate gradients.
+
+    Args:
+        problem: Φ.
+        left_TH: what Φ D should be.
+        ridge: see the file's head.
+        frozen: experts whose weights stay.
+
+    Returns D, the steps of the down projections [E, I, H], and what is left, left_TH − Φ D.
+    """
+    residual = problem.correlated(left_TH)
+    step = torch.zeros_like(residual)
     moments = problem.moments()
     diagonal = moments.diagonal(dim1=1, dim2=2)
-    scale = ridge * diagonal.numel() / len(hidden_TH) * float(diagonal.mean())
-    size = float(target_TH.double().square().sum())
-    before = float(left_TH.double().square().sum()) / max(size, 1e-30)
+    scale = ridge * diagonal.numel() / len(left_TH) * float(diagonal.mean())
     if scale <= 0:
-        return RefitError(before, before)
+        return step, left_TH
     free = torch.ones(len(moments), 1, 1, device=moments.device)
     free[list(frozen)] = 0
     diagonal.add_(scale)
     inverse = _inverses(moments)
     del moments
-    step = torch.zeros_like(right)
-    residual = right * free
+    residual *= free
     goal = torch.linalg.vector_norm(residual) * _TOLERANCE
     search = free * (inverse @ residual)
     product = (residual * search).sum(dim=(0, 1))
@@ -112,10 +173,7 @@ def refit_layer(
         following = (residual * turned).sum(dim=(0, 1))
         search = turned + following / product.clamp_min(1e-30) * search
         product = following
-    left_TH = left_TH - problem.put_out(step)
-    down = experts.weights().down
-    down += step.transpose(1, 2).to(down)
-    return RefitError(before, float(left_TH.double().square().sum()) / max(size, 1e-30))
+    return step, left_TH - problem.put_out(step)
 
 
 def layer_output(experts: FusedExperts, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -148,8 +206,7 @@ class LayerRefit:
     def __init__(self, block: MoEBlock, inputs: BlockInputs, target_TH: Tensor | None = None):
         read = (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)
         self._hidden_TH = inputs.hidden_TH
-        counted = inputs.token_weight_T
-        self._root_T1 = None if counted is None else counted.float().sqrt().unsqueeze(-1)
+        self._count_T = inputs.token_weight_T
         self._target_TH = layer_output(FusedExperts(block.experts_module), *read) if target_TH is None else target_TH
         self._routing = NewRouting(block, *read)
 
@@ -171,11 +228,9 @@ class LayerRefit:
             frozen: slots whose weights stay.
         """
         index_TK, weight_TK = self._routing.before if slots is None else self._routing.after(block, slots)
-        target_TH = self._target_TH
-        if self._root_T1 is not None:  # on both sides of the least squares
-            weight_TK, target_TH = weight_TK * self._root_T1, target_TH * self._root_T1
         experts = FusedExperts(block.experts_module)
-        error = refit_layer(experts, self._hidden_TH, index_TK, weight_TK, target_TH, ridge, frozen)
+        read = (self._hidden_TH, index_TK, weight_TK)
+        error = refit_layer(experts, *read, self._target_TH, ridge, frozen, self._count_T)
         return {**asdict(error), "routing": "unchanged" if slots is None else self._routing.told(block)}
 
 
@@ -243,9 +298,6 @@ class _Layer:
         rows = int((weight_TK != 0).sum())
         fits = 4 * rows * experts.intermediate_size <= _KEPT_BYTES
         self.kept = list(self._features()) if fits else None
-
-    def output(self) -> Tensor:
-        return layer_output(self.experts, self.hidden_TH, *self.routing)
 
     def moments(self) -> Tensor:
         """Φ_eᵀ Φ_e of every expert, [E, I, I]."""

@@ -37,6 +37,15 @@ def ridge_lstsq(features, wanted, ridge, rows):
     return torch.linalg.lstsq(torch.cat([features, below]), padded, driver="gelsd").solution
 
 
+def features_TEI(block, call):
+    """Every token's weighted neurons, float64."""
+    activation = activations_ETI(block.experts_module, call.hidden_TH)
+    features = torch.zeros(len(call.hidden_TH), 8, activation.shape[2], dtype=torch.float64)
+    for t, e, g in call.choices():
+        features[t, e] += g * activation[e, t]
+    return features
+
+
 @pytest.mark.parametrize("chunk", [512 << 20, 1])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_refit_down_is_least_squares(name, chunk, monkeypatch):
@@ -86,10 +95,7 @@ def test_refit_layer_is_least_squares(name, chunk, frozen, monkeypatch):
     hidden, index, weight = read(call)
     torch.testing.assert_close(layer_output(experts, hidden, index, weight), call.output_TH, rtol=1e-4, atol=1e-5)
     target = call.output_TH + 0.3 * torch.randn(call.output_TH.shape, generator=torch.Generator().manual_seed(0))
-    activation = activations_ETI(block.experts_module, hidden)
-    features = torch.zeros(len(hidden), 8, activation.shape[2], dtype=torch.float64)
-    for t, e, g in call.choices():
-        features[t, e] += g * activation[e, t]
+    features = features_TEI(block, call)
     left = (target - call.output_TH).double()
     free = [e for e in range(8) if e not in frozen]
     flat = features.flatten(1)
@@ -111,6 +117,39 @@ def test_refit_layer_is_least_squares(name, chunk, frozen, monkeypatch):
     assert float((target - again).double().square().sum()) / size == pytest.approx(error.after, rel=1e-3)
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_few_large_outputs_do_not_spoil_the_others(counted, monkeypatch):
+    """What a few tokens ask for a hundred times as loud isn't to be had: all are solved for with tokens evened."""
+    monkeypatch.setattr(refit, "_TOLERANCE", 1e-6)
+    _, _, block, call = prepared()
+    experts = FusedExperts(block.experts_module)
+    generator = torch.Generator().manual_seed(0)
+    count = torch.randint(0, 3, (240,), generator=generator) if counted else torch.ones(240)
+    root = count.double().sqrt().unsqueeze(-1)
+    target = call.output_TH + 0.1 * torch.randn(call.output_TH.shape, generator=generator)
+    target[::60] += 100 * torch.randn(target[::60].shape, generator=generator)
+    features = features_TEI(block, call).flatten(1) * root
+    left, size = (target - call.output_TH).double() * root, (target.double() * root).square().sum(1)
+    even = size[size > 0].median() / (size + size[size > 0].median())
+    evened_left = even.sqrt().unsqueeze(-1) * left
+
+    def evened(step):
+        return float(even @ (left - features @ step).square().sum(1) / (even @ size))
+
+    loud = ridge_lstsq(features, left, 0.5, 240)
+    step = ridge_lstsq(even.sqrt().unsqueeze(-1) * features, evened_left, 0.5, 240)
+    assert evened(loud) > 3 * evened(0 * step)
+    start = experts.weights().down.clone()
+    error = refit_layer(experts, *read(call), target, 0.5, count_T=count)
+    found = (experts.weights().down - start).double().transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(found, step, rtol=2e-3, atol=1e-4)
+    assert error.tokens == "evened"
+    assert error.evened_before == pytest.approx(evened(0 * step), rel=1e-3)
+    assert error.evened_after == pytest.approx(evened(step), rel=1e-3)
+    assert error.evened_after < error.evened_before
+    assert error.after == pytest.approx(float((left - features @ step).square().sum() / size.sum()), rel=1e-3)
+
+
 @pytest.mark.parametrize("ridge", [1e-6, 0.25, 100.0])
 @pytest.mark.parametrize("iterations", [1, 3, 50])
 def test_refit_layer_is_never_worse(ridge, iterations, monkeypatch):
@@ -119,7 +158,9 @@ def test_refit_layer_is_never_worse(ridge, iterations, monkeypatch):
     _, _, block, call = prepared(batch=(1, 30))  # fewer tokens than neurons
     target = call.output_TH + torch.randn(call.output_TH.shape, generator=torch.Generator().manual_seed(0))
     error = refit_layer(FusedExperts(block.experts_module), *read(call), target, ridge)
+    assert error.tokens == "as they are"
     assert error.after < error.before
+    assert error.evened_after <= error.evened_before
 
 
 def test_refitting_what_is_right_or_unseen_changes_nothing():

@@ -57,9 +57,15 @@ def test_what_is_left_is_solved_for_what_the_layer_put_out(name, monkeypatch):
     torch.testing.assert_close(found, step, rtol=2e-3, atol=2e-5)
     before, after = (float(e.square().sum() / target.square().sum()) for e in (left, left - features @ step))
     assert after < before
+    size = target.square().sum(1)
+    even = size.median() / (size + size.median())
+    evened = (float(even @ e.square().sum(1) / (even @ size)) for e in (left, left - features @ step))
     assert report["refit"] == {
         "before": pytest.approx(before, rel=1e-3),
         "after": pytest.approx(after, rel=1e-3),
+        "evened_before": pytest.approx(next(evened), rel=1e-3),
+        "evened_after": pytest.approx(next(evened), rel=1e-3),
+        "tokens": "as they are",
         "routing": "asked",
     }
     for (part, a), (_, b) in zip(was.items(), now.items(), strict=True):
