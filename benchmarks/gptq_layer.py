@@ -69,8 +69,9 @@ def operations(rows: int, experts: int, hidden: int, neurons: int, sweeps: int, 
     # The error of rounding and two passes' feedback, half a square each; per sweep a square.
     square = 2 * (2 * i * h * h + h * i * i)
     return {
-        # Per row: x xᵀ, activations, a aᵀ; where the down projection compensates, activations and a cross moment again.
-        "moments": 2 * rows * (h * h + 2 * h * i * (1 + again) + i * i * (1 + again)),
+        # Per row: half of x xᵀ, activations, half of a aᵀ; where the down projection compensates, activations again and
+        # a cross moment.
+        "moments": 2 * rows * (h * h / 2 + 2 * h * i * (1 + again) + i * i * (0.5 + again)),
         "factors": experts * ((h**3 + i**3) / 3 + again * (i**3 / 3 + 4 * h * i * i)),
         "solve": experts * square * (3 * 0.5 + sweeps),
     }

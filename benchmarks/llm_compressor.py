@@ -9,9 +9,10 @@
 both results are scored here on the same held-out text. `layer`: both take one layer with Qwen3-30B-A3B's
 shapes (128 experts, 2048 × 768) through calibration and solving at 4 bits; loading and saving aren't counted. Ours is
 timed twice: with its defaults, and with plain GPTQ. `scaling`: how that grows with calibration tokens, in seconds of
-the processor on one thread, from a layer with `--measure` experts of those shapes. In theirs each of them reads all
-tokens, in ours its share of them at top-8 of 128. Times are scaled to 128 experts: ours whole, of theirs solving, and
-of calibration only what grows with the tokens. So what either takes to begin with is counted against ours.
+the processor on one thread. Ours is measured on a layer of `--measure` experts of those shapes, top 8, with so many
+tokens that each expert gets its share at top-8 of 128; theirs, where every expert reads all tokens, on one expert.
+Times are scaled to 128 experts: ours whole, of theirs solving, and of calibration only what grows with the tokens. So
+what either takes to begin with is counted against ours.
 """
 
 from __future__ import annotations
@@ -143,24 +144,25 @@ def scaling(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # theirs
     rate, bandwidth = measured_rates()
-    measured, times = arguments.measure, 128 / arguments.measure
+    times = 128 / arguments.measure
     few, many = arguments.calibration[0], arguments.calibration[-1]
     ids = torch.randint(0, 256, (many // 256, 256), generator=torch.Generator().manual_seed(0))
     variants: dict[str, dict[str, Any]] = {"default": {}, "plain": PLAIN}
     theirs, ours = {}, {}
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-        small_layer(Path(folder), measured)
+        routed, single = Path(folder) / "routed", Path(folder) / "single"
+        small_layer(routed, arguments.measure, 8)
+        small_layer(single, 1, 1)
         for tokens in arguments.calibration:
             for name, options in variants.items():
-                # Top 1 of all measured experts: so many tokens give each what top-8 of 128 would.
-                own = ids[: tokens * measured // 16 // 256]
-                ours[name, tokens] = [times * value for value in our_seconds(Path(folder), own, options)]
+                own = ids[: int(tokens / times) // 256]
+                ours[name, tokens] = [times * value for value in our_seconds(routed, own, options)]
                 print(f"{tokens} tokens, ours, {name}: {ours[name, tokens]}", flush=True)
             if arguments.peer:
-                told = peer(arguments.peer, Path(folder), ids[: tokens // 256], "-", 4)
+                told = peer(arguments.peer, single, ids[: tokens // 256], "-", 4)
                 theirs[tokens] = [told["cpu"] - told["cpu_solving"], told["cpu_solving"]]
-                print(f"{tokens} tokens, theirs, {measured} experts: {theirs[tokens]}", flush=True)
-    print(f"\nseconds of the processor, 128 experts, measured on {measured}; calibration + solving")
+                print(f"{tokens} tokens, theirs, one expert: {theirs[tokens]}", flush=True)
+    print(f"\nseconds of the processor, 128 experts, ours measured on {arguments.measure}; calibration + solving")
     print(f"matrix products at {rate / 1e9:.0f} GFLOP/s, bandwidth {bandwidth / 1e9:.0f} GB/s")
     heads = (*(["llm-compressor"] if theirs else []), *variants, "limit, default", "limit, plain")
     print(f"{'tokens':>9}" + "".join(f"{head:>22}" for head in heads))
@@ -173,7 +175,7 @@ def scaling(arguments: argparse.Namespace) -> None:
             slope = (theirs[many][0] - theirs[few][0]) / (many - few) if few < many else theirs[few][0] / few
             fixed = theirs[few][0] - slope * few
             calibration, solve = straight(theirs, tokens)
-            row.append((fixed + times * (calibration - fixed), times * solve))
+            row.append((fixed + 128 * (calibration - fixed), 128 * solve))
         row += [straight(own, tokens) for own in each.values()]
         for options in variants.values():
             sweeps = options.get("sweeps", SolverOptions().sweeps)
@@ -196,7 +198,7 @@ def straight(own: dict[int, list[float]], tokens: int) -> tuple[float, float]:
     return own[few][0] + slope * (tokens - few), statistics.mean(pair[1] for pair in own.values())
 
 
-def small_layer(folder: Path, experts: int) -> None:
+def small_layer(folder: Path, experts: int, chosen: int) -> None:
     """One decoder layer with few experts of Qwen3-30B-A3B's shape, and next to nothing beside them."""
     config = AutoConfig.from_pretrained(MODEL)
     for name, value in {
@@ -205,7 +207,7 @@ def small_layer(folder: Path, experts: int) -> None:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "num_experts": experts,
-        "num_experts_per_tok": 1,
+        "num_experts_per_tok": chosen,
         "num_hidden_layers": 1,
         "vocab_size": 256,
     }.items():
