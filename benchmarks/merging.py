@@ -36,7 +36,7 @@ from moe_compress.merge.align import (
 )
 from moe_compress.merge.bounded import bounded_linkage
 from moe_compress.merge.cluster import grabbed, hierarchical
-from moe_compress.merge.combine import weighted_average
+from moe_compress.merge.combine import members_of, weighted_average
 from moe_compress.merge.kmeans import kmeans, kmeans_layers
 from moe_compress.merge.refit import refit_down
 from moe_compress.model import FusedExperts
@@ -162,7 +162,11 @@ def layer(experts: int, hidden: int, neurons: int, rows: int, loop: bool) -> Non
     groups = [[a, b] for a, b in pairs] + [[e] for e in range(len(pairs), count)]
     both = torch.tensor(pairs)
     share = torch.ones(len(pairs), 2)
-    average = timed("average", lambda: {n: weighted_average(w[both], share).float() for n, w in weights.matrices()})
+
+    def averaged(stacked: torch.Tensor) -> torch.Tensor:
+        return torch.cat([weighted_average(own, share[part]).float() for part, own in members_of(stacked, both)])
+
+    average = timed("average", lambda: {name: averaged(stacked) for name, stacked in weights.matrices()})
     first = [g[0] for g in groups]
     merged = weights.map(lambda w: w[torch.tensor(first)])
     for name, value in average.items():
@@ -177,7 +181,7 @@ def layer(experts: int, hidden: int, neurons: int, rows: int, loop: bool) -> Non
     timed("align by activations, exact", lambda: [by_hand(view, a, b, sample) for a, b in pairs])
     timed(
         "average",
-        lambda: [[(w[a].double() + w[b].double()) / 2 for _, w in weights.matrices()] for a, b in pairs],
+        lambda: [[((w[a].double() + w[b].double()) / 2).float() for _, w in weights.matrices()] for a, b in pairs],
     )
 
 

@@ -5,14 +5,30 @@ Letters: N members of a group, O/K output and input features of a matrix, G grou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+_CACHED_BYTES = 8 << 20
 
 
 def weighted_average(matrices_NOK: Tensor, weight_N: Tensor) -> Tensor:
     """Σ w_i W_i / Σ w_i over the members: [..., N, O, K], [..., N] → [..., O, K], summed in float64."""
-    share = (weight_N / weight_N.sum(-1, keepdim=True)).to(matrices_NOK.device, torch.float64)
-    return torch.einsum("...n,...nok->...ok", share, matrices_NOK.double())
+    share_N11 = (weight_N / weight_N.sum(-1, keepdim=True)).to(matrices_NOK.device, torch.float64)[..., None, None]
+    total = torch.zeros((), dtype=torch.float64, device=matrices_NOK.device)
+    for matrix, share in zip(matrices_NOK.unbind(-3), share_N11.unbind(-3), strict=True):
+        total = torch.addcmul(total, matrix.double(), share)
+    return total
+
+
+def members_of(stacked: Tensor, member_GN: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """What groups of equal size are made of, [E, …] and [G, N] → (which groups, their members [g, N, …]), a few groups
+    at a time: as many as caches hold, for what is made of them goes through memory in float64 otherwise."""
+    most = max(1, _CACHED_BYTES // (stacked[0].numel() * stacked.element_size() * member_GN.shape[1]))
+    for start in range(0, len(member_GN), most):
+        part = slice(start, start + most)
+        yield part, stacked[member_GN[part].to(stacked.device)]
 
 
 def fisher_average(matrices_NOK: Tensor, fisher_NOK: Tensor, weight_N: Tensor, prior: float = 1e-4) -> Tensor:

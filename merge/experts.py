@@ -31,7 +31,7 @@ from moe_compress.refit import LayerRefit, no_refit
 
 from .align import activations_on, align_experts, permuted
 from .cluster import inertia
-from .combine import fisher_average, output_gram, subspace_merge, weighted_average
+from .combine import fisher_average, members_of, output_gram, subspace_merge, weighted_average
 from .grouping import Asked, group_layers, similarity_statistic, too_many
 from .moments import output_moments
 from .options import MergeOptions, SubspaceOptions, ZipOptions
@@ -200,14 +200,15 @@ class _MergeExperts(Pass):
             slots = torch.tensor([s for s, g in enumerate(groups) if len(g) == size])
             weight_GN = torch.stack([weights[s] for s in slots.tolist()])
             for (name, stacked), (_, target) in zip(experts.weights().items(), merged.items(), strict=True):
-                chosen = torch.tensor([groups[s] for s in slots.tolist()])
-                members = stacked[chosen.to(stacked.device)]
-                if fisher:
-                    value = fisher_average(members, fisher[name][chosen], weight_GN)
-                else:
-                    gram = grams[name][slots.to(grams[name].device)] if name in grams else None
-                    value = self._combine(members, weight_GN, gram)
-                target[slots.to(target.device)] = value.to(target)
+                chosen_GN = torch.tensor([groups[s] for s in slots.tolist()])
+                for part, members in members_of(stacked, chosen_GN):
+                    own = slots[part]
+                    if fisher:
+                        value = fisher_average(members, fisher[name][chosen_GN[part]], weight_GN[part])
+                    else:
+                        gram = grams[name][own.to(grams[name].device)] if name in grams else None
+                        value = self._combine(members, weight_GN[part], gram)
+                    target[own.to(target.device)] = value.to(target)
         return merged
 
     def _refitted(
