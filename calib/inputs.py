@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.model import FusedExperts, Tap
-from moe_compress.model.dispatch import Dispatch, grouped_gram
+from moe_compress.model.dispatch import Dispatch, grouped_squares
 
 
 @dataclass
@@ -130,8 +130,8 @@ class BlockInputs:
             yield Moments(
                 chunk,
                 rows_C.cpu(),
-                grouped_gram(inward, inward, part.offsets_E),
-                grouped_gram(outward, outward, part.offsets_E),
+                grouped_squares(inward, part.offsets_E),
+                grouped_squares(outward, part.offsets_E),
             )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import FusedExperts, GradientTap, MoEBlock, Tap
-from moe_compress.model.dispatch import grouped_gram, grouped_linear
+from moe_compress.model.dispatch import grouped_linear, grouped_squares
 from moe_compress.model.experts import Experts
 
 from .statistics import Accumulator, Result, Statistic, counted_rows
@@ -212,7 +212,7 @@ class _Removal(Accumulator):
         self.counts.index_add_(0, dispatch.expert_R.cpu(), counted_R.cpu())
         weight_R = dispatch.weight_R.float() * counted_R.sqrt().float()
         feature_RI = tap.activation_RI.float() * weight_R.unsqueeze(1)
-        gram = grouped_gram(feature_RI, feature_RI, dispatch.offsets_E)
+        gram = grouped_squares(feature_RI, dispatch.offsets_E)
         self.moment_EII = gram if self.moment_EII is None else self.moment_EII.add_(gram)
 
     def result(self) -> Result:

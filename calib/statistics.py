@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import MoEBlock, MoEModel, Tap
-from moe_compress.model.dispatch import Dispatch, grouped_gram
+from moe_compress.model.dispatch import Dispatch, grouped_squares
 
 Result = dict[str, Tensor]
 
@@ -243,7 +243,7 @@ class _MomentSums(Accumulator):
         rows = (tap.input_RH.float(), tap.activation_RI.float())
         if tap.token_weight_T is not None:
             rows = (rows[0] * counted.sqrt().float().unsqueeze(1), rows[1] * counted.sqrt().float().unsqueeze(1))
-        grams = [grouped_gram(r, r, dispatch.offsets_E) for r in rows]
+        grams = [grouped_squares(r, dispatch.offsets_E) for r in rows]
         if self.sums is None:
             self.sums = (grams[0], grams[1])
         else:

@@ -80,7 +80,7 @@ class Applying:
         inputs = BlockInputs()
         if then or layer.block is not None:
             with LinearMoments(layer.module, then) as moments:
-                at.run(inputs.observe)
+                at.run(inputs.observe, inputs_only=not then)  # `then` may read what the experts put out
             inputs.stored = self.model.stored_dtypes(at.index)
             if other is not None and layer.block is not None:
                 inputs.original_TH = self._original_outputs(at, other)
@@ -101,7 +101,7 @@ class Applying:
 
     def _prepared(self, at: Step, layer: Layer, block: MoEBlock) -> dict[str, Any]:
         inputs = BlockInputs()
-        at.run(inputs.observe)
+        at.run(inputs.observe, inputs_only=True)
         inputs.stored = self.model.stored_dtypes(at.index)
         with self.model.editing(layer):
             return self.step.prepare(block, self.plan.layers[layer.index], inputs)

@@ -35,7 +35,7 @@ from torch import Tensor
 from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import FusedExperts, MoEBlock
-from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
+from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear, grouped_squares
 from moe_compress.model.experts import ExpertWeights
 from moe_compress.model.offload import runnable
 from moe_compress.model.rules import Choice
@@ -301,7 +301,7 @@ class _Layer:
 
     def moments(self) -> Tensor:
         """Φ_eᵀ Φ_e of every expert, [E, I, I]."""
-        return torch.cat([grouped_gram(f, f, part.offsets_E) for part, f, _ in self._all()])
+        return torch.cat([grouped_squares(f, part.offsets_E) for part, f, _ in self._all()])
 
     def correlated(self, value_TH: Tensor) -> Tensor:
         """Φᵀ v: [E, I, H]."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.model import FusedExperts
-from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
+from moe_compress.model.dispatch import Dispatch, grouped_linear, grouped_squares
 
 _CHUNK_BYTES = 512 << 20
 
@@ -40,6 +40,6 @@ def output_moments(experts: FusedExperts, groups: Sequence[Sequence[int]], input
         merged = (group_C >= 0).nonzero().flatten()
         for name, matrix in own.matrices():
             output = grouped_linear(activation_RI if name == "down" else input_RH, matrix, part.offsets_E).float()
-            gram = grouped_gram(output, output, part.offsets_E)
+            gram = grouped_squares(output, part.offsets_E)
             grams[name].index_add_(0, group_C[merged].to(gram.device), gram[merged.to(gram.device)])
     return grams

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_compress.calib.inputs import chunks
 from moe_compress.model import FusedExperts
-from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
+from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear, grouped_squares
 from moe_compress.model.experts import ExpertWeights
 from moe_compress.refit import RefitError
 
@@ -79,7 +79,7 @@ def refit_down(
         feature = gate_R * activation.float()
         at = number_S[slot_C[slot_C >= 0]]
         rows.index_add_(0, at, part.counts_E[slot_C >= 0].double())
-        gram.index_add_(0, at, grouped_gram(feature, feature, part.offsets_E)[slot_C >= 0].double())
+        gram.index_add_(0, at, grouped_squares(feature, part.offsets_E)[slot_C >= 0].double())
         cross.index_add_(0, at, grouped_gram(feature, left, part.offsets_E)[slot_C >= 0].double())
         error += float(left.double().square().sum())
         size += float((gate_R * wanted).double().square().sum())

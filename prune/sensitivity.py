@@ -86,7 +86,7 @@ def loss_of(
             if own is not None and step.layer.block is not None and len(own) < step.layer.block.num_experts:
                 seen = BlockInputs() if more else None
                 if seen is not None:
-                    step.run(seen.observe, range(len(inputs), len(inputs) + len(more)))
+                    step.run(seen.observe, range(len(inputs), len(inputs) + len(more)), inputs_only=True)
                     seen.stored = model.stored_dtypes(step.index)
                 with changed(model, step.layer, lambda block: take_out(block, own, seen)):  # noqa: B023
                     step.advance()

@@ -16,7 +16,7 @@ from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.calib.statistics import Accumulator, Result
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import FusedExperts, Tap
-from moe_compress.model.dispatch import Dispatch, grouped_gram
+from moe_compress.model.dispatch import Dispatch, grouped_squares
 
 from .at_widths import AtWidths
 from .grid import dequantize
@@ -86,9 +86,9 @@ class _Traces(Accumulator):
             added_R = output_RH.float().mul(weigh_R1).square().sum(dim=1).double()
             output[here].index_add_(0, part.expert_R.cpu(), added_R.cpu())
             read = input_RH.float() * weigh_R1
-            moments = {False: grouped_gram(read, read, part.offsets_E)}
+            moments = {False: grouped_squares(read, part.offsets_E)}
             read = activation_RI.float() * weigh_R1
-            moments[True] = grouped_gram(read, read, part.offsets_E)
+            moments[True] = grouped_squares(read, part.offsets_E)
             for m, (name, matrix) in enumerate(own.matrices()):
                 hessian = moments[name == "down"]
                 energy[here, m] = output_error(matrix, hessian).sum(1).cpu()

@@ -38,7 +38,7 @@ COARSE = 6
 FINE = (-0.4, -0.2, 0.2, 0.4)
 REFINEMENTS = 2
 WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)
-CHUNK_WEIGHTS = {"cpu": 1 << 16, "cuda": 1 << 25}
+CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 TINY = torch.finfo(torch.float32).tiny
 
 

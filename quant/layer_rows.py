@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.model import FusedExperts
-from moe_compress.model.dispatch import Dispatch, grouped_gram
+from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_squares
 
 Weighing = Literal["plain", "gate", "gate_squared"]
 POWER = {"plain": 0, "gate": 1, "gate_squared": 2}
@@ -53,8 +53,9 @@ class Rows:
         """Weighted mean of left ⊗ right over each expert's rows, times its `evidence_C`: [C, A, B] float32."""
         root_R1 = self.share_R.sqrt().float().unsqueeze(1)  # on both sides, so that moments are exactly symmetric
         left_RA = left_RA.float() * root_R1
-        right_RB = left_RA if right_RB is None else right_RB.float() * root_R1
-        return grouped_gram(left_RA, right_RB, self.dispatch.offsets_E)
+        if right_RB is None:
+            return grouped_squares(left_RA, self.dispatch.offsets_E)
+        return grouped_gram(left_RA, right_RB.float() * root_R1, self.dispatch.offsets_E)
 
     def squares(self, value_RA: Tensor) -> Tensor:
         """The diagonal of `moment`: [C, A] float64."""
@@ -93,7 +94,7 @@ class LayerRows:
         )
         activation_RI = experts.activations_with(experts.weights(), hidden_TH[sample.token_R], sample).float()
         activation_RI = activation_RI * (weight_R / weight_R.sum()).sqrt().float().unsqueeze(1)
-        return weighed_TH.T @ weighed_TH, activation_RI.T @ activation_RI
+        return _squares(weighed_TH), _squares(activation_RI)
 
     def parts(self, memory_limit: int) -> Iterator[Rows]:
         """Chunks of experts, each so large that what a solver makes of it takes about `memory_limit` bytes."""
@@ -118,3 +119,8 @@ class LayerRows:
                 evidence_C.cpu(),
                 share_R,
             )
+
+
+def _squares(rows_RA: Tensor) -> Tensor:
+    """Σ x xᵀ over all rows, [A, A]."""
+    return grouped_squares(rows_RA, torch.tensor([len(rows_RA)], dtype=torch.int32, device=rows_RA.device))[0]

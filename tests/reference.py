@@ -128,7 +128,7 @@ def carry_out(view: MoEModel, step, plan, batches, only: int | None = None):
             if at.layer.block is None or only not in (None, at.index):
                 continue
             inputs = BlockInputs()
-            at.run(inputs.observe)
+            at.run(inputs.observe, inputs_only=True)
             with view.editing(at.layer) as block:
                 reports[at.index] = (step.apply(block, plan.layers[at.index], inputs), inputs)
     return reports

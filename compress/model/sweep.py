@@ -245,10 +245,15 @@ class Step:
         """The same batches in front of another model's live layer, to `run` them through it."""
         return Step(self._sweep, layer)
 
-    def run(self, observer: Observer | None = None, numbers: Iterable[int] | None = None) -> None:
-        """Run every batch, or those of `numbers`, through the layer and drop the results; a Tap of each is observed."""
+    def run(
+        self, observer: Observer | None = None, numbers: Iterable[int] | None = None, inputs_only: bool = False
+    ) -> None:
+        """Run every batch, or those of `numbers`, through the layer and drop the results; a Tap of each is observed.
+
+        With `inputs_only`, for an observer that asks for nothing behind the experts' inputs, they don't run if fused.
+        """
         for number in range(len(self._sweep._calls)) if numbers is None else numbers:
-            self._forward(number, observer)
+            self._forward(number, observer, inputs_only)
 
     def advance(self, observer: Observer | None = None) -> None:
         """Run every batch through the layer and let it go on to the next. Without a call, happens at the end."""
@@ -271,21 +276,23 @@ class Step:
         hidden = hidden_behind(self._forward(number, None), tokens)
         return None if hidden is None else hidden.reshape(tokens, -1)
 
-    def _forward(self, number: int, observer: Observer | None) -> Any:
+    def _forward(self, number: int, observer: Observer | None, inputs_only: bool = False) -> Any:
         call = self._sweep._calls[number]
         arguments, keywords = to_device(call.arguments, self._sweep.model.device)
         taps: list[Tap] = []
         with torch.no_grad():
             with ExitStack() as stack:
                 if observer is not None and self.layer.block is not None:
-                    stack.enter_context(observe(self.layer.block, taps.append, *self.labels(number)))
+                    labels = self.labels(number)
+                    watching = observe(self.layer.block, taps.append, *labels, inputs_only=inputs_only)
+                    stack.enter_context(watching)
                 output = self.layer.module(*arguments, **keywords)
             # Handed on only now: what a change of the block weighs depends on the hidden state behind the layer. Some
             # observers run the experts again, and offloaded weights have left by now.
             if taps and observer is not None:
                 with self.readable():
                     for tap in taps:
-                        tap.layer_output = output
+                        tap.layer_output = None if inputs_only else output
                         observer(tap)
         return output
 

@@ -38,10 +38,12 @@ class Tap:
         experts: view of the experts that ran.
         hidden_TH: input of the experts.
         index_TK, weight_TK: routing as the model used it.
-        output_TH: output of the experts module (shared experts and scaling by the block not included).
+        output_TH: output of the experts module (shared experts and scaling by the block not included); no rows where
+            the experts didn't run.
         logits_TE: what the router returned as its logits; None where the router returns none.
         sequence_T: number of the calibration sequence that each token belongs to.
-        layer_output: what the decoder layer returned; taps are handed on when it has run.
+        layer_output: what the decoder layer returned; taps are handed on when it has run. None where the experts
+            didn't.
         router_arguments: what the router was called with, by the names of its parameters.
         modality_T: what each token is of: 0 text, 1 image, 2 video, 3 audio; None where all are text.
         token_weight_T: what each token counts in sums over tokens, not negative; None where all count 1.
@@ -169,15 +171,18 @@ def residual_norms(output: Any, tokens: int) -> Tensor | None:
     return None if hidden is None else hidden.reshape(tokens, -1).float().square().sum(dim=-1)
 
 
-# Experts module → who looks at it now. Only ever filled inside `observe`.
-_WATCHED: dict[int, Callable[..., None]] = {}
+# Experts module → who looks at it now, and whether it runs. Only ever filled inside `observe`.
+_WATCHED: dict[int, tuple[Callable[..., None], bool]] = {}
 
 
 def _forward(module: nn.Module, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The registered experts implementation: any fused experts class, from its declared layout."""
     experts = FusedExperts(module)
+    watcher, runs = _WATCHED.get(id(module), (None, True))
+    if watcher is not None and not runs:
+        watcher(experts, hidden_TH, index_TK, weight_TK, hidden_TH[:0], None)
+        return torch.zeros_like(hidden_TH)
     output, *parts = run_experts(experts, hidden_TH, index_TK, weight_TK)
-    watcher = _WATCHED.get(id(module))
     if watcher is not None:
         watcher(experts, hidden_TH, index_TK, weight_TK, output, tuple(parts))
     return output
@@ -193,11 +198,14 @@ def observe(
     sequence_T: Tensor | None = None,
     modality_T: Tensor | None = None,
     token_weight_T: Tensor | None = None,
+    *,
+    inputs_only: bool = False,
 ) -> Iterator[None]:
     """Within the context, every forward of the block's experts hands a `Tap` to `observer`.
 
     The model must run under `hf.implementation`. `sequence_T`, `modality_T` and `token_weight_T` are passed on into the
-    taps. Raises UnsupportedModelError, in the forward, where experts see other tokens than those that have weights.
+    taps. With `inputs_only` fused experts don't run: they put out zeros. Raises UnsupportedModelError, in the forward,
+    where experts see other tokens than those that have weights.
     """
     module = block.experts_module
     returned: list[Any] = [None, {}]  # by the router, and what it was called with
@@ -233,7 +241,7 @@ def observe(
 
     handles = [block.router.register_forward_hook(routed, with_kwargs=True)]
     if hf.is_fused_experts(module):
-        _WATCHED[id(module)] = watch
+        _WATCHED[id(module)] = watch, not inputs_only
     else:
         handles.append(module.register_forward_hook(ran))
     try:

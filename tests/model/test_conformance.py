@@ -158,6 +158,27 @@ def test_streamed_from_disk_equals_the_full_forward(name, saved):
 
 
 @every_family
+def test_inputs_alone(name, monkeypatch):
+    """What experts read is the same, bit for bit, where they don't run; and they don't."""
+    model = tiny_model(name)
+    with Sweep(MoEModel.wrap(model), [input_batch(model)]) as sweep:
+        for step in sweep:
+            if step.layer.block is None:
+                continue
+            whole, alone = [], []
+            step.run(whole.append)
+            with monkeypatch.context() as patch:
+                patch.setattr("moe_compress.model.tap.run_experts", None)
+                step.run(alone.append, inputs_only=True)
+            for expected, found in zip(whole, alone, strict=True):
+                assert torch.equal(found.hidden_TH, expected.hidden_TH)
+                assert torch.equal(found.index_TK, expected.index_TK)
+                assert torch.equal(found.weight_TK, expected.weight_TK)
+                assert found.layer_output is None
+                assert not len(found.output_TH)
+
+
+@every_family
 def test_unchanged_folder_is_copied_byte_for_byte(name, saved, tmp_path):
     model = MoEModel.open(saved(name))
     assert write_folder(model, tmp_path / "copy", {}, Progress()) == "hf"

@@ -8,7 +8,7 @@ from families import input_batch
 from reference import KINDS, build, experts_calls, outputs_ETH
 
 from moe_compress.model import FusedExperts, MoEModel, hf
-from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear
+from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_linear, grouped_squares
 from moe_compress.model.experts import run_experts
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -169,6 +169,21 @@ def test_grouped_gram_of_views():
         torch.testing.assert_close(found[0], a[:3].T @ b[:3])
         assert not found[1].any()
         torch.testing.assert_close(found[2], a[3:].T @ b[3:])
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [1, 3, 16, 40, 200, 768])
+def test_grouped_squares(dtype, size):
+    """In blocks, the last of them narrower; also of columns that are a view, and exactly symmetric."""
+    for offsets in OFFSETS:
+        whole = torch.randn(offsets[-1], size + 5, generator=torch.Generator().manual_seed(2)).to(dtype)
+        for rows in (whole[:, :size], whole[:, :size].contiguous()):
+            expected = torch.zeros(4, size, size, dtype=torch.float64)
+            for expert, (start, end) in enumerate(itertools.pairwise([0, *offsets])):
+                expected[expert] = rows[start:end].double().T @ rows[start:end].double()
+            found = grouped_squares(rows, torch.tensor(offsets, dtype=torch.int32))
+            close(found, expected, dtype)
+            assert torch.equal(found, found.mT)
 
 
 # The whole experts module
