@@ -43,13 +43,7 @@ HIDDEN, NEURONS, EXPERTS, CHOSEN = 2048, 768, 128, 8
 GROUP = 64
 MIXTURES = {"2 bits": [2], "3 bits": [3], "4 bits": [4], "2 and 3 bits mixed": [2, 3]}
 clock = time.perf_counter
-PART = {
-    "_from_bytes": "unpack",
-    "_from_words": "unpack",
-    "_ordered": "to float",
-    "dense": "to float",
-    "product": "product",
-}
+PART = {"_in_columns": "unpack", "dense": "unpack", "product": "product"}
 AS_THEY_ARE = {name: getattr(run_packed, name) for name in PART}
 
 
@@ -140,7 +134,7 @@ def layer() -> None:
     square = torch.randn(2048, 2048)
     rate = 2 * 2048**3 / seconds(lambda: square @ square)
     print(f"memory: {bandwidth / 1e9:.1f} GB/s read; float32 product: {rate / 1e9:.0f} GFLOP/s")
-    print(f"{'experts':22}{'tokens':>7}{'ms':>8}{'unpack':>8}{'float':>8}{'product':>8}{'rest':>8}", end="")
+    print(f"{'experts':22}{'tokens':>7}{'ms':>8}{'unpack':>8}{'product':>8}{'rest':>8}", end="")
     print(f"{'MB read':>9}{'limit ms: bytes':>17}{'operations':>12}")
     inputs = []
     for tokens in (1, 32, 512):
@@ -155,12 +149,12 @@ def layer() -> None:
             parts: list[float] = []
             if isinstance(module, packed.PackedExperts):
                 taken, spent = min(itertools.islice(parts_of(module, values), 8), key=lambda found: found[0])
-                parts = [spent["unpack"], spent["to float"], spent["product"]]
+                parts = [spent["unpack"], spent["product"]]
                 parts.append(taken - sum(parts))
             else:
                 taken = seconds(lambda values=values: module(*values))  # type: ignore[misc]
             print(f"{name:22}{len(hidden):7}{1e3 * taken:8.1f}", end="")
-            print(("".join(f"{1e3 * part:8.1f}" for part in parts)).ljust(32), end="")
+            print(("".join(f"{1e3 * part:8.1f}" for part in parts)).ljust(24), end="")
             print(f"{read / 1e6:9.1f}{1e3 * read / bandwidth:17.1f}{1e3 * operations / rate:12.1f}", flush=True)
 
     for name, widths in MIXTURES.items():

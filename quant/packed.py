@@ -26,7 +26,7 @@ from moe_compress.model.dispatch import Dispatch
 from moe_compress.model.experts import run_experts
 from moe_compress.quant.rotation import NO_ROTATIONS, Rotation, Rotations
 from moe_compress.quant.run_low_rank import LowRank
-from moe_compress.quant.run_packed import fused_kernel
+from moe_compress.quant.run_packed import fused_kernel, run_or_index
 from moe_compress.quant.stack import Encoding, Stack, keeping_dtype, name_of
 
 PROJECTIONS = ("gate", "up", "down")
@@ -110,22 +110,23 @@ class PackedProjection(nn.Module):
         kernel = None if backward else fused_kernel(input_RK.device.type)
         if kernel is not None and kernel.takes(input_RK, list(self.stacks.values())):
             return kernel.grouped_packed(input_RK, self, dispatch.offsets_E)  # type: ignore[no-any-return]
-        counts_E = dispatch.counts_E.cpu()
-        counts = counts_E.tolist()
         visited: dict[str, list[int]] = {}
-        for expert, count in enumerate(counts):
+        rows: dict[str, list[int]] = {}
+        start = 0
+        for expert, count in enumerate(dispatch.counts):
             if count:
-                visited.setdefault(self.assignment[expert], []).append(expert)
+                name = self.assignment[expert]
+                visited.setdefault(name, []).append(expert)
+                rows.setdefault(name, []).extend(range(start, start + count))
+                start += count
         output = input_RK.new_empty(input_RK.shape[0], self.in_features if backward else self.out_features)
         for name, experts in visited.items():
-            slots, own = [self.slots[e] for e in experts], [counts[e] for e in experts]
-            stack = self.stacks[name]
+            stack = self.get_submodule(name)
+            slots, own = [self.slots[e] for e in experts], [dispatch.counts[e] for e in experts]
             if len(visited) == 1:
                 return stack(slots, input_RK, own, backward)  # type: ignore[no-any-return]
-            mine_E = torch.zeros(len(counts), dtype=torch.bool)
-            mine_E[experts] = True
-            rows = mine_E.repeat_interleave(counts_E).nonzero().flatten().to(input_RK.device)
-            output[rows] = stack(slots, input_RK[rows], own, backward)
+            mine = run_or_index(rows[name], input_RK.device)
+            output[mine] = stack(slots, input_RK[mine], own, backward)
         return output
 
 

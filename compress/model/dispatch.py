@@ -7,6 +7,7 @@ expert, O and I output and input size of a projection.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,11 @@ class Dispatch:
         """Rows per expert, int64."""
         return torch.diff(self.offsets_E.long(), prepend=self.offsets_E.new_zeros(1).long())
 
+    @cached_property
+    def counts(self) -> list[int]:
+        """The same as a list: every projection of a layer asks for it."""
+        return self.counts_E.tolist()  # type: ignore[no-any-return]
+
     def part(self, experts: range) -> tuple[slice, Dispatch]:
         """A run of consecutive experts: where their rows are, and a dispatch that counts them from 0."""
         ends = self.offsets_E.tolist()
@@ -80,13 +86,12 @@ class Dispatch:
         row_TK = row_TK.view(self.tokens, self.slots)
         # Weights and sum in the wider dtype of the two, as the families do. Slot by slot: [T, K, H] would be too much.
         combined = None
-        for slot in range(self.slots):
-            row_T = row_TK[:, slot]
-            weight_T = torch.where(row_T >= 0, self.weight_R[row_T.clamp_min(0)], 0) if len(self.row_R) else None
-            if weight_T is None:
-                break
-            part = output_RH[row_T.clamp_min(0)] * weight_T.unsqueeze(-1)
-            combined = part if combined is None else combined.add_(part)
+        if len(self.row_R):
+            served_TK = row_TK.clamp_min(0)
+            weight_TK = torch.where(row_TK >= 0, self.weight_R[served_TK], 0)
+            for slot in range(self.slots):
+                part = output_RH[served_TK[:, slot]] * weight_TK[:, slot, None]
+                combined = part if combined is None else combined.add_(part)
         return output_RH.new_zeros(self.tokens, output_RH.shape[-1]) if combined is None else combined
 
 

@@ -8,12 +8,11 @@ import sys
 import pytest
 import torch
 from families import discover, tiny_model
-from packs import DENSE, mixture, pack_block, put, spread
+from packs import DENSE, mixture, pack_block, put
 from reference import outputs_ETH
 
 from moe_compress.model import MoEModel
 from moe_compress.quant import run_packed
-from moe_compress.quant.grid import Grid, Quantized
 from moe_compress.quant.stack import Stack
 
 # Gate and up concatenated; transposed, interleaved, biases; no gate, inputs of size 28; a norm after each expert.
@@ -141,33 +140,6 @@ def test_gradients_of_inputs_and_routing_weights(name, monkeypatch):
         gradients.append(torch.autograd.grad((output * direction).sum(), inputs))
     for found, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("group", [-1, 16, 32, 64, 128])
-def test_unpacked_columns_in_any_order_are_the_same_weights(group):
-    """What products read on a CPU is bit for bit what the format says, columns of rows and matrices moved alike."""
-    generator = torch.Generator().manual_seed(group + 2)
-    for bits, symmetric in itertools.product((*range(1, 9), 1.58), (True, False)):
-        if bits < 2 and not symmetric:
-            continue
-        grid = Grid(bits, group, symmetric)
-        codes = torch.randint(0, grid.max_code + 1, (3, 5, 256), dtype=torch.uint8, generator=generator)
-        scale = torch.randn(3, 5, grid.groups(256), generator=generator)
-        zero = None if symmetric else (codes[..., : scale.shape[-1]]).clone()
-        stack = Stack.holding(Quantized(codes, scale, zero, grid))
-        order = run_packed.Order.of(stack.encoding, 256)
-        as_stored = bits in (8, 1.58) or (group == 16 and bits in (3, 5, 6, 7))
-        assert (order.planes == 1) == as_stored
-        found = run_packed._ordered(stack, order, slice(1, 3), slice(1, 4), {})
-        middle = {1: 0.5, 1.58: 1.0}.get(bits) or float(1 << (bits - 1))
-        zeros = middle if zero is None else spread(zero.float(), 256)
-        expected = (spread(scale, 256) * (codes.float() - zeros))[1:3, 1:4]
-        ordered = order.columns(expected.reshape(6, 256))
-        assert torch.equal(found, ordered.view(2, 3, 256))
-        assert torch.equal(ordered, expected.reshape(6, 256)) == as_stored
-        assert torch.equal(order.columns_back(ordered), expected.reshape(6, 256))
-        assert torch.equal(run_packed.dense(stack, slice(1, 3), slice(1, 4), torch.float32), expected)
 
 
 @torch.no_grad()
