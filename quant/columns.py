@@ -6,14 +6,17 @@ is copied as often as codes have bits in it, and each copy is masked to the bits
 times a power of two, which the rows' columns are divided by. A code that straddles two lanes is two columns, of its
 lower and of its upper bits.
 
-    lane 0   c1 c1 c1 c0 c0 c0 …     copies   .. .. .. c0 c0 c0 …    c0          row column   x0
-                                              c1 c1 c1 .. .. .. …    8 · c1                   x1 / 8
+    lane, 2 bits   d d c c b b a a        copies   . . . . . . a a   a         rows   xa
+                                                   . . . . b b . .   4 · b            xb / 4
+                                                   . . c c . . . .   16 · c           xc / 16
+                                                   d d . . . . . .   64 · d           xd / 64
 
-Lanes are copied 16 bytes at a time where groups are multiples of that (2 bits in groups of 64, say), so that the columns
-of a group stay together, and its scale multiplies one run.
+Lanes are copied 16 bytes at a time where groups are multiples of that (2 bits in groups of 64, say), so that a group's
+columns stay together, and its scale multiplies one run. Zero points that aren't subtracted from codes have a column of
+their own in each group, which the sum of the group's part of a row multiplies.
 
-Letters: R rows, N matrices, O/K output and input features, W words of a row, U units that are copied together, P copies,
-C columns, G groups.
+Letters: R rows, N matrices, O/K output and input features, W words of a row, U units that are copied together, P
+copies, C columns, G groups.
 """
 
 from __future__ import annotations

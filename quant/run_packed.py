@@ -5,8 +5,8 @@ rows' dtype: nothing is rounded on the way to a narrower one, and without matrix
 bfloat16 takes several times as long. Elsewhere matrices have the rows' dtype. At most `weights_at_once()` weights are
 unpacked at any time.
 
-How it is fast on a CPU: unpacking costs passes over memory, so there are few, over as few bytes as possible, and no code
-is moved to its place (columns.py).
+How it is fast on a CPU: unpacking costs passes over memory, so there are few, over as few bytes as possible, and no
+code is moved to its place (columns.py).
 
 Letters: R rows, N matrices, O/K output and input features, C columns, G groups.
 """
