@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from moe_compress.quant.stack import Stack
 
 # Weights unpacked at a time, by thread: every operation costs microseconds to start, and what it leaves should stay in
-# the cache (5 bytes a weight).
+# the last cache (5 bytes a weight with 2 or 4 bits).
 WEIGHTS_PER_THREAD = 1 << 21
 MOST_WEIGHTS = 1 << 24
 # Up to so many rows on a CPU, dense matrices are multiplied one by one where they lie: picking several copies them,
