@@ -185,35 +185,37 @@ def layer_output(experts: FusedExperts, hidden_TH: Tensor, index_TK: Tensor, wei
     return total
 
 
-def no_refit(block: MoEBlock) -> dict[str, str] | None:
-    """Why the down projections of a block can't be solved for, as reports say it; None where they can."""
-    if FusedExperts(block.experts_module).has_norm:
-        return {"skipped": "experts end in a norm: their outputs are not linear in the down projections"}
-    return None
-
-
 class LayerRefit:
     """`refit_layer` around a change of a block: made before it, `after` solves for what the layer put out then.
 
     Tokens count as much as they weigh. Memory: the outputs [T, H], float32.
 
     Args:
-        block: before the change; no norm behind its experts.
+        block: before the change.
         inputs: what it reads.
         target_TH: what the experts are to put out together; None: what they do now.
+
+    Attributes:
+        skipped: why nothing can be solved for, as reports say it; None where it can.
     """
 
     def __init__(self, block: MoEBlock, inputs: BlockInputs, target_TH: Tensor | None = None):
+        self.skipped: dict[str, str] | None = None
+        if FusedExperts(block.experts_module).has_norm:
+            why = "experts end in a norm: their outputs are not linear in the down projections"
+            self.skipped = {"skipped": why}
+            return
         read = (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)
         self._hidden_TH = inputs.hidden_TH
         self._count_T = inputs.token_weight_T
         self._target_TH = layer_output(FusedExperts(block.experts_module), *read) if target_TH is None else target_TH
         self._routing = NewRouting(block, *read)
 
-    @property
-    def known(self) -> bool:
-        """Whether the routing after the change is the router's own (see NewRouting)."""
-        return self._routing.known
+    def needs_router(self) -> None:
+        """Skip where the routing after the change wouldn't be the router's own (see NewRouting)."""
+        if self.skipped is None and not self._routing.known:
+            why = "the router reads more than the experts do: whom it chooses instead isn't known here"
+            self.skipped = {"skipped": why}
 
     def after(
         self, block: MoEBlock, slots: Sequence[int] | None, ridge: float, frozen: Sequence[int] = ()
@@ -227,6 +229,8 @@ class LayerRefit:
             ridge: see the file's head.
             frozen: slots whose weights stay.
         """
+        if self.skipped is not None:
+            return dict(self.skipped)
         index_TK, weight_TK = self._routing.before if slots is None else self._routing.after(block, slots)
         experts = FusedExperts(block.experts_module)
         read = (self._hidden_TH, index_TK, weight_TK)

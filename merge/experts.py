@@ -27,7 +27,7 @@ from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, Plan, register
 from moe_compress.prune.criteria import Selection, find_criterion
 from moe_compress.prune.super_experts import measured_super_experts
-from moe_compress.refit import LayerRefit, no_refit
+from moe_compress.refit import LayerRefit
 
 from .align import activations_on, align_experts, permuted
 from .cluster import inertia
@@ -141,8 +141,7 @@ class _MergeExperts(Pass):
         weights = [w if float(w.sum()) > 0 else torch.ones_like(w) for w in weights]
         experts = block.num_experts
         slots = merged_slots(groups, experts)
-        by_layer = self.options.refit == "layer" and no_refit(block) is None
-        refit = LayerRefit(block, inputs) if by_layer else None
+        refit = LayerRefit(block, inputs) if self.options.refit == "layer" else None
         order_EI = self._align(block, decision, inputs)
         merged = self._combined(block, decision, weights, inputs, order_EI)
         refitted = self._refitted(block, decision, weights, inputs, merged)
@@ -215,12 +214,10 @@ class _MergeExperts(Pass):
         self, block: MoEBlock, decision: dict[str, Any], weights: list[Tensor], inputs: BlockInputs,
         merged: ExpertWeights,
     ) -> dict[str, Any] | None:  # fmt: skip
-        """Refit each group alone, in place, where that is asked. Returns what it did, or why nothing can be done."""
+        """Refit each group alone, in place, where that is asked. Returns what it did."""
         groups, experts = decision["groups"], FusedExperts(block.experts_module)
-        if self.options.refit == "none":
+        if self.options.refit in ("none", "layer"):
             return None
-        if self.options.refit == "layer":
-            return no_refit(block)
         if self.options.refit == "mean":
             return asdict(refit_mean(experts, merged, groups, weights, self._sample(inputs), self.options.ridge))
         read = (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)

@@ -32,7 +32,7 @@ from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
 from moe_compress.model.dispatch import grouped_linear
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
-from moe_compress.refit import LayerRefit, Ridge, no_refit
+from moe_compress.refit import LayerRefit, Ridge
 
 from .super_experts import measured_super_experts
 
@@ -100,8 +100,7 @@ class PruneDern(Pass):
         """Move neurons, recombine them, drop experts, and solve down projections again."""
         experts, keep = FusedExperts(block.experts_module), decision["keep"]
         slots = kept_slots(keep, block.num_experts)
-        skipped = no_refit(block)
-        refit = LayerRefit(block, inputs) if inputs is not None and skipped is None else None
+        refit = LayerRefit(block, inputs) if inputs is not None else None
         importance = torch.tensor(decision["importance"], dtype=torch.float64)
         weights = experts.weights()
         moved = move(weights, keep, self.options.threshold, self.options.gate)
@@ -124,8 +123,8 @@ class PruneDern(Pass):
                 for e, slot in enumerate(slots)
             ],
         }
-        if self.options.refit:
-            report["refit"] = skipped if refit is None else refit.after(block, slots, self.options.ridge)
+        if refit is not None:
+            report["refit"] = refit.after(block, slots, self.options.ridge)
         return report
 
 

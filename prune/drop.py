@@ -8,7 +8,7 @@ from typing import Any
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.counts import kept_slots
 from moe_compress.model import MoEBlock
-from moe_compress.refit import LayerRefit, no_refit
+from moe_compress.refit import LayerRefit
 
 
 def drop_experts(
@@ -33,12 +33,8 @@ def drop_experts(
     slots = kept_slots(keep, block.num_experts)
     if ridge is not None and len(keep) < block.num_experts:
         assert inputs is not None
-        told = no_refit(block)
-        if told is None:
-            refit = LayerRefit(block, inputs)
-            if not refit.known:
-                why = "the router reads more than the experts do: whom it chooses instead isn't known here"
-                refit, told = None, {"skipped": why}
+        refit = LayerRefit(block, inputs)
+        refit.needs_router()
     block.keep(list(keep))
     if refit is not None and ridge is not None:
         told = refit.after(block, slots, ridge, [slots[e] for e in protected])

@@ -23,7 +23,7 @@ from moe_compress.errors import BudgetError, RecipeError, RunError
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
-from moe_compress.refit import LayerRefit, Ridge, no_refit
+from moe_compress.refit import LayerRefit, Ridge
 from moe_compress.rounds import Rounds, check_rounds, reached, said
 
 from .neuron_criteria import NEURON_CRITERIA, find_neuron_criterion
@@ -157,15 +157,14 @@ class PruneNeurons(Pass):
         report: dict[str, Any] = {
             "experts": [{"neurons": n, "lost": lost} for n, lost in zip(widths, decision["lost"], strict=True)]
         }
-        skipped = no_refit(block)
-        refit = LayerRefit(block, inputs) if inputs is not None and skipped is None else None
+        refit = LayerRefit(block, inputs) if inputs is not None else None
         free = self.options.width == "free"
         if free:
             silence(experts, kept_EI)
         else:
             block.narrow(kept_EI.nonzero()[:, 1].view(len(kept_EI), -1))
-        if self.options.refit:
-            report["refit"] = skipped if refit is None else refit.after(block, None, self.options.ridge)
+        if refit is not None:
+            report["refit"] = refit.after(block, None, self.options.ridge)
         if free:
             make_ragged(block, kept_EI)
             report["all_neurons"] = sum(widths)
