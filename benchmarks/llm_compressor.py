@@ -153,6 +153,7 @@ def scaling(arguments: argparse.Namespace) -> None:
         routed, single = Path(folder) / "routed", Path(folder) / "single"
         small_layer(routed, arguments.measure, 8)
         small_layer(single, 1, 1)
+        our_seconds(routed, ids[:1], {})  # what is imported on the way isn't counted
         for tokens in arguments.calibration:
             for name, options in variants.items():
                 own = ids[: int(tokens / times) // 256]
