@@ -2,10 +2,10 @@
 
     python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
 
-Groups: rounds, task, novices, merge, quantize (default: all). Prints one table per group; every row is a fresh copy of
+Groups: rounds, task, novices (default: all). Prints one table per group; every row is a fresh copy of
 the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are means over the texts of
 the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the original. Criteria of pruning
-are beside each other in pruning.py.
+are beside each other in pruning.py, merging in merging.py, quantizing in quantization_table.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ from typing import Any
 
 from demo_model import calibration_text, compressed, load_demo, mean_kl, mean_lost, six_texts
 
-from moe_compress.merge.options import PRESETS
-
-GROUPINGS = ("router", "weights", "coactivation")
 ROWS = ("weighted", "dominant", "remap")
 HEALED = ("heal.router", "heal.experts")
-CLUSTERS = ("dominant", "absorb", "kmeans", "average")
 
 GROUPS: dict[str, dict[str, list[Any]]] = {
     "rounds": {
@@ -57,44 +53,6 @@ GROUPS: dict[str, dict[str, list[Any]]] = {
             ),
             *((f"{c}, refitted", {"criterion": c}) for c in ("mone", "reap")),
             *((f"{c}, novices, refitted", {"criterion": c, "replace": "mean"}) for c in ("mone", "reap")),
-        )
-    },
-    "merge": {
-        f"{name} {keep:.0%}": [{method: {"keep": keep, **options}}]
-        for keep in (0.75, 0.5)
-        for name, method, options in (
-            ("for comparison: pruning by REAP", "prune.experts", {"refit": False}),
-            ("for comparison: pruning by REAP, refitted", "prune.experts", {}),
-            *((f"average as {paper}", "merge.average", {"preset": paper}) for paper in PRESETS),
-            ("average (defaults)", "merge.average", {}),
-            ("average, no refit", "merge.average", {"refit": "none"}),
-            ("average, refit group by group", "merge.average", {"refit": "down"}),
-            ("average, no refit, not aligned", "merge.average", {"refit": "none", "align": "none"}),
-            ("average, no refit, aligned by weights", "merge.average", {"refit": "none", "align": "weights"}),
-            ("average, no refit, by frequency", "merge.average", {"refit": "none", "weight": "frequency"}),
-            ("average, not aligned", "merge.average", {"align": "none"}),
-            *((f"average, {g} similarity", "merge.average", {"grouping": g}) for g in GROUPINGS),
-            *((f"average, cluster: {c}", "merge.average", {"cluster": c}) for c in CLUSTERS),
-            ("average, weighted router row", "merge.average", {"router": "weighted"}),
-            ("average, mean router row", "merge.average", {"router": "mean"}),
-            ("subspace as sub-moe, r=0.75", "merge.subspace", {"preset": "sub-moe", "rank": 0.75}),
-            ("subspace (defaults)", "merge.subspace", {}),
-            ("subspace, r=0.75", "merge.subspace", {"rank": 0.75}),
-        )
-    },
-    "quantize": {
-        name: [{"quantize.mixed": {"bits": bits, **options}}]
-        for bits in (2.5, 3.25, 4.25)
-        for name, options in (
-            (f"RTN, uniform {bits}", {"allocation": "uniform", "method": "rtn"}),
-            (f"RTN, program {bits}", {"method": "rtn"}),
-            (f"GPTQ, uniform {bits}", {"allocation": "uniform"}),
-            (f"GPTQ, program {bits}", {}),
-            (f"GPTQ, program per layer {bits}", {"scope": "layer"}),
-            (f"GPTQ, program on PMQ's cost {bits}", {"cost": "pmq"}),
-            (f"GPTQ, program per layer on PMQ's cost {bits}", {"cost": "pmq", "scope": "layer"}),
-            (f"GPTQ, program on GEMQ's cost {bits}", {"cost": "gradient"}),
-            (f"GPTQ, program on the Fisher along the error {bits}", {"cost": "fisher"}),
         )
     },
 }
