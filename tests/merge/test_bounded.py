@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from grouped import randn, spread
 from reference import build
 
 from moe_compress.calib.collect import MemoryStore, Profile
@@ -17,14 +18,6 @@ from moe_compress.merge.options import MergeOptions
 from moe_compress.model import MoEModel
 from moe_compress.model.shape import LayerShape, ModelShape, model_shape
 from moe_compress.passes import find_pass
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def spread(vectors, groups):
-    return sum(float((vectors[g] - vectors[g].mean(0)).square().sum()) for g in groups)
 
 
 def labels(experts, rooms, filled):

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from grouped import randn
 
 from moe_compress.merge import mobe
 from moe_compress.merge.combine import joint_subspace
@@ -22,10 +23,6 @@ from moe_compress.merge.ranks import DENSE, Sizes, give_out, remaining
 from moe_compress.merge.splits import barycentre_order, find_method
 from moe_compress.model import ExpertWeights
 from moe_compress.model.shape import LayerShape
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def moments(experts, size, seed=1):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import input_batch
+from grouped import randn
 from reference import activations_ETI, build, carry_out, experts_calls, joined, measure
 
 from moe_compress.calib.collect import MemoryStore, Profile, collect
@@ -21,10 +22,6 @@ from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import model_shape
 from moe_compress.passes import find_pass
 from moe_compress.progress import Progress
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def block_and_call(name="qwen3_moe", batch=(6, 40)):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import recipe, small_checkpoint, texts
 from families import input_batch
+from grouped import randn
 from pydantic import ValidationError
 from reference import build, experts_calls, joined, measure, outputs_ETH
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,10 +22,6 @@ from moe_compress.model import MoEModel
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import find_pass
 from moe_compress.progress import Monitor
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def merge(target="native", **options):
