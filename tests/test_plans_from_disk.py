@@ -1,4 +1,8 @@
-"""Every way to decide, gradients included: from disk, one layer in memory, the plan is that of the model in memory."""
+"""Every way to decide, gradients included: from disk, one layer in memory, the plan is that of the model in memory.
+
+Not here: what runs the whole model to decide (tests of sensitivity and of learned rules), and merge.factorise, whose
+budget is a share of bytes, which are others in memory.
+"""
 
 import pytest
 import torch
@@ -27,7 +31,6 @@ CASES = [
     ("merge.average", {**HALF, "weight": "fisher"}),
     ("merge.average", {**HALF, "scope": "global"}),
     ("merge.zip", HALF),
-    ("merge.factorise", {"keep": 0.75, "method": "resmoe", "dtype": "bfloat16"}),
     *(("quantize.mixed", {"bits": 3.0, "group_size": 16, "cost": name}) for name in COSTS),
     *((f"skip.{rule}", {"experts_per_token": 1.5}) for rule in ("top_k", "ratio", "top_p")),
 ]
