@@ -26,6 +26,7 @@ from moe_compress.calib.text import TokenBatches
 from moe_compress.evaluate.generation import choose_prompts, continued
 from moe_compress.evaluate.tasks import score_tasks
 from moe_compress.evaluate.text import load_text, score_batches
+from moe_compress.passes import load_plugin
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation, Generation
 
@@ -179,6 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--without", nargs="*", default=[], help="leave out rows whose name contains one of these")
     parser.add_argument("--columns", nargs="*", help="columns by name; all without")
     parser.add_argument("--cells", type=Path, default=MEASURED / f"{name}.jsonl")
+    parser.add_argument("--plugin", type=Path, nargs="*", default=[], help="files that register what rows use")
     parser.add_argument("--print", action="store_true", help="measure nothing, print what is there")
     parser.add_argument("--markdown", action="store_true", help="print the table as the docs have it")
 
@@ -189,6 +191,8 @@ def table(
     skip: Callable[[int, list[dict[str, Any]]], bool] = lambda _seed, _passes: False,
 ) -> None:
     """Measure those of the cells that are asked for, and print them, columns of bits apart from the others."""
+    for file in arguments.plugin:
+        load_plugin(file)
     columns = arguments.columns
     wanted = {
         (row, column): passes

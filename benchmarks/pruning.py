@@ -2,6 +2,7 @@
 
     python benchmarks/pruning.py [--seeds 3] [--tokens 5000] [--tasks 100] [--only TEXT …] [--columns C …]
                                  [--cells FILE] [--print]
+    python benchmarks/pruning.py --plugin mine.py --add "mine: {prune.quiet: {floor: 0}}" --only mine
 
 Mean ± standard deviation over calibration seeds of the mean over six texts of the nats per token lost against the
 original, then the KL divergence, and with --tasks the accuracy (mean of six tasks). Cells are kept as they are done.
@@ -11,9 +12,10 @@ A quarter fewer experts and three quarters of the neurons of each are the same b
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
 from cells import Wanted, add_arguments, table
 
 SHARES = (0.75, 0.5)
@@ -70,7 +72,15 @@ def cells(rows: Mapping[str, tuple[str, dict[str, Any]]]) -> Wanted:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "pruning")
-    table(parser.parse_args(), cells(ROWS))
+    parser.add_argument("--add", nargs="*", default=[], help="rows of your own, 'NAME: {PASS: {OPTION: VALUE}}'")
+    arguments = parser.parse_args()
+    table(arguments, cells(ROWS | own_rows(arguments.add)))
+
+
+def own_rows(given: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Rows as `--add` says them; what is kept is added."""
+    named = [item for text in given for item in yaml.safe_load(text).items()]
+    return {row: (name, options or {}) for row, step in named for name, options in step.items()}
 
 
 if __name__ == "__main__":
