@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_compress
+from moe_compress.errors import MoeCompressError
 from moe_compress.progress import Monitor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def _row(name: str, options: dict[str, Any], tokens: int) -> None:
         }
         try:
             report = moe_compress.run(recipe, monitor=Monitor(show=False)).report
-        except moe_compress.MoeCompressError as error:
+        except MoeCompressError as error:
             print(f"{name:44}{error}", flush=True)
             return
     before, after = report["before"]["perplexity"], report["after"]["perplexity"]

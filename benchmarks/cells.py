@@ -21,8 +21,8 @@ import torch
 from demo_model import ROOT, calibration_text, compressed, load_demo, six_texts
 from torch import Tensor
 
-import moe_compress
 from moe_compress.calib.text import TokenBatches
+from moe_compress.errors import MoeCompressError
 from moe_compress.evaluate.generation import choose_prompts, continued
 from moe_compress.evaluate.tasks import score_tasks
 from moe_compress.evaluate.text import load_text, score_batches
@@ -159,7 +159,7 @@ def fill(
                 data = {seed: calibration_text(tokenizer, seed=seed)}
             try:
                 found = yardstick.measure(drawn(wanted[row, column], seed), data[seed])
-            except moe_compress.MoeCompressError as error:
+            except MoeCompressError as error:
                 print(f"{row}, {column}: {error}", flush=True)
                 continue
             done[key] = {"key": key, "row": row, "column": column, "seed": seed, "commit": commit, **found}

@@ -52,7 +52,9 @@ def _few_grouped(slots_E: Sequence[int], expert_R: Tensor) -> Rows:
             places.setdefault(slots_E[expert], []).append(row)
     slots = sorted(places)
     order = [row for slot in slots for row in places[slot]]
-    index = None if order == list(range(len(expert_R))) else torch.tensor(order, device=expert_R.device)
+    index = (
+        None if order == list(range(len(expert_R))) else torch.tensor(order, dtype=torch.int64, device=expert_R.device)
+    )
     return Rows(index, slots, [len(places[slot]) for slot in slots])
 
 

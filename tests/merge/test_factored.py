@@ -12,11 +12,14 @@ from packs import put
 from reference import outputs_ETH
 
 from moe_compress.errors import CheckpointError
+from moe_compress.merge import stack_products
 from moe_compress.merge.factored import FactoredExperts, build_factored, factor_experts
+from moe_compress.merge.stack_products import routed_times
 from moe_compress.merge.terms import Base, Basis, Load, LowRank, Sparse
 from moe_compress.model import MoEModel
 from moe_compress.model.dispatch import Dispatch
 from moe_compress.model.saved import build_experts
+from moe_compress.quant.stack import Stack
 
 # Gate and up concatenated; transposed, interleaved, biases; no gate, inputs of size 28; a norm after each expert.
 LAYOUTS = sorted({"qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"} & set(discover()))
@@ -220,3 +223,21 @@ def test_operations_are_those_that_are_done(kind, monkeypatch):
     dispatch = Dispatch.of(torch.arange(20).unsqueeze(1), torch.ones(20, 1), 20)
     term(torch.randn(20, 6), dispatch, False)
     assert sum(done) == term.operations(Load(20, 20, 20))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("few", [64, 0])
+def test_experts_without_a_matrix_of_the_stack_get_zeros(few, monkeypatch):
+    """Also where none of the experts that a token chose has one."""
+    monkeypatch.setattr(stack_products, "FEW_ROWS", few)
+    stack = Stack.holding(torch.randn(2, 6, 8))
+    for index, held in (([[0, 2]], 0), ([[0, 2], [0, 2]], 0), ([[1, 2], [3, 0]], 2)):
+        dispatch = Dispatch.of(torch.tensor(index), torch.ones(len(index), 2), 4)
+        rows = torch.randn(len(dispatch.expert_R), 8)
+        expected = torch.zeros(len(rows), 6)
+        for row, expert in enumerate(dispatch.expert_R.tolist()):
+            slot = [-1, 1, -1, 0][expert]
+            if slot >= 0:
+                expected[row] = stack.weight[slot] @ rows[row]
+        assert held == int((expected != 0).any(1).sum())
+        torch.testing.assert_close(routed_times(stack, [-1, 1, -1, 0], rows, dispatch), expected)
