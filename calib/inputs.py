@@ -115,7 +115,7 @@ class BlockInputs:
         dispatch = Dispatch.of(self.index_TK, self.weight_TK, experts.num_experts)
         # Per expert: two moments, and its rows at every stage of the way to the down projection.
         moments = hidden**2 + neurons**2
-        sizes = [4 * (moments + rows * (hidden + 4 * neurons)) for rows in dispatch.counts_E.tolist()]
+        sizes = [4 * (moments + rows * (hidden + 4 * neurons)) for rows in dispatch.counts]
         for chunk in chunks(sizes, memory_limit):
             _, part = dispatch.part(chunk)
             input_RH = self.hidden_TH[part.token_R]

@@ -104,9 +104,8 @@ def refit_layer(
     root_T1 = torch.ones(len(hidden_TH), 1) if count_T is None else count_T.float().sqrt().unsqueeze(-1)
     root_T1 = root_T1.to(hidden_TH.device)
     target_TH = root_T1 * target_TH.float()
-    even_T = _evening(target_TH)
-
     size_T = target_TH.double().square().sum(dim=1)
+    even_T = _evening(size_T)
     size, even_size = max(float(size_T.sum()), 1e-30), max(float(even_T @ size_T), 1e-30)
 
     def errors(left_TH: Tensor) -> tuple[float, float]:
@@ -128,11 +127,10 @@ def refit_layer(
     return LayerError(before[0], after[0], before[1], after[1], tokens)
 
 
-def _evening(target_TH: Tensor) -> Tensor:
-    """What evens tokens, [T] float64 in (0, 1]: half for an output of the median size, less for a larger one."""
-    square_T = target_TH.double().square().sum(dim=1)
-    some_T = square_T[square_T > 0]
-    return some_T.median() / (square_T + some_T.median()) if len(some_T) else torch.ones_like(square_T)
+def _evening(size_T: Tensor) -> Tensor:
+    """What evens tokens whose outputs have these squares, in (0, 1]: half at the median, less above it."""
+    some_T = size_T[size_T > 0]
+    return some_T.median() / (size_T + some_T.median()) if len(some_T) else torch.ones_like(size_T)
 
 
 def _solved(problem: _Layer, left_TH: Tensor, ridge: float, frozen: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -196,14 +194,13 @@ class LayerRefit:
         target_TH: what the experts are to put out together; None: what they do now.
 
     Attributes:
-        skipped: why nothing can be solved for, as reports say it; None where it can.
+        skipped: why nothing can be solved for; None where it can.
     """
 
     def __init__(self, block: MoEBlock, inputs: BlockInputs, target_TH: Tensor | None = None):
-        self.skipped: dict[str, str] | None = None
+        self.skipped: str | None = None
         if FusedExperts(block.experts_module).has_norm:
-            why = "experts end in a norm: their outputs are not linear in the down projections"
-            self.skipped = {"skipped": why}
+            self.skipped = "experts end in a norm: their outputs are not linear in the down projections"
             return
         read = (inputs.hidden_TH, inputs.index_TK, inputs.weight_TK)
         self._hidden_TH = inputs.hidden_TH
@@ -214,8 +211,7 @@ class LayerRefit:
     def needs_router(self) -> None:
         """Skip where the routing after the change wouldn't be the router's own (see NewRouting)."""
         if self.skipped is None and not self._routing.known:
-            why = "the router reads more than the experts do: whom it chooses instead isn't known here"
-            self.skipped = {"skipped": why}
+            self.skipped = "the router reads more than the experts do: whom it chooses instead isn't known here"
 
     def after(
         self, block: MoEBlock, slots: Sequence[int] | None, ridge: float, frozen: Sequence[int] = ()
@@ -230,7 +226,7 @@ class LayerRefit:
             frozen: slots whose weights stay.
         """
         if self.skipped is not None:
-            return dict(self.skipped)
+            return {"skipped": self.skipped}
         index_TK, weight_TK = self._routing.before if slots is None else self._routing.after(block, slots)
         experts = FusedExperts(block.experts_module)
         read = (self._hidden_TH, index_TK, weight_TK)
@@ -337,7 +333,7 @@ def _parts(experts: FusedExperts, index_TK: Tensor, weight_TK: Tensor) -> Iterat
     weights = experts.weights()
     dispatch = Dispatch.of(index_TK, weight_TK, experts.num_experts)
     row = 3 * experts.hidden_size + 4 * weights.up.shape[1]
-    for chunk in chunks([4 * rows * row for rows in dispatch.counts_E.tolist()], _CHUNK_BYTES):
+    for chunk in chunks([4 * rows * row for rows in dispatch.counts], _CHUNK_BYTES):
         yield dispatch.part(chunk)[1], weights.part(chunk)
 
 

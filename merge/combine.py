@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from moe_compress.calib.inputs import chunks
+
 _CACHED_BYTES = 8 << 20
 
 
@@ -25,9 +27,9 @@ def weighted_average(matrices_NOK: Tensor, weight_N: Tensor) -> Tensor:
 def members_of(stacked: Tensor, member_GN: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """What groups of equal size are made of, [E, …] and [G, N] → (which groups, their members [g, N, …]), a few groups
     at a time: as many as caches hold, for what is made of them goes through memory in float64 otherwise."""
-    most = max(1, _CACHED_BYTES // (stacked[0].numel() * stacked.element_size() * member_GN.shape[1]))
-    for start in range(0, len(member_GN), most):
-        part = slice(start, start + most)
+    size = stacked[0].numel() * stacked.element_size() * member_GN.shape[1]
+    for chunk in chunks([size] * len(member_GN), _CACHED_BYTES):
+        part = slice(chunk.start, chunk.stop)
         yield part, stacked[member_GN[part].to(stacked.device)]
 
 

@@ -190,7 +190,7 @@ class _MergeExperts(Pass):
         self, block: MoEBlock, decision: dict[str, Any], weights: list[Tensor], inputs: BlockInputs,
         order_EI: Tensor | None,
     ) -> ExpertWeights:  # fmt: skip
-        """Group j's weights in slot j; groups of a size in one call."""
+        """Group j's weights in slot j; groups of a size together, a few at a time."""
         groups, experts = decision["groups"], FusedExperts(block.experts_module)
         fisher = self._fisher(block, order_EI) if self.options.weight == "fisher" else {}
         merged = experts.weights().map(lambda w: w[torch.tensor(decision["dominant"], device=w.device)])

@@ -31,7 +31,7 @@ def output_moments(experts: FusedExperts, groups: Sequence[Sequence[int]], input
     grams = {n: torch.zeros(len(groups), o, o, device=weights.down.device) for n, o in shapes.items()}
     width = sum(o * o for o in shapes.values())
     row = 3 * experts.hidden_size + 4 * weights.up.shape[1]
-    for chunk in chunks([4 * (width + rows * row) for rows in dispatch.counts_E.tolist()], _CHUNK_BYTES):
+    for chunk in chunks([4 * (width + rows * row) for rows in dispatch.counts], _CHUNK_BYTES):
         _, part = dispatch.part(chunk)
         own = weights.part(chunk)
         input_RH = inputs.hidden_TH[part.token_R]

@@ -62,7 +62,7 @@ def refit_down(
     dispatch = Dispatch.of(index_TK, weight_TK, experts.num_experts)
     sizes = [
         4 * (neurons**2 + 4 * neurons * hidden + rows * (4 * hidden + 8 * neurons)) if s >= 0 else 0
-        for rows, s in zip(dispatch.counts_E.tolist(), slot_E.tolist(), strict=True)
+        for rows, s in zip(dispatch.counts, slot_E.tolist(), strict=True)
     ]
     for chunk in chunks(sizes, _CHUNK_BYTES):
         slot_C = slot_E[chunk.start : chunk.stop]

@@ -52,10 +52,10 @@ def _few_grouped(slots_E: Sequence[int], expert_R: Tensor) -> Rows:
             places.setdefault(slots_E[expert], []).append(row)
     slots = sorted(places)
     order = [row for slot in slots for row in places[slot]]
-    index = (
-        None if order == list(range(len(expert_R))) else torch.tensor(order, dtype=torch.int64, device=expert_R.device)
-    )
-    return Rows(index, slots, [len(places[slot]) for slot in slots])
+    counts = [len(places[slot]) for slot in slots]
+    if order == list(range(len(expert_R))):
+        return Rows(None, slots, counts)
+    return Rows(torch.tensor(order, dtype=torch.int64, device=expert_R.device), slots, counts)  # it may be empty
 
 
 def ordered_times(stack: Stack, rows: Rows, sorted_RK: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class _Errors(Accumulator):
         scale_T = None if self.scales is None else torch.cat(self.scales)
         dense = weights.parameters // count
         row = 3 * self.experts.hidden_size + 4 * weights.up.shape[1]
-        sizes = [8 * dense + 4 * rows * row for rows in dispatch.counts_E.tolist()]
+        sizes = [8 * dense + 4 * rows * row for rows in dispatch.counts]
         for chunk in chunks(sizes, _CHUNK_BYTES):
             _, part = dispatch.part(chunk)
             if not len(part.row_R):

@@ -76,7 +76,7 @@ class _Errors(Accumulator):
         scale_T = None if self.scales is None else torch.cat(self.scales)
         errors = torch.zeros(2, len(names), len(self.settings.types), dtype=torch.float64)
         row = 3 * self.experts.hidden_size + 4 * weights.up.shape[1]
-        sizes = [16 * weights.parameters // len(members) + 4 * rows * row for rows in dispatch.counts_E.tolist()]
+        sizes = [16 * weights.parameters // len(members) + 4 * rows * row for rows in dispatch.counts]
         for chunk in chunks(sizes, _CHUNK_BYTES):
             _, part = dispatch.part(chunk)
             if not len(part.row_R):

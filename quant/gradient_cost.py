@@ -76,7 +76,7 @@ class _Errors(Accumulator):
         dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, count)
         width = weights.parameters // count
         row = 5 * self.experts.hidden_size + 4 * weights.up.shape[1]
-        for chunk in chunks([12 * width + 4 * rows * row for rows in dispatch.counts_E.tolist()], _CHUNK_BYTES):
+        for chunk in chunks([12 * width + 4 * rows * row for rows in dispatch.counts], _CHUNK_BYTES):
             _, part = dispatch.part(chunk)
             if not len(part.row_R):
                 continue

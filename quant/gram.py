@@ -73,7 +73,7 @@ class _Traces(Accumulator):
         error = torch.zeros(count, len(names), len(self.settings.bits), dtype=torch.float64)
         energy, output = torch.zeros(count, len(names), dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
         fixed = hidden**2 + neurons**2 + 3 * len(names) * hidden * neurons
-        sizes = [4 * (fixed + rows * (2 * hidden + 4 * neurons)) for rows in dispatch.counts_E.tolist()]
+        sizes = [4 * (fixed + rows * (2 * hidden + 4 * neurons)) for rows in dispatch.counts]
         for chunk in chunks(sizes, _CHUNK_BYTES):
             _, part = dispatch.part(chunk)
             if not len(part.row_R):

@@ -46,7 +46,7 @@ def channel_squares(inputs: BlockInputs, experts: FusedExperts) -> ChannelSquare
     dispatch = Dispatch.of(inputs.index_TK, inputs.weight_TK, experts.num_experts)
     count, hidden, neurons = experts.num_experts, experts.hidden_size, weights.up.shape[1]
     squares = [torch.zeros(count, width, dtype=torch.float64, device=weights.up.device) for width in (hidden, neurons)]
-    sizes = [4 * rows * (2 * hidden + 4 * neurons) for rows in dispatch.counts_E.tolist()]
+    sizes = [4 * rows * (2 * hidden + 4 * neurons) for rows in dispatch.counts]
     for chunk in chunks(sizes, _CHUNK_BYTES):
         _, part = dispatch.part(chunk)
         if not len(part.row_R):

@@ -101,7 +101,7 @@ class LayerRows:
         hidden, neurons = self.experts.hidden_size, self.experts.weights().up.shape[1]
         # Per expert: moments of inputs and activations, one between exact and coarse ones, and its rows at every stage.
         moments = hidden**2 + 2 * neurons**2
-        sizes = [4 * (moments + rows * (hidden + 6 * neurons)) for rows in self.dispatch.counts_E.tolist()]
+        sizes = [4 * (moments + rows * (hidden + 6 * neurons)) for rows in self.dispatch.counts]
         for experts in chunks(sizes, memory_limit):
             rows, part = self.dispatch.part(experts)
             weight_R = self.weight_R[rows]

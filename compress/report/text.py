@@ -129,16 +129,13 @@ def _refitted(layers: Sequence[dict[str, Any]], number: int) -> list[str]:
     if done:
         before, after = (sum(refit[key] for refit in done) / len(done) for key in ("before", "after"))
         evened = [i for i, refit in told.items() if refit and refit.get("tokens") == "evened"]
-        lines.insert(
-            0,
+        line = (
             f"down projections of {len(done)} layers solved again: squared error of what they put out, relative, "
             f"{before:.3g} → {after:.3g} on the calibration text"
-            + (
-                f"; in layers {evened} tokens with large outputs counted less, as they would have spoilt the others"
-                if evened
-                else ""
-            ),
         )
+        if evened:
+            line += f"; in layers {evened} tokens with large outputs counted less, as they would have spoilt the others"
+        lines.insert(0, line)
     return lines
 
 
