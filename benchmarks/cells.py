@@ -212,8 +212,8 @@ def table(
         measuring=not arguments.print,
     )
     names = list(dict.fromkeys(column for _, column in wanted))
+    title = "nats above the original (KL); tasks: accuracy; prompts: repeated 4-grams"
     for group in ([c for c in names if "bits" not in c], [c for c in names if "bits" in c]):
-        title = "nats above the original (KL); tasks: accuracy; prompts: repeated 4-grams"
         show(done, group, title, arguments.markdown)
 
 

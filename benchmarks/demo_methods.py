@@ -2,10 +2,10 @@
 
     python benchmarks/demo_methods.py [GROUP …] [--tokens 20000] [--seeds 1]
 
-Groups: rounds, task, novices (default: all). Prints one table per group; every row is a fresh copy of
-the model, compressed by the same function that `moe_compress.compress` offers. Perplexities are means over the texts of
-the nats per token, so rows compare as they stand; `kl` is the mean KL divergence from the original. Criteria of pruning
-are beside each other in pruning.py, merging in merging.py, quantizing in quantization_table.py.
+Groups: rounds, task, novices (default: all). Prints one table per group; every row is a fresh copy of the model,
+compressed by the same function that `moe_compress.compress` offers. Perplexities are means over the texts of the nats
+per token, so rows compare as they stand; `kl` is the mean KL divergence from the original. Criteria of pruning are
+beside each other in pruning.py, merging in merging.py, quantizing in quantization_table.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import time
 from typing import Any
 
 from demo_model import calibration_text, compressed, load_demo, mean_kl, mean_lost, six_texts
+from pruning import HEALED
 
 ROWS = ("weighted", "dominant", "remap")
-HEALED = ("heal.router", "heal.experts")
 
 GROUPS: dict[str, dict[str, list[Any]]] = {
     "rounds": {
