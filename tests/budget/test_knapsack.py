@@ -403,4 +403,5 @@ def test_a_solution_within_tolerance_but_over_budget_is_not_returned(
 
     monkeypatch.setattr(integer, "_run", overdraws)
     found = solve_arrays(cost, size, budget, solver=solver)
+    assert calls
     check(found, cost, size, budget, brute(cost, size, budget), exact=False)

@@ -131,9 +131,13 @@ def test_the_others_are_solved_for_what_the_means_leave(name, weighed, monkeypat
     step = torch.linalg.solve(own.T @ own + scale * torch.eye(own.shape[1]).double(), own.T @ left)
     found = (now.down[:, :, : activation.shape[2]] - before.down)[free].double().transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(found, step, rtol=2e-3, atol=2e-5)
+    steps = dict(zip(free, step.unflatten(0, (len(free), -1)), strict=True))
     for e in (*free, *protected):
         same = torch.equal(now.down[e, :, : activation.shape[2]], before.down[e])
-        assert same or (e in free and bool(whole[:, e].any()))
+        asked = e in free and bool(whole[:, e].any())
+        # A step in the last bits of the weights may be none.
+        if not asked or float(steps[e].abs().max()) > 1e-6 * float(before.down[e].abs().max()):
+            assert same == (not asked)
     assert all(not now.down[e].any() for e in removed)
 
 
