@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from conftest import DEMO
+from places import DEMO
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 LAYERS, EXPERTS = 3, 8

@@ -12,9 +12,8 @@ os.environ.update(
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "demo"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from places import DEMO
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import DEMO
+from places import DEMO
 
 CORE = {
     "vocab_size": 4096,

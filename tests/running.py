@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from places import ROOT
 
 # Every call that changes what is on the disk under a name; `at` is the number of the one that never happens.
 KILL = """

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import DEMO, ROOT
+from places import DEMO, ROOT
 
 from moe_compress.pipeline import run
 from moe_compress.progress import Monitor

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEMO
 from families import input_batch
+from places import DEMO
 from reference import activations_ETI, build, experts_calls, joined, measure
 
 from moe_compress.calib.collect import MemoryStore, Profile, collect

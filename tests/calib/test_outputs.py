@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import DEMO
 from families import input_batch
+from places import DEMO
 from reference import KINDS, build, experts_calls, joined, measure, outputs_ETH
 from transformers import AutoConfig
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from conftest import DEMO
+from places import DEMO
 from transformers import AutoTokenizer
 
 from moe_compress.calib import sequences

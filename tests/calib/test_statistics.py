@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import DEMO
 from families import input_batch
+from places import DEMO
 from reference import KINDS, activations_ETI, build, experts_calls, joined, measure, outputs_ETH, tokens_of
 from transformers import AutoConfig, AutoTokenizer
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import DEMO
 from families import input_batch
+from places import DEMO
 from reference import activations_ETI, build, experts_calls, joined, measure
 
 from moe_compress.calib.statistics import OutputNorms

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from checkpoints import PRUNE, recipe, write_recipe
-from conftest import ROOT
+from places import ROOT
 from running import digest
 
 COMMANDS = ["run", "inspect", "domains", "evaluate", "verify", "passes", "families", "recipes"]

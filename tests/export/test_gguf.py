@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
 from ggufs import CORE, EXACT, FAMILIES, checkpoint, recipe
+from places import DEMO
 from transformers import AutoTokenizer
 
 import moe_compress

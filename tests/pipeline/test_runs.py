@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import EXPERTS, GPTQ, LAYERS, MERGE, PRUNE, RTN, recipe, write_recipe
-from conftest import ROOT
+from places import ROOT
 from running import digest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import DEMO
 from families import input_batch
+from places import DEMO
 from reference import build, experts_calls, joined, measure, outputs_ETH
 
 from moe_compress.calib.collect import MemoryStore, Profile

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import DEMO
 from families import input_batch
+from places import DEMO
 from pydantic import ValidationError
 from reference import KINDS, build, experts_calls, joined, measure
 from test_criteria import asked, layer_shape, prune

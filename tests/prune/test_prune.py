@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from conftest import DEMO
 from families import input_batch
+from places import DEMO
 from pydantic import ValidationError
 from reference import KINDS, build, carry_out, experts_calls, joined, measure, outputs_ETH
 
