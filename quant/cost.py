@@ -17,6 +17,7 @@ from moe_compress.model import ExpertWeights, FusedExperts, Tap
 from moe_compress.model.dispatch import Dispatch
 
 from .at_widths import AtWidths
+from .rotation import Rotations
 
 # Bytes of rows and re-quantized weights at a time.
 _CHUNK_BYTES = 512 << 20
@@ -39,16 +40,16 @@ class QuantizationError(AtWidths):
     weighs_tokens: ClassVar[bool] = True
     per_matrix: bool = False
 
-    def accumulator(self, experts: FusedExperts) -> Accumulator:
+    def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
         """See AtWidths."""
-        return _Errors(self, experts)
+        return _Errors(self, experts, rotations)
 
 
 class _Errors(Accumulator):
     """Keeps the block's inputs; errors are computed at the end, so that each expert is quantized once per width."""
 
-    def __init__(self, settings: QuantizationError, experts: FusedExperts):
-        self.settings, self.experts = settings, experts
+    def __init__(self, settings: QuantizationError, experts: FusedExperts, rotations: Rotations):
+        self.settings, self.experts, self.rotations = settings, experts, rotations
         self.inputs = BlockInputs()
         self.sequences: list[Tensor] = []
         self.scales: list[Tensor] | None = []
@@ -89,7 +90,7 @@ class _Errors(Accumulator):
             exact = self.experts.with_weights(own, input_RH, part)[1]
             sequence_R = sequence_T.to(part.token_R.device)[part.token_R]
             for column, width in enumerate(bits):
-                rounded = self.settings.rounded(own, width)
+                rounded = self.settings.rounded(own, width, self.rotations)
                 for m, together in enumerate(changed):
                     candidate = ExpertWeights(
                         **(dict(own.items()) | {name: getattr(rounded, name) for name in together})

@@ -121,14 +121,12 @@ def find_cost(name: str) -> Cost:
 
 def solver_gain(options: MixedOptions) -> Statistic:
     """What GPTQ leaves of rounding's error, foreseen or found by running it."""
-    return SolverGain(
-        tuple(options.widths),
-        options.group_size,
-        options.symmetric,
-        options.damping,
-        options.shrinkage,
-        options.solver_gain == "solved",
-        () if options.low_rank is None else tuple(options.low_rank.ranks),
+    return SolverGain.of(
+        options,
+        damping=options.damping,
+        shrinkage=options.shrinkage,
+        solve=options.solver_gain == "solved",
+        ranks=() if options.low_rank is None else tuple(options.low_rank.ranks),
     )
 
 
@@ -137,7 +135,7 @@ def solver_gain(options: MixedOptions) -> Statistic:
 
 def quantization_error(options: MixedOptions, per_matrix: bool) -> Statistic:
     """The error on the grids that will be used."""
-    return QuantizationError(tuple(options.widths), options.group_size, options.symmetric, per_matrix)
+    return QuantizationError.of(options, per_matrix=per_matrix)
 
 
 @cost(
@@ -193,7 +191,7 @@ def pmq(measured: Measured, asked: Asked) -> Tensor:
 
 def gram_error(options: MixedOptions, _: bool) -> Statistic:
     """Traces on the grids that will be used."""
-    return GramError(tuple(options.widths), options.group_size, options.symmetric)
+    return GramError.of(options)
 
 
 @cost(
@@ -216,7 +214,7 @@ def gram(measured: Measured, _: Asked) -> Tensor:
 
 def gradient_error(options: MixedOptions, per_matrix: bool) -> Statistic:
     """The gradient-weighted error on the grids that will be used."""
-    return GradientError(tuple(options.widths), options.group_size, options.symmetric, per_matrix)
+    return GradientError.of(options, per_matrix=per_matrix)
 
 
 @cost(

@@ -24,6 +24,7 @@ from .at_widths import AtWidths
 from .gptq import conditional, foreseen_share, gptq, shrink_hessians
 from .grid import Grid, Quantized, dequantize
 from .low_rank import shares_left
+from .rotation import Rotations
 from .rtn import output_error, round_to_nearest
 
 # Moments made at a time; solvers take about as much again.
@@ -49,14 +50,14 @@ class SolverGain(AtWidths):
     solve: bool = False
     ranks: tuple[int, ...] = ()
 
-    def accumulator(self, experts: FusedExperts) -> Accumulator:
+    def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
         """See AtWidths."""
-        return _Shares(self, experts)
+        return _Shares(self, experts, rotations)
 
 
 class _Shares(Accumulator):
-    def __init__(self, settings: SolverGain, experts: FusedExperts):
-        self.settings, self.experts = settings, experts
+    def __init__(self, settings: SolverGain, experts: FusedExperts, rotations: Rotations):
+        self.settings, self.experts, self.rotations = settings, experts, rotations
         self.inputs = BlockInputs()
 
     def update(self, tap: Tap) -> None:
@@ -77,8 +78,10 @@ class _Shares(Accumulator):
                 shrink_hessians(moment, rows_C, own.shrinkage) for moment in (part.input_CHH, part.activation_CII)
             )
             for m, (name, stacked) in enumerate(matrices):
-                hessian = activated if name == "down" else read
-                by_width = [self._share(stacked[here], hessian, own.grid(bits)) for bits in own.bits]
+                matrix, hessian = stacked[here], activated if name == "down" else read
+                if (turn := self.rotations.of(name)) is not None:
+                    matrix, hessian = turn(matrix.float()), turn.both_sides(hessian)
+                by_width = [self._share(matrix, hessian, own.grid(bits)) for bits in own.bits]
                 found, spectra = zip(*by_width, strict=True)
                 share[here, m] = torch.where(seen_C1, torch.stack(found, dim=1).cpu(), 1.0)
                 left[here, m] = torch.where(seen_C1.unsqueeze(1), torch.stack(spectra, dim=1).cpu(), 1.0)

@@ -18,6 +18,7 @@ from moe_compress.model import ExpertWeights, FusedExperts, GradientTap, Tap
 from moe_compress.model.dispatch import Dispatch
 
 from .at_widths import AtWidths
+from .rotation import Rotations
 
 # Bytes of rows and re-quantized weights at a time.
 _CHUNK_BYTES = 512 << 20
@@ -46,16 +47,16 @@ class GradientError(AtWidths):
     gradients: ClassVar[bool] = True
     per_matrix: bool = False
 
-    def accumulator(self, experts: FusedExperts) -> Accumulator:
+    def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
         """See AtWidths."""
-        return _Errors(self, experts)
+        return _Errors(self, experts, rotations)
 
 
 class _Errors(Accumulator):
     """Keeps inputs and gradients; errors are computed at the end, so that each expert is quantized once per width."""
 
-    def __init__(self, settings: GradientError, experts: FusedExperts):
-        self.settings, self.experts = settings, experts
+    def __init__(self, settings: GradientError, experts: FusedExperts, rotations: Rotations):
+        self.settings, self.experts, self.rotations = settings, experts, rotations
         self.inputs = BlockInputs()
         self.gradients: list[Tensor] = []
 
@@ -85,7 +86,7 @@ class _Errors(Accumulator):
             exact_RH = self.experts.with_weights(own, input_RH, part)[1]
             weighted_RH = gradient_TH[part.token_R] * part.weight_R.float().unsqueeze(-1)
             for column, bits in enumerate(self.settings.bits):
-                rounded = self.settings.rounded(own, bits)
+                rounded = self.settings.rounded(own, bits, self.rotations)
                 for place, changed in enumerate(changes):
                     mixed = ExpertWeights(**{n: getattr(rounded if n in changed else own, n) for n, _ in own.items()})
                     change_RH = exact_RH - self.experts.with_weights(mixed, input_RH, part)[1]

@@ -20,6 +20,7 @@ from moe_compress.model.dispatch import Dispatch, grouped_squares
 
 from .at_widths import AtWidths
 from .grid import dequantize
+from .rotation import Rotations
 from .rtn import output_error, round_to_nearest
 
 # Moments, rows and re-quantized weights made at a time.
@@ -42,16 +43,16 @@ class GramError(AtWidths):
     name: ClassVar[str] = "gram_error"
     weighs_tokens: ClassVar[bool] = True
 
-    def accumulator(self, experts: FusedExperts) -> Accumulator:
+    def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
         """See AtWidths."""
-        return _Traces(self, experts)
+        return _Traces(self, experts, rotations)
 
 
 class _Traces(Accumulator):
     """Keeps the block's inputs, as a moment per expert takes far more; moments are made at the end, in chunks."""
 
-    def __init__(self, settings: GramError, experts: FusedExperts):
-        self.settings, self.experts = settings, experts
+    def __init__(self, settings: GramError, experts: FusedExperts, rotations: Rotations):
+        self.settings, self.experts, self.rotations = settings, experts, rotations
         self.inputs = BlockInputs()
         self.scales: list[Tensor] = []
 
@@ -91,8 +92,11 @@ class _Traces(Accumulator):
             moments[True] = grouped_squares(read, part.offsets_E)
             for m, (name, matrix) in enumerate(own.matrices()):
                 hessian = moments[name == "down"]
+                matrix = matrix.float()
+                if (turn := self.rotations.of(name)) is not None:
+                    matrix, hessian = turn(matrix), turn.both_sides(hessian)
                 energy[here, m] = output_error(matrix, hessian).sum(1).cpu()
                 for column, bits in enumerate(self.settings.bits):
                     rounded = dequantize(round_to_nearest(matrix, self.settings.grid(bits)), torch.float32)
-                    error[here, m, column] = output_error(matrix.float() - rounded, hessian).sum(1).cpu()
+                    error[here, m, column] = output_error(matrix - rounded, hessian).sum(1).cpu()
         return {"error": error, "energy": energy, "output": output}

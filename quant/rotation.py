@@ -16,9 +16,13 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+# What is rotated of a layer: nothing, what down projections read, or what all projections of experts read.
+Rotate = Literal["none", "down", "both"]
 
 AT_ONCE = 256  # blocks up to this size are one product: for more, two of about the root of the size are less work
 
@@ -64,6 +68,12 @@ class Rotations:
 
     inward: Rotation | None = None
     down: Rotation | None = None
+
+    @classmethod
+    def of_layer(cls, rotate: Rotate, layer: int, hidden: int, neurons: int) -> Rotations:
+        """Those of a decoder layer; its number is their seed."""
+        inward = Rotation.random(hidden, layer) if rotate == "both" else None
+        return cls(inward, None if rotate == "none" else Rotation.random(neurons, layer))
 
     def of(self, projection: str) -> Rotation | None:
         """How what a projection reads is rotated."""

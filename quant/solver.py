@@ -10,7 +10,7 @@ from moe_compress.passes import PassOptions
 
 from .grid import Grid, Search
 from .layer_rows import Weighing
-from .rotation import Rotation, Rotations
+from .rotation import Rotate, Rotations
 
 
 class InputSmoothing(PassOptions):
@@ -66,7 +66,7 @@ class SolverOptions(InputSmoothing):
         default=True,
         description="GPTQ: down projections make up for what quantizing gate and up did to their inputs (GPTAQ)",
     )
-    rotate: Literal["none", "down", "both"] = Field(
+    rotate: Rotate = Field(
         default="none",
         description="Rotate what down projections read by a random Hadamard matrix, at run time too, or what all "
         "projections of experts read (target: native)",
@@ -114,8 +114,7 @@ class SolverOptions(InputSmoothing):
 
     def rotations(self, layer: int, hidden: int, neurons: int) -> Rotations:
         """How what a layer's experts read is rotated."""
-        inward = Rotation.random(hidden, layer) if self.rotate == "both" else None
-        return Rotations(inward, None if self.rotate == "none" else Rotation.random(neurons, layer))
+        return Rotations.of_layer(self.rotate, layer, hidden, neurons)
 
     def grid(self, bits: float) -> Grid:
         """The grid of a width."""

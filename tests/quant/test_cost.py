@@ -14,6 +14,7 @@ from moe_compress.model import MoEModel, hf
 from moe_compress.model.tap import residual_norms
 from moe_compress.quant.cost import QuantizationError
 from moe_compress.quant.grid import Grid, dequantize
+from moe_compress.quant.rotation import Rotations
 from moe_compress.quant.rtn import round_to_nearest
 
 BITS = (1, 3)
@@ -45,11 +46,26 @@ def matrices(experts: nn.Module, expert: int) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def rounded(experts: nn.Module, expert: int, bits: int, only: int | None = None) -> None:
-    """Round an expert's matrices in place, or one of them."""
-    for number, (_, matrix) in enumerate(matrices(experts, expert)):
+def turned(rotate: str, layer: int, name: str, size: int) -> torch.Tensor:
+    """Q [K, K], float64, of what a projection reads: the identity where it isn't rotated."""
+    turn = Rotations.of_layer(rotate, layer, size, size).of(name)
+    unit = torch.eye(size, dtype=torch.float64)
+    return unit if turn is None else turn(unit)
+
+
+def to_nearest(matrix: torch.Tensor, bits: int, rotation: torch.Tensor) -> torch.Tensor:
+    """round(W Q) Qᵀ in float64."""
+    around = (matrix.double() @ rotation).float()
+    return dequantize(round_to_nearest(around[None], Grid(bits, GROUP, True)))[0].double() @ rotation.T
+
+
+def rounded(
+    experts: nn.Module, expert: int, bits: int, only: int | None = None, rotate: str = "none", layer: int = 0
+) -> None:
+    """Round an expert's matrices in place, or one of them, as they are when rotated."""
+    for number, (name, matrix) in enumerate(matrices(experts, expert)):
         if only in (None, number):
-            matrix.copy_(dequantize(round_to_nearest(matrix[None].float(), Grid(bits, GROUP, True)), matrix.dtype)[0])
+            matrix.copy_(to_nearest(matrix, bits, turned(rotate, layer, name, matrix.shape[1])))
 
 
 @torch.no_grad()
@@ -78,12 +94,19 @@ def traced(model, layer: int, batches):
     return pairs
 
 
-@pytest.mark.parametrize("per_matrix", [False, True])
-@pytest.mark.parametrize("name", KINDS)
-def test_every_expert_and_width(name, per_matrix):
+@pytest.mark.parametrize(
+    ("name", "per_matrix", "rotate"),
+    [
+        *((name, per_matrix, "none") for name in KINDS for per_matrix in (False, True)),
+        ("qwen3_moe", True, "down"),
+        ("qwen3_moe", False, "both"),
+        ("gpt_oss", True, "both"),
+    ],
+)
+def test_every_expert_and_width(name, per_matrix, rotate):
     """Of an expert as a whole, and of each of its matrices."""
     batches = batches_of(name)
-    statistic = QuantizationError(BITS, GROUP, True, per_matrix)
+    statistic = QuantizationError(BITS, GROUP, True, rotate, per_matrix=per_matrix)
     view = MoEModel.wrap(model_of(name))
     profile = measure(view, batches, [statistic])
     layer = view.moe_layers[0]
@@ -96,7 +119,7 @@ def test_every_expert_and_width(name, per_matrix):
         for column, bits in enumerate(BITS):
             changed = copy.deepcopy(model_of(name))
             with torch.no_grad():
-                rounded(MoEModel.wrap(changed).block(layer).experts_module, expert, bits, only)
+                rounded(MoEModel.wrap(changed).block(layer).experts_module, expert, bits, only, rotate, layer)
             error = squared = relative = 0.0
             for (before, hidden), (after, _) in zip(exact, traced(changed, layer, batches), strict=True):
                 change_T = (before - after).square().sum(-1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import input_batch
 from reference import KINDS, activations_ETI, build, experts_calls, joined, measure, outputs_ETH
-from test_cost import matrices, traced
+from test_cost import matrices, to_nearest, traced, turned
 
 from moe_compress.calib.statistics import Routing
 from moe_compress.errors import RecipeError
@@ -40,10 +40,12 @@ def batches_of(name):
     return [input_batch(model_of(name), *shape) for shape in ((2, 9, 1), (1, 6, 2))]
 
 
-@pytest.mark.parametrize("name", [k for k in KINDS if k not in ("muse_spark",)])
-def test_gram_error_is_a_sum_over_rows(name):
+@pytest.mark.parametrize(
+    ("name", "rotate"), [*((k, "none") for k in KINDS if k not in ("muse_spark",)), ("qwen3_moe", "both")]
+)
+def test_gram_error_is_a_sum_over_rows(name, rotate):
     """tr(ΔW·H·ΔWᵀ) is Σ over the expert's rows of the squared change of the matrix' own output, weighted."""
-    batches, statistic = batches_of(name), GramError(BITS, GROUP)
+    batches, statistic = batches_of(name), GramError(BITS, GROUP, rotate=rotate)
     view = MoEModel.wrap(model_of(name))
     layer = view.moe_layers[0]
     found = measure(view, batches, [statistic]).of(layer, statistic)
@@ -58,9 +60,9 @@ def test_gram_error_is_a_sum_over_rows(name):
         for m, (matrix_name, matrix) in enumerate(matrices(module, expert)):
             x = read[matrix_name][expert, token] if matrix_name == "down" else call.hidden_TH[token].double()
             expected["energy"][expert, m] += scale * float((matrix.double() @ x).square().sum())
+            rotation = turned(rotate, layer, matrix_name, matrix.shape[1])
             for b, bits in enumerate(BITS):
-                rounded = dequantize(round_to_nearest(matrix.float(), Grid(bits, GROUP)))
-                change = (matrix.double() - rounded.double()) @ x
+                change = (matrix.double() - to_nearest(matrix, bits, rotation)) @ x
                 expected["error"][expert, m, b] += scale * float(change.square().sum())
     assert expected["output"].count_nonzero() > 1
     for key, value in expected.items():
@@ -70,7 +72,7 @@ def test_gram_error_is_a_sum_over_rows(name):
 def test_gram_is_the_measured_error_of_a_down_projection():
     """There nothing lies between the matrix' output and the block's: both statistics say the same."""
     view, batches = MoEModel.wrap(model_of("qwen3_moe")), batches_of("qwen3_moe")
-    measured, traces = QuantizationError(BITS, GROUP, True, True), GramError(BITS, GROUP)
+    measured, traces = QuantizationError(BITS, GROUP, per_matrix=True), GramError(BITS, GROUP)
     profile = measure(view, batches, [measured, traces])
     layer = view.moe_layers[0]
     exact, estimated = profile.of(layer, measured)["relative"], profile.of(layer, traces)
@@ -168,10 +170,11 @@ def test_foreseen_share_is_that_of_a_diagonal_loop():
     assert (foreseen_share(torch.ones(2, 6), torch.ones(2, 6, 6) + 1e-3 * torch.eye(6)) < 0.25).all()
 
 
-def test_solver_gain_against_gptq():
+@pytest.mark.parametrize("rotate", ["none", "down", "both"])
+def test_solver_gain_against_gptq(rotate):
     """Solved: the errors of both quantizers, matrix by matrix, on moments summed in plain loops; foreseen: near it."""
     view, batches = MoEModel.wrap(model_of("qwen3_moe")), batches_of("qwen3_moe")
-    wanted = [SolverGain(BITS, GROUP, solve=solve) for solve in (True, False)]
+    wanted = [SolverGain(BITS, GROUP, rotate=rotate, solve=solve) for solve in (True, False)]
     profile = measure(view, batches, wanted)
     layer = view.moe_layers[0]
     module, call = view.block(layer).experts_module, joined(experts_calls(model_of("qwen3_moe"), batches)[layer])
@@ -190,9 +193,11 @@ def test_solver_gain_against_gptq():
     expected = torch.ones_like(solved)
     for expert in rows.nonzero().flatten().tolist():
         for m, (name, matrix) in enumerate(matrices(module, expert)):
-            hessian = shrunk[name == "down"][expert]
+            rotation = turned(rotate, layer, name, matrix.shape[1])
+            hessian = rotation.T @ shrunk[name == "down"][expert] @ rotation
+            weight = (matrix.double() @ rotation).float()[None]
             for b, bits in enumerate(BITS):
-                grid, weight = Grid(bits, GROUP), matrix[None].float()
+                grid = Grid(bits, GROUP)
                 errors = [
                     (weight[0].double() - dequantize(quantized)[0].double())
                     for quantized in (

@@ -15,6 +15,7 @@ from moe_compress.quant.gptq import gptq
 from moe_compress.quant.grid import Grid, dequantize
 from moe_compress.quant.low_rank import Pair, SharedSums, correction, pair_bytes, shares_left
 from moe_compress.quant.packed import build_packed
+from moe_compress.quant.rotation import NO_ROTATIONS
 from moe_compress.quant.rtn import round_to_nearest
 from moe_compress.quant.run_low_rank import LowRank
 
@@ -101,7 +102,7 @@ def test_a_shared_pair_is_the_best_for_all():
 
 def shares(**settings):
     experts = FusedExperts(first_block("qwen3_moe").experts_module)
-    return _Shares(SolverGain(bits=(2,), group_size=4, **settings), experts)
+    return _Shares(SolverGain(bits=(2,), group_size=4, **settings), experts, NO_ROTATIONS)
 
 
 def test_what_a_rank_is_foreseen_to_leave():
