@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from moe_compress.errors import MoeCompressError
+from moe_compress.heap import reuse_freed
 
 # Libraries that talk on import are told not to, before anything imports them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -88,6 +89,7 @@ def main() -> None:
     moe-compress recipes                ready recipes
     moe-compress run RECIPE             compress, verify, score
     """
+    reuse_freed()
 
 
 def _settings(pairs: tuple[str, ...]) -> dict[str, str]:

@@ -15,6 +15,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from places import DEMO
 
+from moe_compress.heap import reuse_freed
+
+reuse_freed()
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
 from moe_compress.constants import QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_compress.heap import release_freed
 
 from . import beside, hf, offload
 from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index, width_keys
@@ -32,7 +33,7 @@ from .expert_names import ExpertNames, find_expert_names
 from .opening import DECODER, PRESENTED, config_of, find_stack, named, one_per_layer, refuse
 from .reading import Reads, follow
 from .saved import check_version
-from .tensors import release_freed, to_meta
+from .tensors import to_meta
 
 
 @dataclass

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.errors import RunError
+from moe_compress.heap import release_freed
 
 from . import hf, offload
 from .calls import Aborted, Call, Stub
 from .model import Layer, MoEModel
 from .tap import Observer, Tap, hidden_behind, observe
-from .tensors import map_tensors, release_freed, to_device
+from .tensors import map_tensors, to_device
 
 # Arguments of one forward. Beside them, for whoever observes and not for the model: what every token is of and counts.
 Batch = Mapping[str, Any]

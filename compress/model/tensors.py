@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from typing import Any
 
 import torch
@@ -27,16 +25,6 @@ def to_meta(module: nn.Module, *, recurse: bool = True, above: int = 0) -> None:
         for leaf, parameter in part._parameters.items():
             if parameter is not None and not parameter.is_meta and parameter.numel() * parameter.element_size() > above:
                 part._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-
-_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
-
-
-def release_freed() -> None:
-    """Hand freed memory back to the system (glibc keeps it otherwise, up to several times the hidden states)."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def map_tensors(value: Any, function: Any) -> Any:
