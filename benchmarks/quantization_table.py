@@ -43,6 +43,8 @@ SOLVERS |= {
     "RTN, input smoothed, largest": {"method": "rtn", "smooth": "input", "smooth_merge": "max"},
     "GPTQ, g², compensated, polished (default), input smoothed": {"smooth": "input"},
     "GPTQ, g², compensated, polished (default), both smoothed": {"smooth": "both"},
+    "RTN, routers healed": {"method": "rtn"},
+    "GPTQ, g², compensated, polished (default), routers healed": {},
 }
 ALLOCATORS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
@@ -108,14 +110,17 @@ def wanted(which: str) -> Wanted:
         for row, options in ALLOCATORS.items():
             for average in AVERAGES:
                 found[row, f"{average} bits"] = {"bits": average, "group_size": GROUP, **options}
-    return {cell: [{"quantize.mixed": options}] for cell, options in found.items()}
+    return {
+        cell: [{"quantize.mixed": options}, *([{"heal.router": {}}] if "healed" in cell[0] else [])]
+        for cell, options in found.items()
+    }
 
 
 def settled(seed: int, passes: list[dict[str, Any]]) -> bool:
     """Whether nothing of a cell depends on the text, so that one seed says all."""
     options = passes[0]["quantize.mixed"]
     reads = options.get("method", "gptq") == "gptq" or options.get("smooth", "none") != "none"
-    return bool(seed) and not reads and options["allocation"] == "uniform"
+    return bool(seed) and not reads and len(passes) == 1 and options["allocation"] == "uniform"
 
 
 def main() -> None:
