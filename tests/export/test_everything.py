@@ -322,9 +322,10 @@ def test_servers_read_every_linear_layer_by_its_scheme(target, options, runs):
     )
 
 
-def test_transformers_own_loader_arrives_at_the_same_linear_layers(runs):
+@pytest.mark.parametrize("dense", [4, 8])
+def test_transformers_own_loader_arrives_at_the_same_linear_layers(dense, runs):
     pytest.importorskip("compressed_tensors")
-    _, finished = runs("small", target="vllm", **{**SERVED, "widths": [4], "dense_widths": [4], "bits": 6})
+    _, finished = runs("small", target="vllm", **{**SERVED, "widths": [4], "dense_widths": [dense], "bits": 9})
     assert "the same experts and linear layers, bit for bit" in finished.report["verification"]["loader"]
 
 
