@@ -25,7 +25,7 @@ from moe_compress.export.gguf_layout import PARTS, Layout, layout
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
-from moe_compress.units import parse_bytes, show_bytes
+from moe_compress.units import parse_bytes, show_budget, show_bytes
 
 from .gguf_blocks import BlockType, dequantize, find_type
 from .gguf_cost import BlockTypeError
@@ -151,7 +151,7 @@ class QuantizeGGUF(Pass):
             most += bounds[index]
         if least > budget:
             raise BudgetError(
-                f"{self.name}: the budget is {show_bytes(budget)} for all experts, and in the smallest of "
+                f"{self.name}: {show_budget(budget, self.options.size)} for all experts, and in the smallest of "
                 f"{', '.join(self.options.types)} that fit their rows they take {show_bytes(least)}: allow more"
             )
         share = min(1.0, budget / most)
