@@ -226,6 +226,21 @@ def test_pruned_models_are_written_with_their_own_number_of_experts(tmp_path, ca
     assert report["after"]["bytes"] == sum(int(t.n_bytes) for t in tensors.values())
 
 
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [("qwen3_moe", "qwen3moe.expert_feed_forward_length"), ("mixtral", "llama.feed_forward_length")],
+)
+def test_narrower_experts_are_written_with_their_own_width(family, key, tmp_path, calibration):
+    model = checkpoint(tmp_path / "model", family)
+    values = recipe(model, tmp_path / "out", {"bits": 9.0, "types": ["Q8_0"]}, calibration)
+    values["passes"].insert(0, {"prune.neurons": {"neurons": 32, "refit": False}})
+    moe_compress.run(values)
+    metadata, tensors = contents(tmp_path / "out")
+    assert metadata[key] == 32  # llama.cpp allocates by it
+    assert tensors["blk.1.ffn_gate_exps.weight"].shape.tolist() == [64, 32, 8]
+    assert tensors["blk.1.ffn_down_exps.weight"].shape.tolist() == [32, 64, 8]
+
+
 def test_the_same_recipe_gives_the_same_bytes(tmp_path, calibration):
     model = checkpoint(tmp_path / "model", "qwen2_moe")
     options = {"bits": 5.0, "types": ["Q4_0", "IQ4_NL", "Q5_0", "Q8_0"]}
