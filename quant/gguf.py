@@ -250,7 +250,12 @@ class QuantizeGGUF(Pass):
             missing = [name for name in self.options.types if not find_type(name).fits(length)]
             if missing:
                 notes.append(f"rows of {length} weights are not whole blocks of {', '.join(missing)}")
-        notes += [f"{name} is not in the file: {reason}" for name, reason in laid_out.left_out.items()]
+        missing_for: dict[str, list[str]] = {}
+        for name, reason in laid_out.left_out.items():
+            missing_for.setdefault(reason, []).append(name)
+        for reason, names in missing_for.items():  # of a draft layer hundreds; moe_compress.json lists all
+            more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+            notes.append(f"{names[0]}{more} not in the file: {reason}")
         notes += [f"{name} is a copy of {origin}: llama.cpp wants it" for name, origin in laid_out.copied.items()]
         return notes
 

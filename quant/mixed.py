@@ -183,7 +183,8 @@ class QuantizeMixed(Pass):
         """How the widths were found, in a line."""
         options, chosen = self.options, find_cost(self.options.cost)
         if options.allocation == "uniform":
-            return "the same mixture of two widths in every layer"
+            mixed = "width" if len(options.choices) == 1 else "mixture of two widths"
+            return f"the same {mixed} in every layer"
         gain = f", scaled by what GPTQ leaves ({options.solver_gain})" if chosen.scaled(options) else ""
         share = "the model" if options.scope == "global" else "each layer"
         gap = found.summary.get("gap")
