@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from checkpoints import EXPERTS, GPTQ, LAYERS, MERGE, PRUNE, RTN, recipe, write_recipe
 from places import ROOT
 from running import digest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_compress
@@ -171,6 +173,24 @@ def test_evaluate_says_what_the_report_says(ran, small, text, commands, tmp_path
         else:
             assert scores[key] == pytest.approx(value)
     assert "perplexity held-out" in said.out
+
+
+def test_a_draft_layer_that_no_longer_fits_is_told(small, text, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+    (last,) = [f for f in source.glob("*.safetensors") if f"model.layers.{LAYERS - 1}.mlp.gate.weight" in load_file(f)]
+    held = load_file(last)
+    drafted = {f"model.layers.{LAYERS}.mlp.experts.{e}.up_proj.weight": torch.ones(4, 4) for e in range(EXPERTS)}
+    save_file(held | drafted, last, {"format": "pt"})
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(drafted, last.name)
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    passes = [PRUNE, RTN]
+    report = moe_compress.run(recipe(source, tmp_path / "out", passes, text, evaluate={})).report
+    told = [[n for n in step["notes"] if "speculative decoding" in n] for step in report["passes"]]
+    assert [len(notes) for notes in told] == [1, 0]
+    assert told[0][0].startswith(f"{EXPERTS} tensors that aren't the model's own (model.layers.{LAYERS}.")
+    assert drafted.keys() <= tensors(tmp_path / "out").keys()
 
 
 def test_a_dry_run_writes_nothing(small, text, commands, tmp_path):
