@@ -154,7 +154,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if os.path.ismount(folder):
         raise InputError(f"output {folder} is a mount point, which can't be replaced: choose a folder inside it")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise InputError(f"output folder {folder} is not empty; choose another, or say --overwrite")
+        raise InputError(
+            f"output folder {folder} is not empty; choose another, or say --overwrite (in Python: overwrite=True)"
+        )
 
 
 def tensor_digest(tensor: Tensor) -> str:
