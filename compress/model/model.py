@@ -72,9 +72,7 @@ class MoEModel:
         self.weights: DiskWeights | None = None
         self._overlay: Overlay | None = None
         self.device = torch.device("cpu")
-        self.dtype = (
-            module.dtype
-        )  # kept: asked later, a module with packed embeddings answers with that of their scales
+        self.dtype = module.dtype  # kept: with packed embeddings a module answers with the dtype of their scales
         self._conversions = hf.conversions(module)
         self.stack = find_stack(module)
         self.untouched = sorted(p for p in expert_counts(module) if not p.startswith(self.stack + "."))
