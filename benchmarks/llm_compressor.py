@@ -72,9 +72,9 @@ def demo(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "peer"
             told = peer(arguments.peer, MODEL, data.ids, output, bits)
-            for file in sidecar_files(MODEL):
-                if file.name.startswith("tokenizer"):
-                    (output / file.name).write_bytes(file.read_bytes())
+            for name, file in sidecar_files(MODEL).items():
+                if name.startswith("tokenizer"):
+                    (output / name).write_bytes(file.read_bytes())
             like = MoEModel.open(MODEL, dtype=dtype, device=device)
             scores = score_folders(output, MODEL, text, like, None, Monitor(show=False))
             line(bits, "llm-compressor", f"{bits}.25*", *scores, told["seconds"])
@@ -215,9 +215,9 @@ def small_layer(folder: Path, experts: int, chosen: int) -> None:
         setattr(config, name, value)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    for file in sidecar_files(MODEL):
-        if file.name.startswith("tokenizer"):
-            (folder / file.name).write_bytes(file.read_bytes())
+    for name, file in sidecar_files(MODEL).items():
+        if name.startswith("tokenizer"):
+            (folder / name).write_bytes(file.read_bytes())
 
 
 def our_seconds(model: Path, ids: torch.Tensor, options: dict[str, Any]) -> list[float]:

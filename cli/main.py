@@ -133,7 +133,7 @@ def run(
         changes["output"] = output
     checked = read_recipe(find_recipe(recipe), changes)
     if dry_run:
-        show_forecast(checked, plan_run(checked)[1])
+        show_forecast(checked, *plan_run(checked))
         return
     show_result(run_recipe(checked, overwrite=overwrite, fresh=fresh))
 

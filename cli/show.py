@@ -25,8 +25,9 @@ from moe_compress.units import show_bytes
 console = Console(highlight=False, soft_wrap=True)
 
 
-def show_forecast(recipe: Recipe, forecast: Forecast) -> None:
+def show_forecast(recipe: Recipe, model: MoEModel, forecast: Forecast) -> None:
     """Sizes before and after each pass."""
+    _show_stored(_quantized(model))
     table = Table("", "checkpoint", "experts", "bits per weight", "experts per layer", box=None, pad_edge=False)
     for name, shape in [
         ("source", forecast.before),
@@ -100,15 +101,19 @@ def _quantized(model: MoEModel) -> dict[str, Any] | None:
     return {"method": source.method, "bytes": source.stored_bytes}
 
 
+def _show_stored(quantized: dict[str, Any] | None) -> None:
+    if quantized is not None:
+        stored = f"{show_bytes(quantized['bytes'])} as stored ({quantized['method']})"
+        console.print(f"{stored}; decoded while it is read, sizes below are of the dense weights")
+
+
 def show_inspection(found: dict[str, Any]) -> None:
     """The same for people."""
     console.print(
         f"{found['architecture']} ({found['model_type']}): {found['decoder_layers']} decoder layers, "
         f"{found['layers_with_experts']} with experts"
     )
-    if quantized := found["quantized_source"]:
-        stored = f"{show_bytes(quantized['bytes'])} as stored ({quantized['method']})"
-        console.print(f"{stored}; decoded while it is read, sizes below are of the dense weights")
+    _show_stored(found["quantized_source"])
     share = found["expert_bytes"] / max(1, found["bytes"])
     console.print(
         f"{show_bytes(found['bytes'])}, of which experts {show_bytes(found['expert_bytes'])} ({share:.0%}), "

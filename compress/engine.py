@@ -19,6 +19,7 @@ from moe_compress.calib.statistics import Result
 from moe_compress.calib.text import TokenBatches
 from moe_compress.changing import after
 from moe_compress.checkpoint.workspace import short_digest
+from moe_compress.constants import GGUF
 from moe_compress.errors import InputError, RunError
 from moe_compress.model import MoEModel
 from moe_compress.model.backward import GradientSweep
@@ -267,8 +268,27 @@ def _plan(
         which = ", ".join(step.domains() or ())
         note = f"measured on {len(calibrated.text)} of {len(whole.text)} calibration sequences: {which}"
         plan = replace(plan, notes=[*plan.notes, note])
+    plan = replace(plan, notes=[*plan.notes, *_left_behind(model, shape, step)])
     commits.save_plan(plan.to_json())
     return plan
+
+
+def _left_behind(model: MoEModel, shape: ModelShape, step: Pass) -> list[str]:
+    """A note where a draft layer is carried over with experts that config.json's numbers will no longer fit."""
+    unowned = model.weights.unowned if model.weights is not None else []
+    if step.round or step.target.quantized_format == GGUF or not any(".experts." in name for name in unowned):
+        return []
+    then = step.forecast(shape).layers
+    fewer = any(layer.num_experts != then[i].num_experts for i, layer in shape.layers.items())
+    narrower = any(layer.intermediate != then[i].intermediate for i, layer in shape.layers.items())
+    if narrower and isinstance(model.narrowed({i: layer.intermediate for i, layer in then.items()}), str):
+        narrower = False  # config.json keeps the width
+    if not fewer and not narrower:
+        return []
+    return [
+        f"{len(unowned)} tensors that aren't the model's own ({unowned[0]}, …) stay as they are: config.json's numbers "
+        "no longer fit the experts of that draft layer, so serve the result without speculative decoding by it"
+    ]
 
 
 def _measured(shape: ModelShape, index: int, report: dict[str, Any]) -> Any:

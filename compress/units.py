@@ -24,3 +24,14 @@ def show_bytes(count: float) -> str:
         if count >= factor:
             return f"{sign}{count / factor:.3g} {unit}"
     return f"{sign}{count:.0f} bytes"
+
+
+def show_budget(budget: int, size: str | None) -> str:
+    """A budget of bytes in a message; with `size`, that of the whole checkpoint, also what else takes of that."""
+    if size is None:
+        return f"the budget is {show_bytes(budget)}"
+    whole = parse_bytes(size)
+    return (
+        f"of `size` {show_bytes(whole)}, what stays as it is takes {show_bytes(whole - budget)}, so the budget is "
+        f"{show_bytes(max(0, budget))}"
+    )

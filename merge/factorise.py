@@ -23,7 +23,7 @@ from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
-from moe_compress.units import parse_bytes, show_bytes
+from moe_compress.units import parse_bytes, show_budget, show_bytes
 
 from .align import permuted
 from .factored import factor_experts
@@ -157,7 +157,7 @@ class MergeFactorise(Pass):
         most = {i: self._sizes(layer).total(self._all_at(layer, -1)) for i, layer in shape.layers.items()}
         if sum(least.values()) > budget:
             raise BudgetError(
-                f"{self.name}: the budget is {show_bytes(budget)} for all experts, and what {method.name} keeps "
+                f"{self.name}: {show_budget(budget, self.options.size)} for all experts, and what {method.name} keeps "
                 f"whatever the ranks takes {show_bytes(sum(least.values()))}: allow more, or take another method"
             )
         share = min(1.0, (budget - sum(least.values())) / max(1, sum(most.values()) - sum(least.values())))

@@ -25,7 +25,7 @@ from moe_compress.export.gguf_layout import PARTS, Layout, layout
 from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
-from moe_compress.units import parse_bytes, show_bytes
+from moe_compress.units import parse_bytes, show_budget, show_bytes
 
 from .gguf_blocks import BlockType, dequantize, find_type
 from .gguf_cost import BlockTypeError
@@ -151,7 +151,7 @@ class QuantizeGGUF(Pass):
             most += bounds[index]
         if least > budget:
             raise BudgetError(
-                f"{self.name}: the budget is {show_bytes(budget)} for all experts, and in the smallest of "
+                f"{self.name}: {show_budget(budget, self.options.size)} for all experts, and in the smallest of "
                 f"{', '.join(self.options.types)} that fit their rows they take {show_bytes(least)}: allow more"
             )
         share = min(1.0, budget / most)
@@ -250,7 +250,12 @@ class QuantizeGGUF(Pass):
             missing = [name for name in self.options.types if not find_type(name).fits(length)]
             if missing:
                 notes.append(f"rows of {length} weights are not whole blocks of {', '.join(missing)}")
-        notes += [f"{name} is not in the file: {reason}" for name, reason in laid_out.left_out.items()]
+        missing_for: dict[str, list[str]] = {}
+        for name, reason in laid_out.left_out.items():
+            missing_for.setdefault(reason, []).append(name)
+        for reason, names in missing_for.items():  # of a draft layer hundreds; moe_compress.json lists all
+            more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+            notes.append(f"{names[0]}{more} not in the file: {reason}")
         notes += [f"{name} is a copy of {origin}: llama.cpp wants it" for name, origin in laid_out.copied.items()]
         return notes
 

@@ -23,7 +23,7 @@ from moe_compress.model import MoEBlock
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Changed, Pass, Plan, register
 from moe_compress.prune.super_experts import measured_super_experts
-from moe_compress.units import parse_bytes, show_bytes
+from moe_compress.units import parse_bytes, show_budget, show_bytes
 
 from .allocate import LOADED, Allocation, Choices, Unit, by_layer, greedy, program, uniform, unit_of
 from .beside import Beside, quantize_matrices
@@ -111,7 +111,7 @@ class QuantizeMixed(Pass):
         if sum(least.values()) + fewest > budget:
             beside = f", what is included beside them {show_bytes(fewest)}" if fewest else ""
             raise BudgetError(
-                f"quantize.mixed: the budget is {show_bytes(budget)} for all {' and '.join(options.include)}, and at "
+                f"quantize.mixed: {show_budget(budget, options.size)} for all {' and '.join(options.include)}, and at "
                 f"{min(self.options.widths)} bits with groups of {self.options.group_size} experts take "
                 f"{show_bytes(sum(least.values()))}{beside}: allow more, smaller widths or larger groups"
             )
@@ -183,7 +183,8 @@ class QuantizeMixed(Pass):
         """How the widths were found, in a line."""
         options, chosen = self.options, find_cost(self.options.cost)
         if options.allocation == "uniform":
-            return "the same mixture of two widths in every layer"
+            mixed = "width" if len(options.choices) == 1 else "mixture of two widths"
+            return f"the same {mixed} in every layer"
         gain = f", scaled by what GPTQ leaves ({options.solver_gain})" if chosen.scaled(options) else ""
         share = "the model" if options.scope == "global" else "each layer"
         gap = found.summary.get("gap")

@@ -292,6 +292,14 @@ def test_an_error_before_any_change_leaves_the_model_alone(source, monkeypatch):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("target", ["native", "vllm"])
+def test_a_model_in_bfloat16_is_verified_in_bfloat16(target, demo_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16).eval()
+    result = moe_compress.compress(model, passes=[{"quantize.scheme": {"scheme": "fp8-block"}}], target=target)
+    result.save(tmp_path / "out")
+    assert moe_compress.verify(tmp_path / "out").distance < 1e-2  # in float32 some tokens go to other experts: 0.1
+
+
 def test_saving_over_something(source, tmp_path):
     result = moe_compress.compress(loaded(source), passes=[RTN])
     (tmp_path / "file").write_text("x")

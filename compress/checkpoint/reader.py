@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from moe_compress.constants import GGUF, GGUF_FILE
 from moe_compress.errors import CheckpointError, InputError
@@ -306,12 +307,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def sidecar_files(folder: Path) -> list[Path]:
-    """Files of a checkpoint folder that aren't weights: config, tokenizer, generation config, chat template, code."""
-    skip = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-    names = sorted(os.listdir(folder))
-    return [
-        folder / n
-        for n in names
-        if (folder / n).is_file() and not n.endswith(skip) and not n.endswith(".index.json") and not n.startswith(".")
-    ]
+def sidecar_files(folder: Path) -> dict[str, Path]:
+    """Name in the folder → file, of what isn't weights: config, tokenizer, generation config, chat templates, code."""
+    skip = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+    beside = sorted(n for n in os.listdir(folder) if not n.endswith(skip) and not n.startswith("."))
+    templates = sorted(f"{CHAT_TEMPLATE_DIR}/{f.name}" for f in (folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))
+    return {n: folder / n for n in (*beside, *templates) if (folder / n).is_file()}

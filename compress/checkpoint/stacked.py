@@ -5,6 +5,7 @@ Files that hold the experts one by one are read into models that hold them stack
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ class StackedCheckpoint(Checkpoint):
     Args:
         folder: the checkpoint.
         stacks: new name → names of the tensors of equal shape and dtype that make it, in order.
-        hidden: names that are not presented at all.
+        hidden: names that are not presented at all; their bytes count with a stack that has parts of the same module.
         turned: stacks of matrices that are presented transposed.
 
     Raises CheckpointError when the tensors of a stack aren't alike.
@@ -41,6 +42,10 @@ class StackedCheckpoint(Checkpoint):
         self._stored = self.tensors
         self._stacks = dict(stacks)
         self._turned = frozenset(turned)
+        stacked = {part for parts in self._stacks.values() for part in parts}
+        unread: Counter[str] = Counter()  # bytes of a module's other tensors
+        for name in set(hidden) - stacked:
+            unread[_module(name)] += self._info(name).nbytes
         infos = {}
         for name, parts in self._stacks.items():
             members = [self._info(part) for part in parts]
@@ -52,9 +57,9 @@ class StackedCheckpoint(Checkpoint):
                         f"{list(first.shape)}; the experts of a layer must be alike"
                     )
             shape = first.shape[::-1] if name in self._turned else first.shape
-            infos[name] = replace(first, shape=(len(parts), *shape), nbytes=sum(info.nbytes for info in members))
-        gone = {*hidden, *(part for parts in self._stacks.values() for part in parts)}
-        self.tensors = {**{n: info for n, info in self._stored.items() if n not in gone}, **infos}
+            stored = sum(info.nbytes for info in members) + sum(unread.pop(_module(part), 0) for part in parts)
+            infos[name] = replace(first, shape=(len(parts), *shape), nbytes=stored)
+        self.tensors = {n: i for n, i in self._stored.items() if n not in stacked and n not in set(hidden)} | infos
 
     def get(self, name: str) -> Tensor:
         """The tensor; a stack is made anew by every call."""
@@ -70,3 +75,7 @@ class StackedCheckpoint(Checkpoint):
 
     def _info(self, name: str) -> TensorInfo:
         return self._stored[name] if name in self._stored else super()._info(name)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -67,7 +67,7 @@ class CheckpointWriter:
         if self._pending_bytes >= self.shard_bytes:
             self._close_shard()
 
-    def finish(self, config: dict[str, Any], sidecars: list[Path], manifest: dict[str, Any]) -> None:
+    def finish(self, config: dict[str, Any], sidecars: Mapping[str, Path], manifest: dict[str, Any]) -> None:
         """Write what remains, index, config, copies of `sidecars` and manifest, and give the folder its name."""
         self._close_shard()
         total = len(self._shards)
@@ -83,15 +83,15 @@ class CheckpointWriter:
             write_json(
                 self.partial / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             )
-        for file in sidecars:
-            if file.name not in ("config.json", MANIFEST, *REPORTS):
-                copy_file(file, self.partial / file.name)
+        for name, file in sidecars.items():
+            if name not in ("config.json", MANIFEST, *REPORTS):
+                copy_file(file, self.partial / name)
         write_json(self.partial / "config.json", config)
         # A model card is the owner's to change; all other files decide what the tensors mean.
-        files = sorted(p for p in self.partial.iterdir() if p.suffix not in (".safetensors", ".md"))
+        files = sorted(p for p in self.partial.rglob("*") if p.is_file() and p.suffix not in (".safetensors", ".md"))
         manifest = {
             **manifest,
-            "files": {p.name: file_digest(p) for p in files},
+            "files": {p.relative_to(self.partial).as_posix(): file_digest(p) for p in files},
             "tensors": dict(sorted(self.tensors.items())),
         }
         manifest = json.loads(json.dumps(manifest))  # as it will be read back
@@ -154,7 +154,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if os.path.ismount(folder):
         raise InputError(f"output {folder} is a mount point, which can't be replaced: choose a folder inside it")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise InputError(f"output folder {folder} is not empty; choose another, or say --overwrite")
+        raise InputError(
+            f"output folder {folder} is not empty; choose another, or say --overwrite (in Python: overwrite=True)"
+        )
 
 
 def tensor_digest(tensor: Tensor) -> str:

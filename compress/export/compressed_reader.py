@@ -138,9 +138,16 @@ def present_experts(
 
 
 def uniform(config: Mapping[str, Any]) -> bool:
-    """Whether all groups of a `quantization_config` have the same scheme: what transformers' own loader reads right."""
-    groups = list(config["config_groups"].values())
-    return all(group["weights"] == groups[0]["weights"] for group in groups)
+    """Whether transformers' own loader reads a `quantization_config` right.
+
+    It takes the scheme of the first group that names experts for all of them, and where it converts other matrices,
+    that of the first group that names none.
+    """
+    schemes: dict[bool, list[Any]] = {True: [], False: []}
+    for group in config["config_groups"].values():
+        for target in group["targets"]:
+            schemes["experts" in target].append(group["weights"])
+    return all(weights == own[0] for own in schemes.values() for weights in own)
 
 
 def _layer(source: Checkpoint, view: ServerView, names: ExpertNames, count: int) -> Presented:

@@ -85,10 +85,11 @@ def write_gguf(
     changed = {i: model.overlay.get(i) for i in model.moe_layers}
     descriptions = {i: block[1] for i, block in changed.items() if block is not None}
     config, _ = result_config(model, descriptions, GGUF)
+    known = type(model.module.config).from_dict(config).to_dict()  # defaults filled in
     config["quantization_config"] = {"quant_method": GGUF, "file": GGUF_FILE}
     items = list(_items(model, laid_out, descriptions))
     writer = CheckpointWriter(output, overwrite=overwrite)
-    file = _header(model, laid_out, tokenizer, items, descriptions)
+    file = _header(model, laid_out, tokenizer, items, known, next(iter(descriptions.values()))["num_experts"])
     source = _Blocks(model, laid_out)
     with whole_file(writer.partial / GGUF_FILE) as path:
         file.write_header_to_file(path)
@@ -136,7 +137,8 @@ def _header(
     laid_out: Layout,
     tokenizer: FileTokenizer,
     items: list[_Item],
-    descriptions: Mapping[int, dict[str, Any]],
+    config: Mapping[str, Any],
+    experts: int,
 ) -> Any:
     gguf = package()
     file = gguf.GGUFWriter(None, laid_out.architecture.name)
@@ -147,8 +149,7 @@ def _header(
     for item in items:
         bytes_of[item.type.name] += item.type.row_bytes(item.shape[-1]) * (item.projection != "")
     file.add_file_type(_FILE_TYPES[bytes_of.most_common(1)[0][0]])
-    experts = next(iter(descriptions.values()))["num_experts"]
-    write_metadata(file, laid_out.architecture, laid_out.tensors.config, experts)
+    write_metadata(file, laid_out.architecture, config, experts)
     tokenizer.write(file)
     for item in items:
         size = torch.Size(item.stored_shape)

@@ -2,7 +2,7 @@
 
 transformers unpacks the experts with the `compressed-tensors` library while it loads. That is code of others from the
 first byte to the last, so if it arrives at the weights that the reader here holds, the file is what the format says.
-It isn't asked where its answer is known to mean nothing: it takes the scheme of the first group for all layers, and
+It isn't asked where its answer is known to mean nothing: it takes one group's scheme for the experts of all layers, and
 before 0.18 the library unpacked some widths wrongly.
 """
 
@@ -97,7 +97,9 @@ def _unable(config: Any) -> str:
         scheme = Scheme.of_group(group)
         if scheme is None or scheme.name not in _CONVERTED:
             return f"it has no conversion for {'such' if scheme is None else scheme.name} experts"
-    return "" if uniform(values) else "it takes one scheme for all layers, and these differ"
+    if not uniform(values):
+        return "it takes one scheme for the experts of all layers and one for all else, and these differ"
+    return ""
 
 
 def _number(version: str) -> tuple[int, ...]:

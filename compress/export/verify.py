@@ -7,6 +7,7 @@ model that doesn't fit in memory is streamed instead, and the result says so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def _verified(folder: Path, progress: Progress, device: str, limit: int) -> Veri
                 )
             progress.step()
         total = checkpoint.nbytes
-    loader, dtype, logits = ask(folder, manifest["probe"]["input_ids"], device, limit)
+    loader, dtype, logits = ask(folder, manifest["probe"], device, limit)
     tolerance = probe.TOLERANCE[dtype]
     worst = probe.distance(manifest["probe"], logits)
     if worst > tolerance:
@@ -108,10 +109,11 @@ def _verified(folder: Path, progress: Progress, device: str, limit: int) -> Veri
     return Verified(len(listed), total, loader, worst, tolerance)
 
 
-def ask(folder: Path, tokens: list[int], device: str, limit: int) -> tuple[str, torch.dtype, torch.Tensor]:
-    """(loader, dtype, logits [T, V]) of the probe's tokens; by transformers' own loader if the model fits."""
-    ids = torch.tensor([tokens])
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+def ask(folder: Path, kept: Mapping[str, Any], device: str, limit: int) -> tuple[str, torch.dtype, torch.Tensor]:
+    """(loader, dtype, logits [T, V]) of a probe's tokens, computed in its dtype; by transformers' own loader if the
+    model fits."""
+    ids = torch.tensor([kept["input_ids"]])
+    dtype = getattr(torch, kept.get("dtype") or ("float32" if device == "cpu" else "bfloat16"))
     needed = loaded_bytes(folder, dtype)
     if needed <= limit:
         with torch.no_grad(), hf.quiet():

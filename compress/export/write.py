@@ -132,7 +132,7 @@ def write_memory(
             progress.layer(index)
     if form in SERVED:
         config["quantization_config"] = served.config()
-    writer.finish(config, [], manifest)
+    writer.finish(config, {}, manifest)
     return form
 
 

@@ -34,7 +34,14 @@ class Call:
         output: logits, when it is finished.
     """
 
-    def __init__(self, module: nn.Module, batch: Mapping[str, Any], device: torch.device, recording: bool):
+    def __init__(
+        self,
+        module: nn.Module,
+        batch: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        recording: bool,
+    ):
         self.layer: int | None = None
         self.arguments: Any = None
         self.value: Any = None
@@ -44,7 +51,7 @@ class Call:
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
-        self._work = (module, batch, device)
+        self._work = (module, batch, device, dtype)
         self._recording = recording
 
     def resume(self) -> None:
@@ -79,13 +86,11 @@ class Call:
     def _run(self) -> None:
         self._go.acquire()
         _CURRENT.call = self
-        module, batch, device = self._work
+        module, batch, device, dtype = self._work
         try:
             with torch.set_grad_enabled(self._recording):
                 # Pixels and the like come in the dtype of the modules that read them.
-                keywords = map_tensors(
-                    dict(batch), lambda t: t.to(device, module.dtype if t.is_floating_point() else None)
-                )
+                keywords = map_tensors(dict(batch), lambda t: t.to(device, dtype if t.is_floating_point() else None))
                 # Nothing is generated, and a layer that runs twice would read its own keys and values.
                 result = module(**{**no_cache(module), **keywords})
                 self.output = result.logits if hasattr(result, "logits") else result[0]

@@ -60,6 +60,7 @@ class MoEModel:
         weights: where its tensors come from; None for a model in memory.
         overlay: changed layers that replace the folder's.
         device: where inputs go.
+        dtype: in what layers compute when they are live.
         stack: module path of the decoder layers that are compressed.
         count_paths: keys of the config that hold the number of experts.
         config_widths: layer → neurons of each expert, as the config says.
@@ -72,6 +73,7 @@ class MoEModel:
         self.weights: DiskWeights | None = None
         self._overlay: Overlay | None = None
         self.device = torch.device("cpu")
+        self.dtype = module.dtype  # kept: with packed embeddings a module answers with the dtype of their scales
         self._conversions = hf.conversions(module)
         self.stack = find_stack(module)
         self.untouched = sorted(p for p in expert_counts(module) if not p.startswith(self.stack + "."))
@@ -121,6 +123,7 @@ class MoEModel:
             config.__dict__.pop("quantization_config", None)  # the skeleton is a dense one
         module = hf.skeleton(config, dtype)
         model = cls(module, source.config)
+        model.dtype = dtype
         quantized = source.config.get("quantization_config") or {}
         if quantized.get("quant_method") == QUANT_METHOD:
             check_version(quantized.get("format_version"))

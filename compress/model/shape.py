@@ -140,6 +140,10 @@ def model_shape(model: MoEModel) -> ModelShape:
         dtypes = model.stored_dtypes(index)
         names = block.weight_names()
         tensors = block.module.state_dict()
+        # Packed experts have one tensor in the folder for each here; a server's has more beside codes and scales.
+        held: dict[str, int] = {}
+        if model.weights is not None and block.kind != "fused":
+            held = {n: model.source.tensors[disk].nbytes for disk, n in model.weights.layer_names(index).items()}
         layers[index] = LayerShape(
             num_experts=experts.num_experts,
             top_k=block.top_k,
@@ -149,7 +153,7 @@ def model_shape(model: MoEModel) -> ModelShape:
             matrices=len(one.matrices()),
             biases=sum(v.numel() for n, v in one.items() if n.endswith("_bias")),
             weight_bytes=next(dtypes[n] for n in names if "down_proj" in n).itemsize,
-            bytes=sum(tensors[n].numel() * dtypes[n].itemsize for n in names),
+            bytes=sum(held.get(n) or tensors[n].numel() * dtypes[n].itemsize for n in names),
             kind=block.kind,
             rules=tuple(rule.kind for rule in block.rules),
             neurons=sum(getattr(experts, "widths", ())),

@@ -57,7 +57,7 @@ class Sweep:
         self.batches = batches
         beside = (MODALITY, TOKEN_WEIGHT)
         arguments = [{k: v for k, v in batch.items() if k not in beside} for batch in batches]
-        self._calls = [Call(model.module, batch, model.device, self._recording) for batch in arguments]
+        self._calls = [Call(model.module, batch, model.device, model.dtype, self._recording) for batch in arguments]
         self._labels = [[b[k].reshape(-1).to(model.device) if k in b else None for k in beside] for b in batches]
         self._hold = hold
         self._numbers = itertools.count()

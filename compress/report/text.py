@@ -27,6 +27,9 @@ def headline(report: dict[str, Any]) -> Rows:
         ("experts", show_bytes(before["expert_bytes"]), show_bytes(after["expert_bytes"])),
         ("bits per expert weight", f"{before['bits_per_weight']:.3g}", f"{after['bits_per_weight']:.3g}"),
     ]
+    source = report.get("source", {})
+    if source.get("quantization"):
+        rows.insert(1, (f"source as stored ({source['quantization']})", show_bytes(source["bytes"]), ""))
     if beside := report.get("beside"):
         old_bytes, new_bytes = (show_bytes(sum(m[key] for m in beside)) for key in ("bytes_before", "bytes"))
         rows.append(("packed beside the experts", old_bytes, new_bytes))

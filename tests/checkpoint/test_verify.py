@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import RTN, recipe, write_recipe
+from transformers import AutoTokenizer
 
 SHARD = "model.safetensors"
 
@@ -115,6 +116,22 @@ def test_what_is_whole_is_said_to_be(written, tmp_path, commands):
     assert (ran.code, ran.err) == (0, "")
     assert f"{len(manifest(folder)['tensors'])} tensors" in ran.out
     assert "transformers from_pretrained" in ran.out
+
+
+def test_chat_templates_in_a_folder_of_their_own_come_along(small, tmp_path, commands):
+    source, output = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(small, source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(source)
+    assert (source / "additional_chat_templates" / "tool_use.jinja").is_file()
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(source, output, [no_calibration(RTN)]))
+    assert commands("run", path).code == 0
+    assert AutoTokenizer.from_pretrained(output).chat_template == tokenizer.chat_template
+    (output / "additional_chat_templates" / "tool_use.jinja").write_text("{{ other }}")
+    said = commands("verify", output)
+    assert said.code == 1
+    assert "tool_use.jinja was changed since it was written" in said.line
 
 
 def test_a_computation_that_changed_is_found(written, tmp_path, commands):

@@ -17,8 +17,10 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.errors import BudgetError, CheckpointError, RecipeError
 from moe_compress.export.verify import verify
 from moe_compress.model import MoEModel, hf
+from moe_compress.model.shape import model_shape
 from moe_compress.pipeline import plan_run, run
 from moe_compress.recipe import make_recipe
+from moe_compress.report.build import sizes
 
 EVERYTHING = ["experts", "attention", "shared_experts", "dense_mlp", "embeddings", "head"]
 # Name → group size, bits. Small groups' scales take much.
@@ -316,15 +318,18 @@ def test_servers_read_every_linear_layer_by_its_scheme(target, options, runs):
     for layer in range(3):
         assert len({bits[f"{layer}.self_attn.{p}_proj"] for p in "qkv"}) == 1
     assert bits["0.mlp.gate_proj"] == bits["0.mlp.up_proj"]
+    read = sizes(model_shape(MoEModel.open(finished.output)))  # what inspect and evaluate say
+    assert read == {key: finished.report["after"][key] for key in read}
     # 16 bytes of shape beside every matrix count.
     assert sum(m["bytes"] for m in report.values()) == sum(
         t.numel() * t.element_size() for n, t in tensors.items() if n.rpartition(".")[0] in modules
     )
 
 
-def test_transformers_own_loader_arrives_at_the_same_linear_layers(runs):
+@pytest.mark.parametrize("dense", [4, 8])
+def test_transformers_own_loader_arrives_at_the_same_linear_layers(dense, runs):
     pytest.importorskip("compressed_tensors")
-    _, finished = runs("small", target="vllm", **{**SERVED, "widths": [4], "dense_widths": [4], "bits": 6})
+    _, finished = runs("small", target="vllm", **{**SERVED, "widths": [4], "dense_widths": [dense], "bits": 9})
     assert "the same experts and linear layers, bit for bit" in finished.report["verification"]["loader"]
 
 

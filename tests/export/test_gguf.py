@@ -11,6 +11,7 @@ import pytest
 import torch
 from ggufs import CORE, EXACT, FAMILIES, checkpoint, recipe
 from places import DEMO
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import moe_compress
@@ -224,6 +225,34 @@ def test_pruned_models_are_written_with_their_own_number_of_experts(tmp_path, ca
     assert tensors["blk.1.ffn_gate_inp.weight"].shape.tolist() == [64, 6]
     assert tensors["blk.1.exp_probs_b.bias"].shape.tolist() == [6]
     assert report["after"]["bytes"] == sum(int(t.n_bytes) for t in tensors.values())
+
+
+def test_of_a_draft_layer_one_line_says_that_it_is_left_out(tmp_path, calibration):
+    model = checkpoint(tmp_path / "model", "deepseek_v3")
+    tensors = load_file(model / "model.safetensors")
+    drafted = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in tensors.items() if ".layers.1." in n}
+    save_file(tensors | drafted, model / "model.safetensors", {"format": "pt"})
+    report = moe_compress.run(recipe(model, tmp_path / "out", {"bits": 9, "types": ["Q8_0"]}, calibration)).report
+    (note,) = [note for note in report["passes"][0]["notes"] if "not in the file" in note]
+    assert note.startswith("model.layers.2.")
+    assert note.endswith(f" and {len(drafted) - 1} more are not in the file: a draft layer behind the model's own")
+    manifest = json.loads((tmp_path / "out" / "moe_compress.json").read_text())
+    assert manifest["left_out"].keys() == drafted.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [("qwen3_moe", "qwen3moe.expert_feed_forward_length"), ("mixtral", "llama.feed_forward_length")],
+)
+def test_narrower_experts_are_written_with_their_own_width(family, key, tmp_path, calibration):
+    model = checkpoint(tmp_path / "model", family)
+    values = recipe(model, tmp_path / "out", {"bits": 9.0, "types": ["Q8_0"]}, calibration)
+    values["passes"].insert(0, {"prune.neurons": {"neurons": 32, "refit": False}})
+    moe_compress.run(values)
+    metadata, tensors = contents(tmp_path / "out")
+    assert metadata[key] == 32  # llama.cpp allocates by it
+    assert tensors["blk.1.ffn_gate_exps.weight"].shape.tolist() == [64, 32, 8]
+    assert tensors["blk.1.ffn_down_exps.weight"].shape.tolist() == [32, 64, 8]
 
 
 def test_the_same_recipe_gives_the_same_bytes(tmp_path, calibration):

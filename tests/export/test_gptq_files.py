@@ -24,10 +24,12 @@ from moe_compress.export.gptq_format import module_bits
 from moe_compress.export.targets import TARGETS
 from moe_compress.export.write import write_folder
 from moe_compress.model import MoEModel
+from moe_compress.model.shape import model_shape
 from moe_compress.pipeline import plan_run
 from moe_compress.probe import streamed
 from moe_compress.progress import Progress
 from moe_compress.recipe import make_recipe
+from moe_compress.report.build import sizes
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +297,8 @@ def test_forecast_plan_report_and_file_agree_to_the_byte(source, bits, tmp_path)
         assert written.nbytes == forecast.total_bytes == report["after"]["bytes"]
     assert experts == forecast.expert_bytes == report["after"]["expert_bytes"]
     assert experts == report["passes"][0]["summary"]["expert_bytes"]
+    read = sizes(model_shape(MoEModel.open(tmp_path / "out")))  # what inspect and evaluate say
+    assert read == {key: report["after"][key] for key in read}
 
 
 def test_pruned_then_quantized_at_two_widths(source, text, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,18 +12,21 @@ import torch
 from checkpoints import EXPERTS, GPTQ, LAYERS, MERGE, PRUNE, RTN, recipe, write_recipe
 from places import ROOT
 from running import digest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_compress
 
 HIDDEN = NEURONS = 32
 SEVEN = {"merge.average": {"experts": 7}}
+EMBEDDINGS = {"quantize.mixed": RTN["quantize.mixed"] | {"bits": 9, "include": ["experts", "attention", "embeddings"]}}
 # Name → (passes, target, experts left, whether they are packed).
 RECIPES = {
     "prune": ([PRUNE], "transformers", 6, False),
     "merge": ([MERGE], "transformers", 6, False),
     "rtn": ([RTN], "native", 8, True),
     "gptq": ([GPTQ], "native", 8, True),
+    "embeddings": ([EMBEDDINGS], "native", 8, True),
     "all": ([SEVEN, PRUNE, GPTQ], "native", 6, True),
 }
 
@@ -50,6 +54,17 @@ def sizes(folder: Path, experts: int) -> dict[str, float]:
         "expert_bytes": held,
         "bits_per_weight": 8 * held / weights,
     }
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, tokens: list[int], length: int = 32) -> float:
+    """Of a loaded model, window by window."""
+    nll, count = 0.0, 0
+    for start in range(0, len(tokens), length):
+        window = torch.tensor([tokens[start : start + length]])
+        predicted = window.shape[1] - 1
+        nll, count = nll + float(model(window, labels=window).loss) * predicted, count + predicted
+    return math.exp(nll / count)
 
 
 def documented(heading: str) -> set[str]:
@@ -119,7 +134,7 @@ def test_the_report_is_true(name, ran, small):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_result_loads(name, ran, text):
+def test_the_result_loads(name, ran, small, text):
     *_, experts, packed = RECIPES[name]
     output = ran(name)
     config = json.loads((output / "config.json").read_text())
@@ -134,17 +149,12 @@ def test_the_result_loads(name, ran, text):
     expected = torch.tensor(manifest["probe"]["logits"])
     assert torch.allclose(logits.gather(1, torch.tensor(manifest["probe"]["index"])), expected, atol=2e-3)
 
-    # The reported perplexity, from the loaded model, window by window.
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    tokens = tokenizer((text / "held-out.txt").read_text())["input_ids"][:128]
-    nll, count = 0.0, 0
-    for start in range(0, len(tokens), 32):
-        window = torch.tensor([tokens[start : start + 32]])
-        with torch.no_grad():
-            loss = model(window, labels=window).loss
-        nll, count = nll + float(loss) * (window.shape[1] - 1), count + window.shape[1] - 1
+    # The reported perplexities, from the loaded models in float32.
+    tokens = AutoTokenizer.from_pretrained(output)((text / "held-out.txt").read_text())["input_ids"][:128]
+    source = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
     report = json.loads((output / "report.json").read_text())
-    assert report["after"]["perplexity"]["held-out"] == pytest.approx(math.exp(nll / count), rel=1e-3)
+    for which, scored in (("before", source), ("after", model)):
+        assert report[which]["perplexity"]["held-out"] == pytest.approx(perplexity(scored, tokens), rel=1e-5)
 
 
 def test_evaluate_says_what_the_report_says(ran, small, text, commands, tmp_path):
@@ -163,6 +173,24 @@ def test_evaluate_says_what_the_report_says(ran, small, text, commands, tmp_path
         else:
             assert scores[key] == pytest.approx(value)
     assert "perplexity held-out" in said.out
+
+
+def test_a_draft_layer_that_no_longer_fits_is_told(small, text, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+    (last,) = [f for f in source.glob("*.safetensors") if f"model.layers.{LAYERS - 1}.mlp.gate.weight" in load_file(f)]
+    held = load_file(last)
+    drafted = {f"model.layers.{LAYERS}.mlp.experts.{e}.up_proj.weight": torch.ones(4, 4) for e in range(EXPERTS)}
+    save_file(held | drafted, last, {"format": "pt"})
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(drafted, last.name)
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    passes = [PRUNE, RTN]
+    report = moe_compress.run(recipe(source, tmp_path / "out", passes, text, evaluate={})).report
+    told = [[n for n in step["notes"] if "speculative decoding" in n] for step in report["passes"]]
+    assert [len(notes) for notes in told] == [1, 0]
+    assert told[0][0].startswith(f"{EXPERTS} tensors that aren't the model's own (model.layers.{LAYERS}.")
+    assert drafted.keys() <= tensors(tmp_path / "out").keys()
 
 
 def test_a_dry_run_writes_nothing(small, text, commands, tmp_path):

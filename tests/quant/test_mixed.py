@@ -215,6 +215,7 @@ def test_uniform_is_spread_evenly(monkeypatch):
     [
         ({"bits": 3.0, "group_size": 48}, "group_size 48 doesn't divide.*32 does"),
         ({"bits": 0.9}, "the budget is"),
+        ({"size": "1 KB", "bits": None}, "of `size` 1 kB, what stays as it is takes 10 kB, so the budget is 0 bytes"),
         ({"bits": 3.0, "target": "transformers"}, "loads no quantized experts"),
         (
             {"bits": 6.0, "target": "sglang", "widths": [4, 8], "rotate": "down"},

@@ -22,6 +22,8 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 from moe_compress.model import MoEModel
 from moe_compress.quant.sources import E2M1, blocks_to_dense, decode, mx_to_dense
+from moe_compress.report.text import headline
+from moe_compress.units import show_bytes
 
 
 def edit(folder: Path, quantization: dict, change) -> Path:
@@ -145,6 +147,8 @@ def test_a_run_on_fp8(tmp_path):
     told = results["q"].report["source"]
     assert told["quantization"] == "fp8"
     assert told["bytes"] == sum(t.nbytes for t in load_file(quantized / "model.safetensors").values())
+    stored = ("source as stored (fp8)", show_bytes(told["bytes"]), "")
+    assert [stored in headline(results[name].report) for name in "qd"] == [True, False]
     assert results["d"].report["source"] == {"quantization": None, "bytes": results["d"].report["before"]["bytes"]}
 
 
