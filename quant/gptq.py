@@ -173,9 +173,9 @@ def shrink_hessians(
             mean_KK += hessian_KK
         mean_KK /= total
     denominator_E = tokens_E.double() + strength
-    share_E = torch.where(denominator_E > 0, strength / denominator_E, 1.0).to(hessian_EKK.dtype)
-    own_E = (1 / torch.where(denominator_E > 0, denominator_E, 1.0)).to(hessian_EKK.dtype)
-    return (hessian_EKK * own_E[:, None, None]).addcmul_(mean_KK.to(hessian_EKK.dtype), share_E[:, None, None])
+    share_E = torch.where(denominator_E > 0, strength / denominator_E, 1.0).to(hessian_EKK)
+    own_E = (1 / torch.where(denominator_E > 0, denominator_E, 1.0)).to(hessian_EKK)
+    return (hessian_EKK * own_E[:, None, None]).addcmul_(mean_KK.to(hessian_EKK), share_E[:, None, None])
 
 
 def foreseen_share(squares_EK: Tensor, hessian_EKK: Tensor, damping: float = 0.01) -> Tensor:
