@@ -221,6 +221,12 @@ def _packed(source: Checkpoint, module: str, scheme: Mapping[str, Any]) -> Decod
             f"{source.folder}: {names[0]!r} has the shape {list(codes.shape)}; {bits} bits of [{rows}, {columns}] "
             "without gaps have another (compressed-tensors before 0.18 left gaps): write it again with a newer one"
         )
+    size = int(scheme["group_size"]) if scheme.get("strategy") == "group" else columns
+    if columns % size or scale.shape != (rows, columns // size):
+        raise CheckpointError(
+            f"{source.folder}: {names[1]!r} is {list(scale.shape)}, and of [{rows}, {columns}] one scale for every "
+            f"{size} weights of a row is expected"
+        )
     decoder = partial(packed_to_dense, bits=bits, dtype=scale.dtype)
     return Decoded(tuple(names), decoder, scale.dtype, (rows, columns))
 
