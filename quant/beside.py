@@ -323,7 +323,14 @@ def quantize_matrices(
             continue
         hessian_KK = moments[paths[0]]
         stacked = torch.cat([weights[path].float() for path in paths])
-        solved = gptq(stacked[None], hessian_KK[None], grid, damping=options.damping, search=options.search)
+        solved = gptq(
+            stacked[None],
+            hessian_KK[None],
+            grid,
+            damping=options.damping,
+            sweeps=options.sweeps,
+            search=options.search,
+        )
         start = 0
         for path in paths:
             own = slice(start, start := start + len(weights[path]))
