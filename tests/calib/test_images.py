@@ -19,7 +19,7 @@ from moe_compress.calib.batches import MODALITY, TOKEN_WEIGHT
 from moe_compress.calib.images import find_processor
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.outputs import OutputGram, OutputMoments, TokenContribution
-from moe_compress.calib.statistics import ChosenLogits, InputMoments, OutputNorms, Routing
+from moe_compress.calib.statistics import ChosenLogits, OutputNorms, Routing
 from moe_compress.calib.text import Calibration, load_batches
 from moe_compress.errors import DataError, InputError
 from moe_compress.model import FusedExperts, MoEModel
@@ -232,7 +232,6 @@ ADDITIVE = [
     Routing(),
     ChosenLogits(),
     OutputNorms(),
-    InputMoments(),
     MixtureMoments(),
     OutputGram(),
     OutputMoments(),
