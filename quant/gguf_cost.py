@@ -13,13 +13,13 @@ from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.calib.statistics import Accumulator, Result, Statistic
-from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import FusedExperts, MoEBlock, Tap
 from moe_compress.model.dispatch import Dispatch
 
 from .gguf_blocks import dequantize, find_type
 from .gguf_quantize import quantize
 from .importance import channel_squares
+from .scores import experts_of
 
 # Bytes of rows and re-quantized weights at a time.
 _CHUNK_BYTES = 512 << 20
@@ -42,10 +42,8 @@ class BlockTypeError(Statistic):
     sample: int = 16
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
-        """See Statistic."""
-        if block.kind != "fused":
-            raise UnsupportedModelError(f"layer {block.layer} is quantized already")
-        return _Errors(self, FusedExperts(block.experts_module))
+        """See Statistic. Raises UnsupportedModelError for experts that aren't dense."""
+        return _Errors(self, experts_of(block))
 
 
 class _Errors(Accumulator):
