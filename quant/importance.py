@@ -16,7 +16,7 @@ from moe_compress.model.dispatch import Dispatch
 
 # Bytes of rows at a time.
 _CHUNK_BYTES = 512 << 20
-# An expert that saw fewer tokens than this has the layer's mean rather than its own.
+# Rows of the layer's mean that join an expert's own: with fewer of its own it is more the layer's than its own.
 SHRINKAGE = 32.0
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.checkpoint.decoded import Decoded, DecodedCheckpoint
-from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.reader import Checkpoint, config_dtype
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 
 from .packing import packed_words, unpack
@@ -69,11 +69,7 @@ def decode(source: Checkpoint) -> DecodedCheckpoint:
 
 def _dense_dtype(source: Checkpoint) -> torch.dtype:
     """The dtype that config.json names, bfloat16 if none: in it loaders put what they decode."""
-    config = source.config
-    text = config.get("text_config") or {}
-    named = [v.get(key) for v in (text, config) for key in ("dtype", "torch_dtype") if v.get(key)]
-    found = getattr(torch, str(named[0]).removeprefix("torch."), None) if named else None
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.bfloat16
+    return config_dtype(source.config) or torch.bfloat16
 
 
 # --- fp8 -----------------------------------------------------------------------------------------------------------
