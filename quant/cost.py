@@ -61,15 +61,14 @@ class _Errors(Accumulator):
             self.scales.append(tap.inverse_residual_T)
 
     def result(self) -> Result:
-        own, counted_T = self.settings, self.inputs.token_weight_T
+        own = self.settings
         sequence_T = torch.cat(self.sequences)
         number = int(sequence_T.max()) + 1
         scale_T = None if self.scales is None else torch.cat(self.scales)
         squared_EMBQ, relative_EMB = own.zeros(self.experts, number), own.zeros(self.experts)
         for experts, part, place, column, change_RH in own.changes(self.experts, self.inputs):
             squared_R = change_RH.square().sum(-1).double() * part.weight_R.double().square()
-            if counted_T is not None:
-                squared_R = squared_R * counted_T[part.token_R].double()
+            squared_R = squared_R * self.inputs.counted(part)
             squared_R, token_R, expert_R = squared_R.cpu(), part.token_R.cpu(), part.expert_R.cpu()
             index = (expert_R, sequence_T[token_R])
             squared_EMBQ[experts, place, column].index_put_(index, squared_R, accumulate=True)

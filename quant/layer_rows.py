@@ -72,9 +72,7 @@ class LayerRows:
     def __init__(self, experts: FusedExperts, inputs: BlockInputs, weighing: Weighing):
         self.experts, self.inputs = experts, inputs
         self.dispatch = Dispatch.of(inputs.index_TK, inputs.weight_TK, experts.num_experts)
-        weight_R = self.dispatch.weight_R.double().abs() ** POWER[weighing]
-        if inputs.token_weight_T is not None:
-            weight_R = weight_R * inputs.token_weight_T[self.dispatch.token_R].double()
+        weight_R = self.dispatch.weight_R.double().abs() ** POWER[weighing] * inputs.counted(self.dispatch)
         self.weight_R = weight_R / weight_R.mean() if bool(weight_R.any()) else weight_R
 
     def means(self) -> tuple[Tensor, Tensor]:
