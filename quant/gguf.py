@@ -216,7 +216,7 @@ class QuantizeGGUF(Pass):
         pack_experts(block, stacks)
         report: list[dict[str, Any]] = [{} for _ in everyone]
         if inputs is not None:
-            counts = Dispatch.of(inputs.index_TK, inputs.weight_TK, experts.num_experts).counts
+            counts = Dispatch.of(inputs.index_TK, inputs.weight_TK, len(everyone)).counts
             report = [{"tokens": count} for count in counts]
         return {"types": decision["types"], "relative_error": errors, "experts": report}
 
