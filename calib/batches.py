@@ -79,23 +79,24 @@ class TokenBatches:
         text = [i for i in indices if i < len(self.ids)]
         images = [i for i in indices if i >= len(self.ids)]
         samples = tuple(self.samples[i - len(self.ids)] for i in images)
-        tags = [self.domain[i] for i in text + images]
-        return replace(
-            self, ids=self.ids[text], domain=tags, digest=digest([self.ids[text]], tags, samples), samples=samples
-        )
+        return self._of(self.ids[text], [self.domain[i] for i in text + images], samples)
 
     def joined(self, other: TokenBatches) -> TokenBatches:
         """The sequences of both; report and weights are the first one's."""
         ids = torch.cat([self.ids, other.ids])
         samples = (*self.samples, *other.samples)
         own, more = len(self.ids), len(other.ids)
-        tags = self.domain[:own] + other.domain[:more] + self.domain[own:] + other.domain[more:]
-        return replace(self, ids=ids, domain=tags, digest=digest([ids], tags, samples), samples=samples)
+        return self._of(ids, self.domain[:own] + other.domain[:more] + self.domain[own:] + other.domain[more:], samples)
 
     def weighed(self, weights: Mapping[str, float]) -> TokenBatches:
         """The same sequences, their tokens weighed by modality; part of the digest."""
         text = hashlib.sha256(f"{self.digest} {json.dumps(dict(weights), sort_keys=True)}".encode()).hexdigest()
         return replace(self, digest=text, modality_weights=dict(weights))
+
+    def _of(self, ids: Tensor, tags: list[str | None], samples: tuple[Mapping[str, Tensor], ...]) -> TokenBatches:
+        """Other sequences, weighed alike."""
+        found = replace(self, ids=ids, domain=tags, digest=digest([ids], tags, samples), samples=samples)
+        return found if self.modality_weights is None else found.weighed(self.modality_weights)
 
 
 def split(text: TokenBatches, share: float) -> tuple[TokenBatches, TokenBatches]:

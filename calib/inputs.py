@@ -88,6 +88,13 @@ class BlockInputs:
         """What each token counts; None where all count 1."""
         return torch.cat(self._counted) if self._weighed else None
 
+    def counted(self, dispatch: Dispatch) -> Tensor:
+        """What each row of a dispatch of these tokens counts: its token's weight, float64 [R], 1 where all count 1."""
+        counted_T = self.token_weight_T
+        if counted_T is None:
+            return torch.ones(len(dispatch.row_R), dtype=torch.float64, device=dispatch.row_R.device)
+        return counted_T[dispatch.token_R].double()
+
     @property
     def sequence_T(self) -> Tensor | None:
         """Sequence of each token; None where that isn't known."""

@@ -4,7 +4,7 @@ A `Statistic` is an accumulator over taps. A pass names the statistics that it n
 sweep, and results are plain tensors that can be stored and reused. Sums over tokens are kept in float64 where they
 are small and in float32 where they are matrices. Adding one: subclass `Statistic`, say what it promises, done.
 
-Letters: E experts, T tokens, K experts per token, R rows (token, expert), H hidden, I neurons of an expert.
+Letters: E experts, T tokens, K experts per token, R rows (token, expert), H hidden.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import MoEBlock, MoEModel, Tap
-from moe_compress.model.dispatch import Dispatch, grouped_squares
+from moe_compress.model.dispatch import Dispatch
 
 Result = dict[str, Tensor]
 
@@ -211,48 +211,6 @@ class _NormSums(Accumulator):
     def result(self) -> Result:
         norm, gated, squared = self.sums
         return {"norm": norm, "gated_norm": gated, "gated_norm_squared": squared, "maximum": self.maximum}
-
-
-@dataclass(frozen=True)
-class InputMoments(Statistic):
-    """Second moments of what each expert's projections read, over the tokens routed to it.
-
-    Result: `counts` [E]; `input` [E, H, H] Σ x xᵀ (read by gate and up alike); `activation` [E, I, I] Σ a aᵀ (read by
-    the down projection). Sums, float32, not divided by the counts; each token counts as much as it weighs. Memory:
-    E·(H² + I²)·4 bytes per layer.
-    """
-
-    name: ClassVar[str] = "input_moments"
-    weighs_tokens: ClassVar[bool] = True
-
-    def start(self, block: MoEBlock, tokens: int) -> Accumulator:
-        """See Statistic."""
-        return _MomentSums(block)
-
-
-class _MomentSums(Accumulator):
-    def __init__(self, block: MoEBlock):
-        self.experts = block.num_experts
-        self.counts = torch.zeros(self.experts, dtype=torch.float64)
-        self.sums: tuple[Tensor, Tensor] | None = None
-
-    def update(self, tap: Tap) -> None:
-        dispatch = tap.dispatch
-        counted = counted_rows(tap, dispatch)
-        self.counts += _sum_rows(counted, dispatch, self.experts).cpu()
-        rows = (tap.input_RH.float(), tap.activation_RI.float())
-        if tap.token_weight_T is not None:
-            rows = (rows[0] * counted.sqrt().float().unsqueeze(1), rows[1] * counted.sqrt().float().unsqueeze(1))
-        grams = [grouped_squares(r, dispatch.offsets_E) for r in rows]
-        if self.sums is None:
-            self.sums = (grams[0], grams[1])
-        else:
-            self.sums[0].add_(grams[0])
-            self.sums[1].add_(grams[1])
-
-    def result(self) -> Result:
-        assert self.sums is not None, "no batch was seen"
-        return {"counts": self.counts, "input": self.sums[0].cpu(), "activation": self.sums[1].cpu()}
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,7 @@ class Calibrated:
         """The sequences with one of these tags alone; all for None."""
         if self.text is None or domains is None:
             return self
-        part = self.text.chosen([i for i, tag in enumerate(self.text.domain) if tag in domains])
-        if self.text.modality_weights is not None:
-            part = part.weighed(self.text.modality_weights)
-        return replace(self, text=part)
+        return replace(self, text=self.text.chosen([i for i, tag in enumerate(self.text.domain) if tag in domains]))
 
     def batches(self) -> list[Batch]:
         """Arguments of each forward."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe_compress.budget.integer import Bools, Floats, Ints
-from moe_compress.budget.knapsack import Outcome, solve_arrays
+from moe_compress.budget.knapsack import Solution, solve_arrays
 from moe_compress.errors import BudgetError
 from moe_compress.units import show_bytes
 
@@ -102,7 +102,7 @@ def program(choices: dict[int, Choices], budget: int, cover: int = 0) -> Allocat
     held = {i: c.mask_UB.copy() for i, c in choices.items()}
     cost, size = (np.concatenate([getattr(c, name) for c in choices.values()]) for name in ("cost_UB", "size_UB"))
     ends = np.cumsum([len(c.cost_UB) for c in choices.values()])[:-1]
-    free: Outcome | None = None
+    free: Solution | None = None
     while True:
         mask = np.concatenate(list(held.values()))
         solution = solve_arrays(cost, size, budget, mask, gap=0.0)

@@ -1,21 +1,34 @@
-"""What is measured of a block's experts at every width that they may get: what such statistics share."""
+"""What is measured of a block's experts at every width that they may get: what such statistics share.
+
+Letters: E experts, M matrices of an expert (gate, up, down, as many as there are), B candidate widths, R rows (token,
+expert), H hidden size of the experts.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import torch
+from torch import Tensor
+
+from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.calib.statistics import Accumulator, Statistic
-from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock
+from moe_compress.model import FusedExperts, MoEBlock
+from moe_compress.model.dispatch import Dispatch
 
 from .grid import Grid, dequantize
-from .rotation import Rotate, Rotations
+from .rotation import Rotate, Rotation, Rotations
 from .rtn import round_to_nearest
+from .scores import experts_of
 
 if TYPE_CHECKING:
     from .options import MixedOptions
+
+# Bytes of rows and re-quantized weights at a time.
+_CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -43,10 +56,8 @@ class AtWidths(Statistic):
         )
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
-        """See Statistic. Raises UnsupportedModelError for experts that are quantized already."""
-        if block.kind != "fused":
-            raise UnsupportedModelError(f"layer {block.layer} is quantized already")
-        experts = FusedExperts(block.experts_module)
+        """See Statistic. Raises UnsupportedModelError for experts that aren't dense."""
+        experts = experts_of(block)
         sizes = experts.hidden_size, experts.intermediate_size
         return self.accumulator(experts, Rotations.of_layer(self.rotate, block.layer, *sizes))
 
@@ -58,13 +69,67 @@ class AtWidths(Statistic):
         """The grid of a width."""
         return Grid.of_width(bits, self.group_size, self.symmetric)
 
-    def rounded(self, weights: ExpertWeights, bits: float, rotations: Rotations) -> ExpertWeights:
-        """Experts whose matrices are rounded to nearest at a width; biases as they are."""
-        grid, values = self.grid(bits), dict(weights.items())
-        for name, matrix in weights.matrices():
-            if (turn := rotations.of(name)) is None:
-                values[name] = dequantize(round_to_nearest(matrix, grid), matrix.dtype)
-            else:
-                turned = dequantize(round_to_nearest(turn(matrix.float()), grid))
-                values[name] = turn.back(turned).to(matrix.dtype)
-        return ExpertWeights(**values)
+
+class Change(NamedTuple):
+    """What rounding changes the outputs of a chunk of experts by, before their routing weights.
+
+    Attributes:
+        experts: where they are among all. dispatch: counts them from 0.
+        place, column: what is rounded, and at which width: the latter two indices of [E, M, B].
+        change_RH: float32, exact outputs less those of rounded weights.
+    """
+
+    experts: slice
+    dispatch: Dispatch
+    place: int
+    column: int
+    change_RH: Tensor
+
+
+@dataclass(frozen=True)
+class OutputChanges(AtWidths):
+    """A statistic of what experts' outputs change by when one expert alone is rounded to nearest, all else exact.
+
+    `per_matrix`: one matrix of an expert alone is rounded instead of all its matrices, and results are [E, M, B], M in
+    the order gate (where there is one), up, down; otherwise they are [E, B].
+    """
+
+    per_matrix: bool = False
+
+    def changes(self, experts: FusedExperts, rotations: Rotations, inputs: BlockInputs) -> Iterator[Change]:
+        """All changes on what the block read, a chunk of experts at a time, so that each is rounded once per width."""
+        weights = experts.weights()
+        names = [name for name, _ in weights.matrices()]
+        together = [[name] for name in names] if self.per_matrix else [names]
+        dispatch = Dispatch.of(inputs.index_TK, inputs.weight_TK, experts.num_experts)
+        dense = weights.parameters // experts.num_experts
+        row = 5 * experts.hidden_size + 4 * weights.up.shape[1]
+        for chunk in chunks([12 * dense + 4 * rows * row for rows in dispatch.counts], _CHUNK_BYTES):
+            _, part = dispatch.part(chunk)
+            if not len(part.row_R):
+                continue
+            own, input_RH = weights.part(chunk), inputs.hidden_TH[part.token_R]
+            exact_RH = experts.with_weights(own, input_RH, part)[1]
+            for column, bits in enumerate(self.bits):
+                grid = self.grid(bits)
+                rounded = {n: _rounded(m, grid, rotations.of(n)) for n, m in own.matrices()}
+                for place, changed in enumerate(together):
+                    mixed = replace(own, **{name: rounded[name] for name in changed})
+                    change_RH = exact_RH - experts.with_weights(mixed, input_RH, part)[1]
+                    yield Change(slice(chunk.start, chunk.stop), part, place, column, change_RH.float())
+
+    def zeros(self, experts: FusedExperts, *more: int) -> Tensor:
+        """A sum per expert, matrix (one, where experts are rounded whole) and width, float64 on the CPU."""
+        matrices = len(experts.weights().matrices()) if self.per_matrix else 1
+        return torch.zeros(experts.num_experts, matrices, len(self.bits), *more, dtype=torch.float64)
+
+    def shaped(self, sums_EMB: Tensor) -> Tensor:
+        """As results are."""
+        return sums_EMB if self.per_matrix else sums_EMB[:, 0]
+
+
+def _rounded(matrix: Tensor, grid: Grid, rotation: Rotation | None) -> Tensor:
+    """A matrix rounded to nearest, as it is when rotated."""
+    if rotation is None:
+        return dequantize(round_to_nearest(matrix, grid), matrix.dtype)
+    return rotation.back(dequantize(round_to_nearest(rotation(matrix.float()), grid))).to(matrix.dtype)

@@ -8,14 +8,13 @@ Letters: T tokens, V vocabulary, O/K output and input features, M matrices, U un
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_compress.budget.integer import Ints
 from moe_compress.calib.collect import Profile
@@ -35,7 +34,7 @@ from .options import MixedOptions
 from .packed_linear import packed
 from .rtn import output_error, round_to_nearest
 from .solver import SolverOptions
-from .stack import Encoding, Stack
+from .stack import Stack
 
 # Dense rows made at a time, bytes.
 _CHUNK_BYTES = 64 << 20
@@ -85,7 +84,7 @@ class MatrixError(LayerStatistic):
             module: Any = step.layer.module.get_submodule(matrix.path)
             with step.readable():
                 weight_1OK = module.weight.detach()[None]
-                stacks = [Stack.holding(_rounded(weight_1OK, grid)) for grid in self._grids]
+                stacks = [Stack.holding(round_to_nearest(weight_1OK, grid)) for grid in self._grids]
             errors = []
             for stack in stacks:
                 beside.replace(step.layer.module, matrix.path, packed(module, stack, weight_1OK.dtype))
@@ -128,7 +127,7 @@ class MatrixError(LayerStatistic):
         for start in range(0, len(occurring), step := _rows_at_once(weight_VK)):
             own = weight_VK[occurring[start : start + step]].float()
             for column, grid in enumerate(self._grids):
-                change = dequantize(_rounded(own, grid), torch.float32) - own
+                change = dequantize(round_to_nearest(own, grid), torch.float32) - own
                 error[column] += (_relative(change, own).cpu() * counts[start : start + step].cpu()).sum()
         return error
 
@@ -139,7 +138,7 @@ class MatrixError(LayerStatistic):
         read_TK = read_TK.float()
         for start in range(0, total, step := min(_rows_at_once(weight_VK), max(1, _CHUNK_BYTES // (4 * len(read_TK))))):
             own = weight_VK[start : start + step].float()
-            products = [own, *(dequantize(_rounded(own, grid), torch.float32) - own for grid in self._grids)]
+            products = [own, *(dequantize(round_to_nearest(own, grid), torch.float32) - own for grid in self._grids)]
             for number, part in enumerate(products):
                 logits = (read_TK @ part.T).double()
                 moments[0, number] += logits.sum(1).cpu()
@@ -200,10 +199,7 @@ class Beside:
 
     def packed_bytes(self, matrix: Matrix, bits: float) -> int:
         """Bytes of a matrix at a width."""
-        grid = self.options.grid(bits)
-        encoding = Encoding(bits, grid.group_size, grid.symmetric)
-        beside = self.target.beside(bits, grid.group_size, matrix.rows, matrix.columns)
-        return encoding.matrix_bytes(matrix.rows, matrix.columns) + beside
+        return self.options.matrix_bytes(self.target, bits, matrix.rows, matrix.columns)
 
     def total(self, shape: ModelShape, bits: float) -> int:
         """Bytes of everything included, at one width."""
@@ -323,7 +319,14 @@ def quantize_matrices(
             continue
         hessian_KK = moments[paths[0]]
         stacked = torch.cat([weights[path].float() for path in paths])
-        solved = gptq(stacked[None], hessian_KK[None], grid, damping=options.damping, search=options.search)
+        solved = gptq(
+            stacked[None],
+            hessian_KK[None],
+            grid,
+            damping=options.damping,
+            sweeps=options.sweeps,
+            search=options.search,
+        )
         start = 0
         for path in paths:
             own = slice(start, start := start + len(weights[path]))
@@ -344,22 +347,14 @@ def _changed(quantized: Quantized, decision: Mapping[str, Any], report: dict[str
         None if quantized.zero is None else quantized.zero[None],
         quantized.grid,
     )
-    place = functools.partial(_place, Stack.holding(alone))
+    stack = Stack.holding(alone)
     report = {**{k: v for k, v in decision.items() if k != "bits"}, **report}
-    return Changed(quantized.grid.bits, place, report)
-
-
-def _place(stack: Stack, module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return packed(module, stack, dtype)
+    return Changed(quantized.grid.bits, lambda module, dtype: packed(module, stack, dtype), report)
 
 
 def _part(quantized: Quantized, rows: slice) -> Quantized:
     zero = None if quantized.zero is None else quantized.zero[0, rows]
     return Quantized(quantized.codes[0, rows], quantized.scale[0, rows], zero, quantized.grid)
-
-
-def _rounded(weight: Tensor, grid: Grid) -> Quantized:
-    return round_to_nearest(weight, grid)
 
 
 def _rows_at_once(weight: Tensor) -> int:

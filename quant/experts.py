@@ -184,18 +184,17 @@ def _by_gptq(
             input_RH = turn(input_RH.float())
             exact = replace(exact, **{name: turn(getattr(exact, name).float()) for name in inward})
         hessian_CHH = shrink_hessians(rows.moment(input_RH), rows.evidence_C, options.shrinkage, mean_KK=mean_HH)
-        coarse = dict(exact.items())
+        coarse = {name: getattr(exact, name).clone() for name in inward} if options.compensate else {}
         for solved in _solve(inward, exact, hessian_CHH, rows, choices, options, sums):
             if options.compensate:
-                value = coarse[solved.projection].clone()
+                value = coarse[solved.projection]
                 value[[e - rows.experts.start for e in solved.experts]] = solved.value(value.dtype)
-                coarse[solved.projection] = value
             yield solved
         del hessian_CHH
         exact_RI = experts.activations_with(exact, input_RH, rows.dispatch)
         read_RI = exact_RI
         if options.compensate:
-            read_RI = experts.activations_with(ExpertWeights(**coarse), input_RH, rows.dispatch)
+            read_RI = experts.activations_with(replace(exact, **coarse), input_RH, rows.dispatch)
         if (turn := rotations.down) is not None:
             exact_RI, read_RI = turn(exact_RI.float()), turn(read_RI.float())
             exact = replace(exact, down=turn(exact.down.float()))

@@ -107,12 +107,13 @@ def _chunk_scales(tiles_BrNc: Tensor, search: str) -> Tensor:
     largest_BN = tiles_BrNc.abs().amax((1, 3))
     if not largest_BN.isfinite().all():
         raise RunError("the weights contain NaN or infinity")
-    plain_BN = torch.where(largest_BN == 0, LARGEST, largest_BN) / LARGEST
+    plain_BN = largest_BN / LARGEST
+    plain_BN = torch.where(plain_BN == 0, 1.0, plain_BN)  # of zeros, or of numbers so small that the quotient is none
     if search == "none":
         return plain_BN
     best_BN, least_BN = plain_BN, _error(tiles_BrNc, plain_BN)
     for factor in FACTORS:
-        tried_BN = torch.where(largest_BN == 0, plain_BN, plain_BN * factor)
+        tried_BN = plain_BN * factor
         error_BN = _error(tiles_BrNc, tried_BN)
         better_BN = error_BN < least_BN
         best_BN, least_BN = torch.where(better_BN, tried_BN, best_BN), torch.minimum(error_BN, least_BN)

@@ -21,7 +21,7 @@ from moe_compress.calib.statistics import Accumulator, Result
 from moe_compress.model import FusedExperts, Tap
 
 from .at_widths import AtWidths
-from .gptq import conditional, foreseen_share, gptq, shrink_hessians
+from .gptq import column_costs, foreseen_share, gptq, shrink_hessians
 from .grid import Grid, Quantized, dequantize
 from .low_rank import shares_left
 from .rotation import Rotations
@@ -74,36 +74,33 @@ class _Shares(Accumulator):
             here = slice(part.experts.start, part.experts.stop)
             seen_C1 = part.rows_C.gt(0).unsqueeze(1)
             rows_C = part.rows_C.to(part.input_CHH.device)
-            read, activated = (
-                shrink_hessians(moment, rows_C, own.shrinkage) for moment in (part.input_CHH, part.activation_CII)
-            )
+            hessians = [shrink_hessians(m, rows_C, own.shrinkage) for m in (part.input_CHH, part.activation_CII)]
+            turns = self.rotations.inward, self.rotations.down
+            hessians = [h if turn is None else turn.both_sides(h) for h, turn in zip(hessians, turns, strict=True)]
+            costs = [None if own.solve else column_costs(hessian, own.damping) for hessian in hessians]
             for m, (name, stacked) in enumerate(matrices):
-                matrix, hessian = stacked[here], activated if name == "down" else read
-                if (turn := self.rotations.of(name)) is not None:
-                    matrix, hessian = turn(matrix.float()), turn.both_sides(hessian)
-                by_width = [self._share(matrix, hessian, own.grid(bits)) for bits in own.bits]
-                found, spectra = zip(*by_width, strict=True)
+                turn, read = turns[name == "down"], (hessians[name == "down"], costs[name == "down"])
+                matrix = stacked[here] if turn is None else turn(stacked[here].float())
+                found, spectra = zip(*(self._share(matrix, *read, own.grid(b)) for b in own.bits), strict=True)
                 share[here, m] = torch.where(seen_C1, torch.stack(found, dim=1).cpu(), 1.0)
                 left[here, m] = torch.where(seen_C1.unsqueeze(1), torch.stack(spectra, dim=1).cpu(), 1.0)
         return {"share": share, **({"left": left} if own.ranks else {})}
 
-    def _share(self, weight_COK: Tensor, hessian_CKK: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """What GPTQ leaves, [C], and what pairs leave of that, [C, ranks]."""
+    def _share(
+        self, weight_COK: Tensor, hessian_CKK: Tensor, costs: tuple[Tensor, Tensor] | None, grid: Grid
+    ) -> tuple[Tensor, Tensor]:
+        """What GPTQ leaves, [C], and what pairs leave of that, [C, ranks]; foreseen where `costs` are given."""
 
         def error(quantized: Quantized) -> Tensor:
             return dequantize(quantized).sub_(weight_COK)
 
-        rounded_COK = error(round_to_nearest(weight_COK, grid))
-        if not self.settings.solve:
-            damping, unit_CKK = self.settings.damping, torch.eye(hessian_CKK.shape[-1]).to(hessian_CKK)
-            share_C = foreseen_share(rounded_COK.square().sum(1), hessian_CKK, damping)
-            if not self.settings.ranks:
-                return share_C, share_C[:, None][:, :0]
-            conditional_CK = conditional(hessian_CKK, damping)
-            whitened_COK = rounded_COK * conditional_CK.sqrt().unsqueeze(1)
-            return share_C, shares_left(whitened_COK, unit_CKK.expand_as(hessian_CKK), list(self.settings.ranks))
-        solved_COK = error(gptq(weight_COK, hessian_CKK, grid, damping=self.settings.damping).quantized)
-        before_C = output_error(rounded_COK, hessian_CKK).sum(1)
-        share_C = torch.where(before_C > 0, output_error(solved_COK, hessian_CKK).sum(1) / before_C, 1.0)
-        ranks = list(self.settings.ranks)
-        return share_C, shares_left(solved_COK, hessian_CKK, ranks) if ranks else share_C[:, None][:, :0]
+        rounded_COK, ranks = error(round_to_nearest(weight_COK, grid)), list(self.settings.ranks)
+        read_CKK: Tensor | None = None
+        if costs is not None:
+            share_C = foreseen_share(rounded_COK.square().sum(1), *costs)
+            left_COK = rounded_COK.mul_(costs[1].sqrt().unsqueeze(1))  # R_jj times as large, and nothing correlated
+        else:
+            left_COK = error(gptq(weight_COK, hessian_CKK, grid, damping=self.settings.damping).quantized)
+            before_C, read_CKK = output_error(rounded_COK, hessian_CKK).sum(1), hessian_CKK
+            share_C = torch.where(before_C > 0, output_error(left_COK, hessian_CKK).sum(1) / before_C, 1.0)
+        return share_C, shares_left(left_COK, read_CKK, ranks) if ranks else share_C[:, None][:, :0]

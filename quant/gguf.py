@@ -23,6 +23,7 @@ from moe_compress.constants import GGUF
 from moe_compress.errors import BudgetError, RecipeError
 from moe_compress.export.gguf_layout import PARTS, Layout, layout
 from moe_compress.model import FusedExperts, MoEBlock
+from moe_compress.model.dispatch import Dispatch
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
 from moe_compress.units import parse_bytes, show_budget, show_bytes
@@ -213,8 +214,10 @@ class QuantizeGGUF(Pass):
             errors[projection] = _relative_error(matrix_EOK, blocks, kind, importance_EK)
             stacks[projection] = [(everyone, Stack.of_blocks(blocks, kind.name, matrix_EOK.shape[-1]))]
         pack_experts(block, stacks)
-        rows = squares.rows_E.long().tolist() if squares is not None else [None] * len(everyone)
-        report = [{} if rows[e] is None else {"tokens": rows[e]} for e in everyone]
+        report: list[dict[str, Any]] = [{} for _ in everyone]
+        if inputs is not None:
+            counts = Dispatch.of(inputs.index_TK, inputs.weight_TK, len(everyone)).counts
+            report = [{"tokens": count} for count in counts]
         return {"types": decision["types"], "relative_error": errors, "experts": report}
 
     # --- inside ------------------------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.calib.statistics import Accumulator, Result, Statistic
-from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import FusedExperts, MoEBlock, Tap
 from moe_compress.model.dispatch import Dispatch
 
 from .gguf_blocks import dequantize, find_type
 from .gguf_quantize import quantize
 from .importance import channel_squares
+from .scores import experts_of
 
 # Bytes of rows and re-quantized weights at a time.
 _CHUNK_BYTES = 512 << 20
@@ -32,20 +32,20 @@ class BlockTypeError(Statistic):
     Result: `relative` [P, B] Σ over tokens of ‖z_t − z'_t‖² / ‖h_t‖², z the block's output and h the hidden state
     behind the decoder layer, comparable between layers; `squared` [P, B] without the division. Experts' changes are
     summed as if they were orthogonal. A type that doesn't fit the rows has −1. `sample` experts of a layer are
-    measured, evenly from the most to the least used, and stand for the others by their rows (0: all).
+    measured, evenly from the most to the least used, and stand for the others by their rows (0: all). Each token counts
+    as much as it weighs, in errors, importances and rows.
     """
 
     name: ClassVar[str] = "block_type_error"
+    weighs_tokens: ClassVar[bool] = True
     types: tuple[str, ...]
     weighted: bool = True
     search: bool = True
     sample: int = 16
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
-        """See Statistic."""
-        if block.kind != "fused":
-            raise UnsupportedModelError(f"layer {block.layer} is quantized already")
-        return _Errors(self, FusedExperts(block.experts_module))
+        """See Statistic. Raises UnsupportedModelError for experts that aren't dense."""
+        return _Errors(self, experts_of(block))
 
 
 class _Errors(Accumulator):
@@ -84,7 +84,7 @@ class _Errors(Accumulator):
             own = weights.part(chunk)
             input_RH = self.inputs.hidden_TH[part.token_R]
             exact = self.experts.with_weights(own, input_RH, part)[1]
-            squared_R = part.weight_R.double().square()
+            squared_R = part.weight_R.double().square() * self.inputs.counted(part)
             for p, projection in enumerate(names):
                 matrix = getattr(own, projection)
                 importance = None
@@ -111,10 +111,12 @@ class _Errors(Accumulator):
     def _members(self) -> tuple[Tensor, float]:
         """Experts that are measured, and how many times their rows all rows are."""
         dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, self.experts.num_experts)
-        rows_E = dispatch.counts_E
+        rows_E = torch.zeros(self.experts.num_experts, dtype=torch.float64, device=dispatch.row_R.device)
+        rows_E.index_add_(0, dispatch.expert_R, self.inputs.counted(dispatch))
         sample = self.settings.sample
         order = rows_E.argsort(descending=True, stable=True)
         if sample and sample < len(order):
             order = order[(torch.arange(sample, device=order.device) * len(order)) // sample]
         members = order.sort().values
-        return members, float(rows_E.sum()) / max(1.0, float(rows_E[members].sum()))
+        seen = float(rows_E[members].sum())
+        return members, float(rows_E.sum()) / seen if seen else 1.0

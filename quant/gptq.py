@@ -173,36 +173,34 @@ def shrink_hessians(
             mean_KK += hessian_KK
         mean_KK /= total
     denominator_E = tokens_E.double() + strength
-    share_E = torch.where(denominator_E > 0, strength / denominator_E, 1.0).to(hessian_EKK.dtype)
-    own_E = (1 / torch.where(denominator_E > 0, denominator_E, 1.0)).to(hessian_EKK.dtype)
-    return (hessian_EKK * own_E[:, None, None]).addcmul_(mean_KK.to(hessian_EKK.dtype), share_E[:, None, None])
+    share_E = torch.where(denominator_E > 0, strength / denominator_E, 1.0).to(hessian_EKK)
+    own_E = (1 / torch.where(denominator_E > 0, denominator_E, 1.0)).to(hessian_EKK)
+    return (hessian_EKK * own_E[:, None, None]).addcmul_(mean_KK.to(hessian_EKK), share_E[:, None, None])
 
 
-def foreseen_share(squares_EK: Tensor, hessian_EKK: Tensor, damping: float = 0.01) -> Tensor:
-    """What share of round-to-nearest's error GPTQ is expected to leave, [E] float64 from 0 to 1; it isn't run.
+def column_costs(hessian_EKK: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """What a rounding error in each column costs without feedback, H_jj, and with it, R_jj²: [E, K] float32 both.
 
-    `squares_EK`: ‖δ_j‖² of every column's rounding error. GPTQ's error is Σ_j R_jj² ‖t_j − ŵ_j‖² (see above); if its
-    targets round as well as the weights do, Σ_j R_jj² ‖δ_j‖². Round-to-nearest's, errors of different columns taken as
-    independent, is Σ_j H_jj ‖δ_j‖². Both with the damping. On the demo checkpoint the rank correlation with the real
-    share over all matrices and widths is 0.93. An expert with an all-zero Hessian has nothing to gain: 1.
+    In the order that GPTQ takes, of the damped Hessian divided by its mean diagonal.
     """
     hessian_EKK, _ = normalised(hessian_EKK, 0)
     diagonal_EK = hessian_EKK.diagonal(dim1=1, dim2=2)
     order_EK = diagonal_EK.argsort(dim=1, descending=True, stable=True)
     _, conditional_EK, damping_E = feedback(hessian_EKK, order_EK, damping, 0)
-    alone_E = ((diagonal_EK + damping_E[:, None]).double() * squares_EK.double()).sum(1)
-    share_E = (conditional_EK.double() * squares_EK.double()).sum(1) / alone_E
-    return torch.where((diagonal_EK.sum(1) > 0) & (alone_E > 0), share_E, 1.0)
+    return diagonal_EK + damping_E[:, None], conditional_EK
 
 
-def conditional(hessian_EKK: Tensor, damping: float = 0.01) -> Tensor:
-    """R_jj² of every column, [E, K] float32, in the order that GPTQ takes: what one rounding error there costs.
+def foreseen_share(squares_EK: Tensor, alone_EK: Tensor, conditional_EK: Tensor) -> Tensor:
+    """What share of round-to-nearest's error GPTQ is expected to leave, [E] float64 from 0 to 1; it isn't run.
 
-    Of the damped Hessian, divided by its mean diagonal.
+    `squares_EK`: ‖δ_j‖² of every column's rounding error; the others are `column_costs`. GPTQ's error is
+    Σ_j R_jj² ‖t_j − ŵ_j‖² (see above); if its targets round as well as the weights do, Σ_j R_jj² ‖δ_j‖².
+    Round-to-nearest's, errors of different columns taken as independent, is Σ_j H_jj ‖δ_j‖². On the demo checkpoint the
+    rank correlation with the real share over all matrices and widths is 0.93. An expert with an all-zero Hessian has
+    nothing to gain: 1.
     """
-    hessian_EKK, _ = normalised(hessian_EKK, 0)
-    order_EK = hessian_EKK.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    return feedback(hessian_EKK, order_EK, damping, 0)[1]
+    alone_E, left_E = ((costs_EK.double() * squares_EK.double()).sum(1) for costs_EK in (alone_EK, conditional_EK))
+    return torch.where(alone_E > 0, left_E / alone_E, 1.0).clamp_max_(1)
 
 
 def shrinkage_of(strength: float | None, columns: int) -> float:

@@ -12,20 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe_compress.calib.inputs import BlockInputs, chunks
+from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Accumulator, Result
-from moe_compress.model import ExpertWeights, FusedExperts, GradientTap, Tap
-from moe_compress.model.dispatch import Dispatch
+from moe_compress.model import FusedExperts, GradientTap, Tap
 
-from .at_widths import AtWidths
+from .at_widths import OutputChanges
 from .rotation import Rotations
-
-# Bytes of rows and re-quantized weights at a time.
-_CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class GradientError(AtWidths):
+class GradientError(OutputChanges):
     """Error at the block's output when one expert alone is quantized, by what it does to the next token's loss.
 
     With δ_t the change of the experts module's output at token t (as everything else is exact, the expert's own change
@@ -34,8 +30,7 @@ class GradientError(AtWidths):
     `gradient` [E, B] Σ_t Σ_i g_ti² δ_ti² / T (GEMQ, coefficient c of its program): a diagonal empirical Fisher, which
     takes the channels' errors for independent. `fisher` [E, B] Σ_t (g_t · δ_t)² / T: the empirical Fisher along the
     very error that is made, with all its correlations between channels; half of it estimates the nats per token that
-    are lost. `per_matrix`: one matrix of an expert alone is quantized instead of all its matrices, and results are
-    [E, M, B], M in the order gate (where there is one), up, down.
+    are lost. `per_matrix`: see OutputChanges.
 
     GEMQ takes the gradient at the decoder layer's output. Where the layer adds the block's output to the hidden state
     it's the same; where it first scales, norms or projects it, or mixes it into several streams, the gradient at the
@@ -45,7 +40,6 @@ class GradientError(AtWidths):
 
     name: ClassVar[str] = "gradient_error"
     gradients: ClassVar[bool] = True
-    per_matrix: bool = False
 
     def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
         """See AtWidths."""
@@ -66,36 +60,16 @@ class _Errors(Accumulator):
         self.gradients.append(tap.gradient_TH)
 
     def result(self) -> Result:
-        weights = self.experts.weights()
-        count, names = self.experts.num_experts, [name for name, _ in weights.matrices()]
-        tokens = self.inputs.tokens
+        own, tokens = self.settings, self.inputs.tokens
         # The sweep's loss is a mean: times T it is a sum over the text, of the size of one token's.
         gradient_TH = torch.cat(self.gradients).float() * tokens
-        changes = [[name] for name in names] if self.settings.per_matrix else [names]
-        shape = (count, len(changes), len(self.settings.bits))
-        diagonal, directional = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-        dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, count)
-        width = weights.parameters // count
-        row = 5 * self.experts.hidden_size + 4 * weights.up.shape[1]
-        for chunk in chunks([12 * width + 4 * rows * row for rows in dispatch.counts], _CHUNK_BYTES):
-            _, part = dispatch.part(chunk)
-            if not len(part.row_R):
-                continue
-            own = weights.part(chunk)
-            input_RH = self.inputs.hidden_TH[part.token_R]
-            exact_RH = self.experts.with_weights(own, input_RH, part)[1]
-            weighted_RH = gradient_TH[part.token_R] * part.weight_R.float().unsqueeze(-1)
-            for column, bits in enumerate(self.settings.bits):
-                rounded = self.settings.rounded(own, bits, self.rotations)
-                for place, changed in enumerate(changes):
-                    mixed = ExpertWeights(**{n: getattr(rounded if n in changed else own, n) for n, _ in own.items()})
-                    change_RH = exact_RH - self.experts.with_weights(mixed, input_RH, part)[1]
-                    effect_RH = change_RH.float() * weighted_RH
-                    for sums, values_R in (
-                        (diagonal, effect_RH.square().sum(-1, dtype=torch.float64)),
-                        (directional, effect_RH.sum(-1, dtype=torch.float64).square()),
-                    ):
-                        target = sums[chunk.start : chunk.stop, place, column]
-                        target.index_add_(0, part.expert_R.cpu(), values_R.cpu() / tokens)
-        found = {"gradient": diagonal, "fisher": directional}
-        return {n: (v if self.settings.per_matrix else v[:, 0]).contiguous() for n, v in found.items()}
+        sums = {"gradient": own.zeros(self.experts), "fisher": own.zeros(self.experts)}
+        for experts, part, place, column, change_RH in own.changes(self.experts, self.rotations, self.inputs):
+            effect_RH = change_RH * (gradient_TH[part.token_R] * part.weight_R.float().unsqueeze(-1))
+            found = {
+                "gradient": effect_RH.square().sum(-1, dtype=torch.float64),
+                "fisher": effect_RH.sum(-1, dtype=torch.float64).square(),
+            }
+            for name, value_R in found.items():
+                sums[name][experts, place, column].index_add_(0, part.expert_R.cpu(), value_R.cpu() / tokens)
+        return {name: own.shaped(value).contiguous() for name, value in sums.items()}

@@ -161,7 +161,7 @@ def find_scales(
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     """The nearest codes, uint8, of finite `weight` [..., O, K] on the grid with `scale` and `zero` [..., O, G].
 
-    A group whose scale is 0 gets the code of its zero point (1 bit: of its signs), which dequantizes to 0.
+    A group whose scale is 0 gets the code of its zero point (1 bit: 1), which dequantizes to 0.
     Raises InputError for shapes that don't fit.
     """
     weight_BOGg = grouped(weight, grid)

@@ -16,13 +16,13 @@ from moe_compress.model.dispatch import Dispatch
 
 # Bytes of rows at a time.
 _CHUNK_BYTES = 512 << 20
-# An expert that saw fewer tokens than this has the layer's mean rather than its own.
+# Rows of the layer's mean that join an expert's own: with fewer of its own it is more the layer's than its own.
 SHRINKAGE = 32.0
 
 
 @dataclass(frozen=True)
 class ChannelSquares:
-    """Sums of squares over each expert's rows.
+    """Sums of squares over each expert's rows, each counted as its token weighs.
 
     Attributes:
         rows_E: rows seen by each, float64.
@@ -36,7 +36,7 @@ class ChannelSquares:
     def importance(self, projection: str, strength: float = SHRINKAGE) -> Tensor:
         """Mean squares [E, K], float32. An expert's few rows are joined by `strength` rows of the layer's mean."""
         sums_EK = self.activation_EI if projection == "down" else self.input_EH
-        mean_K = sums_EK.sum(0) / self.rows_E.sum().clamp_min(1)
+        mean_K = sums_EK.sum(0) / self.rows_E.sum().clamp_min(1e-300)
         return ((sums_EK + strength * mean_K) / (self.rows_E + strength).unsqueeze(-1)).float()
 
 
@@ -45,7 +45,8 @@ def channel_squares(inputs: BlockInputs, experts: FusedExperts) -> ChannelSquare
     weights = experts.weights()
     dispatch = Dispatch.of(inputs.index_TK, inputs.weight_TK, experts.num_experts)
     count, hidden, neurons = experts.num_experts, experts.hidden_size, weights.up.shape[1]
-    squares = [torch.zeros(count, width, dtype=torch.float64, device=weights.up.device) for width in (hidden, neurons)]
+    rows_E = torch.zeros(count, dtype=torch.float64, device=weights.up.device)
+    squares = [rows_E.new_zeros(count, width) for width in (hidden, neurons)]
     sizes = [4 * rows * (2 * hidden + 4 * neurons) for rows in dispatch.counts]
     for chunk in chunks(sizes, _CHUNK_BYTES):
         _, part = dispatch.part(chunk)
@@ -53,6 +54,8 @@ def channel_squares(inputs: BlockInputs, experts: FusedExperts) -> ChannelSquare
             continue
         input_RH = inputs.hidden_TH[part.token_R]
         activation_RI, _ = experts.with_weights(weights.part(chunk), input_RH, part)
+        own, counted_R = slice(chunk.start, chunk.stop), inputs.counted(part)
+        rows_E[own].index_add_(0, part.expert_R, counted_R)
         for total_EK, rows_RK in zip(squares, (input_RH, activation_RI), strict=True):
-            total_EK[chunk.start : chunk.stop].index_add_(0, part.expert_R, rows_RK.double().square())
-    return ChannelSquares(dispatch.counts_E.double(), squares[0], squares[1])
+            total_EK[own].index_add_(0, part.expert_R, rows_RK.double().square() * counted_R[:, None])
+    return ChannelSquares(rows_E, squares[0], squares[1])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
+from moe_compress.errors import DataError
 from moe_compress.model import FusedExperts
 from moe_compress.model.dispatch import Dispatch, grouped_gram, grouped_squares
 
@@ -39,7 +40,8 @@ class Rows:
     Attributes:
         experts: their numbers. dispatch: counts them from 0.
         input_RH: what they read.
-        seen_C: rows of each. evidence_C: how many rows of equal weight they amount to, float64.
+        seen_C: rows of each. evidence_C: how many rows of equal weight they amount to, float64. Both on the CPU.
+        share_R: weight of each row, so that an expert's sum up to its evidence, float64.
     """
 
     experts: range
@@ -70,26 +72,30 @@ class LayerRows:
     def __init__(self, experts: FusedExperts, inputs: BlockInputs, weighing: Weighing):
         self.experts, self.inputs = experts, inputs
         self.dispatch = Dispatch.of(inputs.index_TK, inputs.weight_TK, experts.num_experts)
-        weight_R = self.dispatch.weight_R.double().abs() ** POWER[weighing]
-        if inputs.token_weight_T is not None:
-            weight_R = weight_R * inputs.token_weight_T[self.dispatch.token_R].double()
+        weight_R = self.dispatch.weight_R.double().abs() ** POWER[weighing] * inputs.counted(self.dispatch)
         self.weight_R = weight_R / weight_R.mean() if bool(weight_R.any()) else weight_R
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Weighted mean second moments over all experts' rows, [H, H] and [I, I] (of a sample of rows), float32."""
+        """Weighted mean second moments over all experts' rows, [H, H] and [I, I] (of a sample of rows), float32.
+
+        Raises DataError where no row counts.
+        """
         hidden_TH, experts = self.inputs.hidden_TH, self.experts
+        counted_R = self.weight_R.nonzero().flatten()
+        if not len(counted_R):
+            raise DataError("no expert of this layer saw a token that counts: there is nothing to calibrate with")
         # A token's rows all have its input.
         weight_T = self.weight_R.new_zeros(len(hidden_TH)).index_add_(0, self.dispatch.token_R, self.weight_R)
         weighed_TH = hidden_TH.float() * (weight_T / weight_T.sum()).sqrt().float().unsqueeze(1)
         neurons = experts.weights().up.shape[1]
-        every = slice(None, None, max(1, len(self.weight_R) // (SAMPLE * neurons)))
-        dispatch, weight_R = self.dispatch, self.weight_R[every]
-        expert_R = dispatch.expert_R[every]
+        some_R = counted_R[:: max(1, len(counted_R) // (SAMPLE * neurons))]
+        dispatch, weight_R = self.dispatch, self.weight_R[some_R]
+        expert_R = dispatch.expert_R[some_R]
         sample = replace(
             dispatch,
-            row_R=dispatch.row_R[every],
+            row_R=dispatch.row_R[some_R],
             expert_R=expert_R,
-            weight_R=dispatch.weight_R[every],
+            weight_R=dispatch.weight_R[some_R],
             offsets_E=torch.bincount(expert_R, minlength=experts.num_experts).cumsum(0).to(torch.int32),
         )
         activation_RI = experts.activations_with(experts.weights(), hidden_TH[sample.token_R], sample).float()

@@ -72,12 +72,17 @@ def correction(error_EOK: Tensor, hessian_EKK: Tensor, rank: int) -> Pair:
     return Pair(left_EOr * balance_Er.unsqueeze(-2), right_ErK * inverse_Er.unsqueeze(-1))
 
 
-def shares_left(error_EOK: Tensor, hessian_EKK: Tensor, ranks: list[int]) -> Tensor:
-    """What share of tr(D H Dᵀ) the best pair of each rank leaves, [E, ranks] float64; 1 where there is no error."""
+def shares_left(error_EOK: Tensor, hessian_EKK: Tensor | None, ranks: list[int]) -> Tensor:
+    """What share of tr(D H Dᵀ) the best pair of each rank leaves, [E, ranks] float64; 1 where there is no error.
+
+    `hessian_EKK`: None stands for identity matrices.
+    """
     error_EOK = error_EOK.float()
     outer, inner = error_EOK.shape[-2:]
-    if inner < outer and (root_EKK := _root(hessian_EKK)) is not None:  # the same eigenvalues from a smaller matrix
-        error_EOK = error_EOK @ root_EKK
+    root_EKK = None if hessian_EKK is None or inner >= outer else _root(hessian_EKK)
+    if root_EKK is not None:
+        error_EOK, hessian_EKK = error_EOK @ root_EKK, None
+    if hessian_EKK is None and inner < outer:  # the same eigenvalues from a smaller matrix
         values_E = torch.linalg.eigvalsh(error_EOK.transpose(-2, -1) @ error_EOK)
     else:
         values_E = torch.linalg.eigvalsh(_seen(error_EOK, hessian_EKK))
@@ -114,9 +119,10 @@ class SharedSums:
         return Pair(found.left[0], found.right[0])
 
 
-def _seen(error_EOK: Tensor, hessian_EKK: Tensor) -> Tensor:
-    """D H Dᵀ [E, O, O]; symmetric."""
-    seen_EOO = error_EOK @ hessian_EKK.float() @ error_EOK.transpose(-2, -1)
+def _seen(error_EOK: Tensor, hessian_EKK: Tensor | None) -> Tensor:
+    """D H Dᵀ [E, O, O]; symmetric. D Dᵀ without H."""
+    left_EOK = error_EOK if hessian_EKK is None else error_EOK @ hessian_EKK.float()
+    seen_EOO = left_EOK @ error_EOK.transpose(-2, -1)
     if not bool(seen_EOO.isfinite().all()):
         raise RunError("errors of quantized experts, or what the experts read, aren't finite")
     return (seen_EOO + seen_EOO.transpose(-2, -1)) / 2

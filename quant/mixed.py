@@ -33,7 +33,6 @@ from .input_smoothing import check_reachable, input_errors, left_out, smooth_inp
 from .low_rank import pair_bytes
 from .options import MixedOptions
 from .packed import PROJECTIONS
-from .stack import Encoding
 
 
 @register
@@ -271,9 +270,7 @@ class QuantizeMixed(Pass):
         """Bytes of each matrix of an expert at each choice, [M, B]; the expert's biases count as part of the last."""
 
         def size(width: float, rank: int, rows: int, columns: int) -> int:
-            encoding = Encoding(width, self.options.group_size, self.options.symmetric or width < 2)
-            beside = self.target.beside(width, self.options.group_size, rows, columns)
-            return encoding.matrix_bytes(rows, columns) + beside + pair_bytes(rows, columns, rank)
+            return self.options.matrix_bytes(self.target, width, rows, columns) + pair_bytes(rows, columns, rank)
 
         wide, narrow = (
             [size(*choice, *sides) for choice in self.options.choices]

@@ -6,12 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from moe_compress.export.targets import Target
 from moe_compress.passes import PresetOptions
 
 from .allocate import Rule, Unit
 from .costs import find_cost
 from .grid import WIDTHS
 from .solver import SolverOptions
+from .stack import Encoding
 from .trits import TERNARY
 
 # What a paper's allocation is in terms of the options. Group sizes are left to the user: each paper's is 128.
@@ -199,6 +201,14 @@ class MixedOptions(SolverOptions, PresetOptions):
             )
         return self
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.cover and self.allocation != "program":
+            raise ValueError(f"`cover` belongs to allocation: program, not {self.allocation}")
+        if self.cover > len(self.widths):
+            raise ValueError(f"`cover` asks for {self.cover} widths, `widths` has {len(self.widths)}")
+        return self
+
     @property
     def low_rank_rounds(self) -> int:
         """See SolverOptions."""
@@ -210,10 +220,8 @@ class MixedOptions(SolverOptions, PresetOptions):
         ranks = [0] if self.low_rank is None else self.low_rank.ranks
         return [(width, rank) for width in self.widths for rank in reversed(ranks)]
 
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.cover and self.allocation != "program":
-            raise ValueError(f"`cover` belongs to allocation: program, not {self.allocation}")
-        if self.cover > len(self.widths):
-            raise ValueError(f"`cover` asks for {self.cover} widths, `widths` has {len(self.widths)}")
-        return self
+    def matrix_bytes(self, target: Target, bits: float, rows: int, columns: int) -> int:
+        """Bytes of a matrix at a width in a file for a target: codes, scales, zero points, and what is beside them."""
+        grid = self.grid(bits)
+        stored = Encoding(bits, grid.group_size, grid.symmetric).matrix_bytes(rows, columns)
+        return stored + target.beside(bits, grid.group_size, rows, columns)

@@ -26,7 +26,7 @@ from moe_compress.model.dispatch import Dispatch
 from .float8 import decode_float8, quantized_inputs, spread_scales
 from .packed import PackedExperts, PackedProjection, fused_module
 from .run_packed import by_chunks
-from .stack import keeping_dtype
+from .stack import keeping_dtype, name_of
 
 
 class ScaledProjection(PackedProjection):
@@ -79,12 +79,12 @@ class ScaledExperts(PackedExperts):
         down: ScaledProjection = projections["down"]
         return {
             "scheme": down.scheme.to_json(),
-            "scale_dtype": str(down.scale.dtype).removeprefix("torch."),
+            "scale_dtype": name_of(down.scale.dtype),
             "num_experts": self.num_experts,
             "projections": {
                 name: {"out_features": p.out_features, "in_features": p.in_features} for name, p in projections.items()
             },
-            "biases": {n: str(p.dtype).removeprefix("torch.") for n, p in self._parameters.items() if p is not None},
+            "biases": {n: name_of(p.dtype) for n, p in self._parameters.items() if p is not None},
         }
 
 

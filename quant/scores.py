@@ -155,8 +155,8 @@ class _Turns(Accumulator):
 def experts_of(block: MoEBlock) -> FusedExperts:
     """View of a block's experts, whose weights may be read once the layer's are there.
 
-    Raises UnsupportedModelError where they are quantized already.
+    Raises UnsupportedModelError where they aren't dense.
     """
     if block.kind != "fused":
-        raise UnsupportedModelError(f"layer {block.layer} is quantized already")
+        raise UnsupportedModelError(f"layer {block.layer}: its experts are {block.kind} already")
     return FusedExperts(block.experts_module)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.checkpoint.decoded import Decoded, DecodedCheckpoint
-from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.reader import Checkpoint, config_dtype
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 
 from .packing import packed_words, unpack
@@ -69,11 +69,7 @@ def decode(source: Checkpoint) -> DecodedCheckpoint:
 
 def _dense_dtype(source: Checkpoint) -> torch.dtype:
     """The dtype that config.json names, bfloat16 if none: in it loaders put what they decode."""
-    config = source.config
-    text = config.get("text_config") or {}
-    named = [v.get(key) for v in (text, config) for key in ("dtype", "torch_dtype") if v.get(key)]
-    found = getattr(torch, str(named[0]).removeprefix("torch."), None) if named else None
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.bfloat16
+    return config_dtype(source.config) or torch.bfloat16
 
 
 # --- fp8 -----------------------------------------------------------------------------------------------------------
@@ -220,6 +216,12 @@ def _packed(source: Checkpoint, module: str, scheme: Mapping[str, Any]) -> Decod
         raise CheckpointError(
             f"{source.folder}: {names[0]!r} has the shape {list(codes.shape)}; {bits} bits of [{rows}, {columns}] "
             "without gaps have another (compressed-tensors before 0.18 left gaps): write it again with a newer one"
+        )
+    size = int(scheme["group_size"]) if scheme.get("strategy") == "group" else columns
+    if columns % size or scale.shape != (rows, columns // size):
+        raise CheckpointError(
+            f"{source.folder}: {names[1]!r} is {list(scale.shape)}, and of [{rows}, {columns}] one scale for every "
+            f"{size} weights of a row is expected"
         )
     decoder = partial(packed_to_dense, bits=bits, dtype=scale.dtype)
     return Decoded(tuple(names), decoder, scale.dtype, (rows, columns))

@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_compress.errors import RunError
 
 MAX_DAMPING = 10.0  # times the mean diagonal; a positive semidefinite matrix factorises far below that
+DEAD = 1e-6  # diagonal of a channel that no token excited, times the mean
 
 
 def normalised(hessian_EKK: Tensor, first_expert: int) -> tuple[Tensor, Tensor]:
@@ -41,8 +42,9 @@ def feedback(hessian_EKK: Tensor, order_EK: Tensor, damping: float, first_expert
     expert_E11 = torch.arange(len(order_EK), device=order_EK.device)[:, None, None]
     permuted_EKK = hessian_EKK[expert_E11, backwards_EK[:, :, None], backwards_EK[:, None, :]]
     diagonal_EK = permuted_EKK.diagonal(dim1=1, dim2=2)
-    # A channel that no token excited has a zero row and column: any diagonal makes it independent of the others.
-    diagonal_EK += (diagonal_EK == 0).float() + damping
+    # A channel that no token excited has a zero row and column, and is independent of the others whatever its diagonal
+    # is: nothing, but for what factorising needs without a damping.
+    diagonal_EK += damping + DEAD * (diagonal_EK == 0)
     damping_E = torch.full_like(diagonal_EK[:, 0], damping)
     factor_EKK, info_E = torch.linalg.cholesky_ex(permuted_EKK)
     while (failed := info_E.nonzero().flatten()).numel():

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,32 +39,17 @@ SWAPS = 64  # rounds of `_improve`, each a sort of the choices that are left
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One option of a unit: `size` in bytes, `cost` in a unit of measure that the whole program shares."""
+class Solution:
+    """A plan that fits, and what is known of it.
 
-    label: Hashable
-    size: int
-    cost: float
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What gets exactly one of its choices: an expert, a matrix, a layer."""
-
-    name: str
-    choices: tuple[Choice, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is known of a plan that fits.
-
-    `size`: bytes. `cost`: of this plan; `bound`: no admissible plan costs less (an integer program proves this to 1e-6
-    of the gap it was given); `gap`: (cost - bound) / |cost|. `price`: what a byte costs in the relaxation, 0 where
-    everything fits. `solver`: who proved it, lagrange, highs or cbc. `note`: one line if something didn't go as asked
-    (a time limit, no integer solver), else empty.
+    `choice[u]`: the column chosen for row u, [U] int64. `size`: bytes. `cost`: of this plan; `bound`: no admissible
+    plan costs less (an integer program proves this to 1e-6 of the gap it was given); `gap`: (cost - bound) / |cost|.
+    `price`: what a byte costs in the relaxation, 0 where everything fits. `solver`: who proved it, lagrange, highs or
+    cbc. `seconds`: that all of it took. `note`: one line if something didn't go as asked (a time limit, no integer
+    solver), else empty.
     """
 
+    choice: Ints
     size: int
     cost: float
     bound: float
@@ -73,65 +58,6 @@ class Outcome:
     solver: str
     seconds: float
     note: str
-
-
-@dataclass(frozen=True)
-class ArraySolution(Outcome):
-    """`choice[u]` is the column chosen for row u, [U] int64."""
-
-    choice: Ints
-
-
-@dataclass(frozen=True)
-class Solution(Outcome):
-    """`choice` maps each unit's name to the label chosen, in the units' order."""
-
-    choice: dict[str, Hashable]
-
-
-def solve(
-    units: Sequence[Unit],
-    budget_bytes: int,
-    *,
-    equal: Sequence[Sequence[str]] | None = None,
-    solver: str = "auto",
-    gap: float | None = None,
-    time_limit: float | None = None,
-) -> Solution:
-    """`solve_arrays` for units with names and choices with labels.
-
-    Each group in `equal` lists units that must take the same label (one bit-width per layer); groups that share a unit
-    are one group. A group is solved as one unit, whose choices are the labels that all its members have.
-
-    Raises: as `solve_arrays`; `BudgetError` for a group with an unknown unit or without a common label; `ValueError`
-    for a unit name, or a label within a unit, that occurs twice.
-    """
-    started = time.perf_counter()
-    labels = {unit.name: {choice.label: choice for choice in unit.choices} for unit in units}
-    if len(labels) != len(units):
-        raise ValueError("two units have the same name")
-    if twice := [unit.name for unit in units if len(labels[unit.name]) != len(unit.choices)]:
-        raise ValueError(f"unit {twice[0]!r} has a label twice")
-
-    groups = _groups(list(labels), equal or ())
-    common = [[label for label in labels[g[0]] if all(label in labels[name] for name in g)] for g in groups]
-    shape = len(groups), max((len(row) for row in common), default=0)
-    cost_UC, size_UC = np.zeros(shape), np.zeros(shape, dtype=np.int64)
-    mask_UC = np.zeros(shape, dtype=np.bool_)
-    for u, (group, row) in enumerate(zip(groups, common, strict=True)):
-        if not row and len(group) > 1:
-            raise BudgetError(f"units {', '.join(group[:4])} … must take the same choice but have none in common")
-        for c, label in enumerate(row):
-            members = [labels[name][label] for name in group]
-            cost_UC[u, c] = sum(choice.cost for choice in members)
-            size_UC[u, c] = sum(choice.size for choice in members)
-            mask_UC[u, c] = True
-    names = [group[0] if len(group) == 1 else f"{group[0]} … {group[-1]}" for group in groups]
-    limits: dict[str, Any] = {"solver": solver, "gap": gap, "time_limit": time_limit}
-    found = solve_arrays(cost_UC, size_UC, budget_bytes, mask_UC, names=names, **limits)
-    chosen = {name: common[u][found.choice[u]] for u, group in enumerate(groups) for name in group}
-    fields: dict[str, Any] = vars(found) | {"seconds": time.perf_counter() - started}
-    return Solution(**fields | {"choice": {name: chosen[name] for name in labels}})
 
 
 def solve_arrays(
@@ -144,7 +70,7 @@ def solve_arrays(
     gap: float | None = None,
     time_limit: float | None = None,
     names: Sequence[str] | None = None,
-) -> ArraySolution:
+) -> Solution:
     """Minimise the sum of `cost[u, choice[u]]` with the sum of `size[u, choice[u]]` at most `budget`.
 
     `cost_UC`: finite, of any sign, [U, C] float64. `size_UC`: bytes >= 0, [U, C] int64. `mask_UC`: which choices are
@@ -203,7 +129,8 @@ def solve_arrays(
             excess = dual.excess(at_U)
     cost = math.fsum(front.cost[rows, at_U].tolist())
     bound = cost - (excess - proven)
-    return ArraySolution(
+    return Solution(
+        choice=front.column[rows, at_U],
         size=int(front.size[rows, at_U].sum()),
         cost=cost,
         bound=bound,
@@ -212,7 +139,6 @@ def solve_arrays(
         solver=proved_by,
         seconds=time.perf_counter() - started,
         note=note,
-        choice=front.column[rows, at_U],
     )
 
 
@@ -337,22 +263,6 @@ def _improve(front: _Frontier, dual: Dual, at_U: Ints) -> Ints:
             break
         at_U = changed
     return at_U
-
-
-def _groups(names: Sequence[str], equal: Sequence[Sequence[str]]) -> list[list[str]]:
-    """All names in their order, those that must be equal in one group."""
-    group_of = {name: [name] for name in names}
-    for wanted in equal:
-        for name in wanted:
-            if name not in group_of:
-                raise BudgetError(f"unknown unit {name!r} among those that must be equal{nearest(name, names)}")
-            group, other = group_of[wanted[0]], group_of[name]
-            if group is not other:
-                group += other
-                group_of |= dict.fromkeys(other, group)
-    order = {name: i for i, name in enumerate(names)}
-    unique = {id(group): group for group in group_of.values()}
-    return [sorted(group, key=order.__getitem__) for group in unique.values()]
 
 
 def _human(size: int) -> str:

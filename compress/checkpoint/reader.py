@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -305,6 +306,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return value
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype of weights that a config.json names, its text model's first; None where it names no dtype of floats."""
+    text = config.get("text_config") or {}
+    named = [v.get(key) for v in (text, config) for key in ("dtype", "torch_dtype") if v.get(key)]
+    found = getattr(torch, str(named[0]).removeprefix("torch."), None) if named else None
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
 def sidecar_files(folder: Path) -> dict[str, Path]:

@@ -20,6 +20,7 @@ from moe_compress.checkpoint.stacked import StackedCheckpoint
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.expert_names import ExpertNames, find_expert_names
+from moe_compress.quant.stack import Encoding, name_of
 
 from .matching import ServerView
 from .schemes import FLOATS, INTEGERS, MIXED, PACKED, Scheme
@@ -165,7 +166,7 @@ def _layer(source: Checkpoint, view: ServerView, names: ExpertNames, count: int)
     stacks: dict[str, list[str]] = {}
     projections: dict[str, Any] = {}
     dtypes = set()
-    encoding = f"b{scheme.bits}g{scheme.group_size}"
+    encoding = Encoding(scheme.bits, scheme.group_size).name
     for projection in names.leaves:
         modules = [names.linear(e, projection) for e in range(count)]
         for module in modules:
@@ -183,7 +184,7 @@ def _layer(source: Checkpoint, view: ServerView, names: ExpertNames, count: int)
             )
         if codes.dtype != (torch.int32 if packed else scheme.code):
             raise CheckpointError(f"{source.folder}: the codes of {modules[0]!r} are {codes.dtype}")
-        dtypes.add(str(scale.dtype).removeprefix("torch."))
+        dtypes.add(name_of(scale.dtype))
         stack = f"{projection}_proj.{encoding}" if packed else f"{projection}_proj"
         stacks[f"{stack}.codes"] = [f"{m}.{'weight_packed' if packed else 'weight'}" for m in modules]
         stacks[f"{stack}.scale"] = [f"{m}.weight_scale" for m in modules]
@@ -222,18 +223,19 @@ def _linear(
             f"{source.folder}: {module!r} is [{rows}, {columns}] in the scheme {scheme.to_json()}, but holds codes "
             f"{list(codes.shape)} and scales {list(scale.shape)}"
         )
-    dtype = str(scale.dtype).removeprefix("torch.")
-    stack = f"{runtime}.b{scheme.bits}g{scheme.group_size}"
-    values = {"bits": scheme.bits, "dtype": dtype, "group_size": scheme.group_size, "symmetric": True}
-    return values, {f"{stack}.codes": [f"{module}.weight_packed"], f"{stack}.scale": [f"{module}.weight_scale"]}
+    encoding = Encoding(scheme.bits, scheme.group_size, dtype=name_of(scale.dtype))
+    stack = f"{runtime}.{encoding.name}"
+    return encoding.to_json(), {
+        f"{stack}.codes": [f"{module}.weight_packed"],
+        f"{stack}.scale": [f"{module}.weight_scale"],
+    }
 
 
 def packed_layout(scheme: Scheme, dtype: str, projections: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The layout of packed experts that all have one encoding; `projections` → out_features and in_features."""
-    encoding = f"b{scheme.bits}g{scheme.group_size}"
-    values = {"bits": scheme.bits, "dtype": dtype, "group_size": scheme.group_size, "symmetric": True}
-    entries = {name: {**entry, "experts": [encoding] * count} for name, entry in projections.items()}
-    return {"encodings": {encoding: values}, "projections": entries, "biases": {}}
+    encoding = Encoding(scheme.bits, scheme.group_size, dtype=dtype)
+    entries = {name: {**entry, "experts": [encoding.name] * count} for name, entry in projections.items()}
+    return {"encodings": {encoding.name: encoding.to_json()}, "projections": entries, "biases": {}}
 
 
 def same_shape(source: Checkpoint, modules: Sequence[str], shape: Callable[[str], tuple[int, int]]) -> tuple[int, int]:

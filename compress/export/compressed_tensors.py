@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compress.checkpoint.reader import config_dtype
 from moe_compress.constants import COMPRESSED_TENSORS
 from moe_compress.errors import RunError
 from moe_compress.model.beside import Matrix
@@ -127,9 +128,7 @@ def exactly(scale: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 def scale_dtype(config: Mapping[str, Any], stored: torch.dtype) -> torch.dtype:
     """Dtype of the scales in the file: float16 where the model is, else as they are (servers cast, exactly)."""
-    text = config.get("text_config") or {}
-    named = [v.get(key) for v in (text, config) for key in ("dtype", "torch_dtype") if v.get(key)]
-    return torch.float16 if named and str(named[0]).removeprefix("torch.") == "float16" else stored
+    return torch.float16 if config_dtype(config) == torch.float16 else stored
 
 
 def quantization_config(

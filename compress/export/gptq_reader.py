@@ -16,6 +16,7 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 from moe_compress.model import MoEModel
 from moe_compress.model.expert_names import ExpertNames
+from moe_compress.quant.stack import Encoding, name_of
 
 from .compressed_reader import Presented, Seen, check_parts, packed_layout, present_experts, same_shape
 from .gptq_format import PARTS, WIDTHS, module_bits, zero_points
@@ -45,7 +46,7 @@ def _layer(source: Checkpoint, config: Mapping[str, Any], names: ExpertNames, co
     if bits not in WIDTHS or group_size < 1:
         raise CheckpointError(f"{source.folder}: {first!r} is quantized, and its config makes it {bits} bits")
     scheme = Scheme(bits, group_size)
-    stack = {p: f"{p}_proj.b{bits}g{group_size}" for p in names.leaves}
+    stack = {p: f"{p}_proj.{Encoding(bits, group_size).name}" for p in names.leaves}
     stacks: dict[str, list[str]] = {}
     projections: dict[str, Any] = {}
     dtypes = set()
@@ -59,7 +60,7 @@ def _layer(source: Checkpoint, config: Mapping[str, Any], names: ExpertNames, co
         columns = words * 32 // bits
         for module in modules:
             _check(source, module, scheme, rows, columns)
-        dtypes.add(str(source.tensors[f"{modules[0]}.scales"].dtype).removeprefix("torch."))
+        dtypes.add(name_of(source.tensors[f"{modules[0]}.scales"].dtype))
         stacks[f"{stack[projection]}.codes"] = [f"{m}.qweight" for m in modules]
         stacks[f"{stack[projection]}.scale"] = [f"{m}.scales" for m in modules]
         projections[projection] = {"out_features": rows, "in_features": columns}

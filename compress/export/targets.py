@@ -12,13 +12,11 @@ from typing import Any
 from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ
 from moe_compress.errors import RecipeError, named
 from moe_compress.model.beside import KINDS
-from moe_compress.quant.trits import TERNARY
+from moe_compress.quant.grid import WIDTHS
 
 from . import gptq_format
 from .compressed_tensors import SHAPE_BYTES
 from .schemes import SCALED
-
-FORMATS = ("hf", "native", COMPRESSED_TENSORS, GPTQ, GGUF)
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ TARGETS: dict[str, Target] = {
             quantized_format="native",
             uniform_experts=False,
             bits_per="matrix",
-            bits=(1, TERNARY, 2, 3, 4, 5, 6, 8),
+            bits=WIDTHS,
             schemes=SCALED,
             packs=KINDS,
         ),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compress.budget import integer, knapsack
-from moe_compress.budget.knapsack import ArraySolution, Choice, Unit, solve, solve_arrays
+from moe_compress.budget.knapsack import Solution, solve_arrays
 from moe_compress.errors import BudgetError, RecipeError, RunError
 
 EXACT = ("highs", "cbc")
@@ -41,7 +41,7 @@ def by_size(cost: Any, size: Any, budget: int) -> float:
     return min(best)
 
 
-def check(found: ArraySolution, cost: Any, size: Any, budget: int, best: float, *, exact: bool) -> None:
+def check(found: Solution, cost: Any, size: Any, budget: int, best: float, *, exact: bool) -> None:
     """The plan is one, its numbers are its own, and the bound holds."""
     rows = range(len(cost))
     assert found.size == sum(int(size[u][found.choice[u]]) for u in rows) <= budget
@@ -165,7 +165,6 @@ def test_large_problem_is_bounded_and_closed() -> None:
     assert quick.bound <= exact.cost <= quick.cost
     assert quick.gap < 1e-4
     assert max(quick.size, exact.size) <= budget
-    assert quick.seconds < 5
     auto = solve_arrays(cost, size, budget)
     assert (auto.solver, auto.cost) == ("lagrange", quick.cost)  # good enough for `auto`, which then stops
 
@@ -185,24 +184,22 @@ def test_many_units_of_one_choice_and_the_empty_problem() -> None:
 
 
 @pytest.mark.parametrize("solver", knapsack.SOLVERS)
-def test_named_units(solver: str) -> None:
-    units = [
-        Unit("a", (Choice("2bit", 20, 5.0), Choice("4bit", 40, 1.0), Choice("pruned", 0, 9.0))),
-        Unit("b", (Choice("2bit", 20, 0.4), Choice("4bit", 40, 0.1), Choice("pruned", 0, 0.5))),
-    ]
-    for budget, a, b in ((80, "4bit", "4bit"), (60, "4bit", "2bit"), (40, "4bit", "pruned"), (0, "pruned", "pruned")):
-        found = solve(units, budget, solver=solver)
-        assert found.choice == {"a": a, "b": b}
+def test_columns_are_those_of_the_arguments(solver: str) -> None:
+    """Whatever the order of sizes and costs in a row: here the largest stands in the middle, the smallest last."""
+    cost, size = np.array([[5.0, 1.0, 9.0], [0.4, 0.1, 0.5]]), np.array([[20, 40, 0], [20, 40, 0]])
+    for budget, choice in ((80, [1, 1]), (60, [1, 0]), (40, [1, 2]), (0, [2, 2])):
+        found = solve_arrays(cost, size, budget, solver=solver)
+        assert found.choice.tolist() == choice
         assert found.size == budget
         assert found.gap == 0.0 or solver == "lagrange"
 
 
 def test_first_of_identical_choices_and_zero_costs() -> None:
-    same = Unit("a", (Choice(1, 5, 0.0), Choice(2, 5, 0.0), Choice(3, 4, 0.0)))
-    found = solve([same], 10)
-    assert found.choice == {"a": 3}  # no dearer and smaller
+    cost, size = np.zeros((1, 3)), np.array([[5, 5, 4]])
+    found = solve_arrays(cost, size, 10)
+    assert found.choice.tolist() == [2]  # no dearer and smaller
     assert (found.cost, found.bound, found.gap) == (0.0, 0.0, 0.0)
-    assert solve([Unit("a", same.choices[:2])], 10).choice == {"a": 1}
+    assert solve_arrays(cost[:, :2], size[:, :2], 10).choice.tolist() == [0]
 
 
 @pytest.mark.parametrize("solver", knapsack.SOLVERS)
@@ -215,57 +212,22 @@ def test_same_problem_same_plan(solver: str) -> None:
     assert first.bound == again.bound
 
 
-def test_equal_groups() -> None:
-    """All experts of a layer take one width: against brute force over the layers."""
-    rng = np.random.default_rng(2)
-    widths = (2, 3, 4)
-    units = [
-        Unit(f"{layer}.{e}", tuple(Choice(b, b * int(rng.integers(5, 9)), float(rng.random() / b)) for b in order))
-        for layer in range(4)
-        for e, order in enumerate((widths, widths[::-1], (*widths, 8)))
-    ]
-    groups = [[f"{layer}.{e}" for e in range(3)] for layer in range(4)]
-    table = {unit.name: {c.label: c for c in unit.choices} for unit in units}
-    budget = 250
-    best = math.inf
-    for pick in itertools.product(widths, repeat=4):
-        chosen = [table[name][width] for width, group in zip(pick, groups, strict=True) for name in group]
-        if sum(c.size for c in chosen) <= budget:
-            best = min(best, sum(c.cost for c in chosen))
-    found = solve(units, budget, equal=groups, gap=0.0)
-    assert list(found.choice) == [unit.name for unit in units]
-    assert all(len({found.choice[name] for name in group}) == 1 for group in groups)
-    assert found.cost == pytest.approx(best)
-    assert found.size == sum(table[name][label].size for name, label in found.choice.items()) <= budget
-    # Groups that share a unit are one group.
-    one = solve(units, budget, equal=[*groups, ["0.0", "1.0"], ["3.2", "2.1"], ["1.2", "3.0"]])
-    assert len(set(one.choice.values())) == 1
-
-
-def test_equal_groups_that_cannot_be() -> None:
-    units = [Unit("layer.0", (Choice(2, 1, 1.0),)), Unit("layer.1", (Choice(3, 1, 1.0),))]
-    with pytest.raises(BudgetError, match=r"layer\.0, layer\.1 … must take the same choice but have none in common"):
-        solve(units, 10, equal=[["layer.0", "layer.1"]])
-    with pytest.raises(BudgetError, match=r"unknown unit 'layer\.2'.*did you mean 'layer\.[01]'"):
-        solve(units, 10, equal=[["layer.0", "layer.2"]])
-
-
 def test_infeasible_says_how_little_there_is() -> None:
     with pytest.raises(BudgetError) as caught:
-        solve([Unit("a", (Choice(2, 3_000_000_000, 1.0), Choice(4, 6_000_000_000, 0.0)))], 2_500_000_000)
+        solve_arrays(np.array([[1.0, 0.0]]), np.array([[3_000_000_000, 6_000_000_000]]), 2_500_000_000)
     assert str(caught.value) == (
         "the budget of 2.500 GB (2,500,000,000 bytes) is too small: "
         "the least size reachable is 3.000 GB (3,000,000,000 bytes)"
     )
     assert "\n" not in str(caught.value)
     with pytest.raises(BudgetError, match="unit 'b' has no allowed choice"):
-        solve([Unit("a", (Choice(2, 3, 1.0),)), Unit("b", ())], 10)
+        solve_arrays(np.ones((2, 1)), np.full((2, 1), 3), 10, np.array([[True], [False]]), names=["a", "b"])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e305])
 def test_costs_that_are_not_numbers(value: float) -> None:
     with pytest.raises(RunError, match=r"unit 'b' has costs that are not finite: 1\.0, "):
-        solve([Unit("a", (Choice(2, 3, 1.0),)), Unit("b", (Choice(2, 3, 1.0), Choice(3, 3, value)))], 10)
+        solve_arrays(np.array([[1.0, 2.0], [1.0, value]]), np.full((2, 2), 3), 10, names=["a", "b"])
     # A choice that isn't allowed may cost anything.
     assert solve_arrays(np.array([[value, 1.0]]), np.ones((1, 2), dtype=int), 5, np.array([[False, True]])).cost == 1.0
 
@@ -284,10 +246,6 @@ def test_wrong_arguments() -> None:
             solve_arrays(ones, size, 5)
     with pytest.raises(ValueError, match="2\\*\\*62"):
         solve_arrays(ones, ones * 2**61, 5)
-    with pytest.raises(ValueError, match="same name"):
-        solve([Unit("a", (Choice(1, 1, 1.0),))] * 2, 5)
-    with pytest.raises(ValueError, match="'a' has a label twice"):
-        solve([Unit("a", (Choice(1, 1, 1.0), Choice(1, 2, 0.5)))], 5)
 
 
 def hard() -> tuple[Any, Any, int]:

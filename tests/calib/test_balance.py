@@ -125,6 +125,10 @@ def test_joining_and_choosing_keep_sequences_and_tags_together():
     assert both.domain == ["0", "1", "2", "100", "101", "50", "51", "150"]
     assert both.chosen([6, 0, 4, 7]).domain == ["0", "101", "51", "150"]
     assert both.chosen([0, 1]).digest != both.chosen([1, 0]).digest
+    weighed = both.weighed({"text": 0.5})
+    for which, plain in ((weighed.chosen([0, 1]), both.chosen([0, 1])), (weighed.joined(both), both.joined(both))):
+        assert which.modality_weights == {"text": 0.5}
+        assert which.digest not in (plain.digest, weighed.digest)
 
 
 SETTINGS = {"sequences": 6, "length": 32, "batch_size": 4, "shuffle": True}

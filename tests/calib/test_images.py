@@ -19,14 +19,16 @@ from moe_compress.calib.batches import MODALITY, TOKEN_WEIGHT
 from moe_compress.calib.images import find_processor
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.outputs import OutputGram, OutputMoments, TokenContribution
-from moe_compress.calib.statistics import ChosenLogits, InputMoments, OutputNorms, Routing
+from moe_compress.calib.statistics import ChosenLogits, OutputNorms, Routing
 from moe_compress.calib.text import Calibration, load_batches
 from moe_compress.errors import DataError, InputError
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.sweep import Sweep
 from moe_compress.prune.diep import MixtureMoments
 from moe_compress.quant.cost import QuantizationError
+from moe_compress.quant.gguf_cost import BlockTypeError
 from moe_compress.quant.gram import GramError
+from moe_compress.quant.importance import channel_squares
 
 IMAGE = 120
 
@@ -228,17 +230,37 @@ def test_row_weights_multiply(checkpoint, read):
     torch.testing.assert_close(found.rows_C, rows, rtol=1e-6, atol=1e-6)
 
 
+def test_importances_count_tokens_as_they_weigh():
+    """Means are of the tokens that weigh anything; an expert's few rows are joined by the mean of the same."""
+    view = MoEModel.wrap(tiny_model("qwen3_moe"))
+    block = view.block(view.moe_layers[0])
+    generator = torch.Generator().manual_seed(0)
+    hidden_TH = torch.randn(60, block.experts.hidden_size, generator=generator)
+    weight_TK, index_TK = torch.rand(60, block.num_experts, generator=generator).topk(2)
+    counts_T = torch.rand(60, generator=generator, dtype=torch.float64).mul(4).floor()
+    inputs = BlockInputs()
+    inputs._parts.append((hidden_TH, index_TK, weight_TK))
+    inputs._counted, inputs._weighed = [counts_T], True
+    found = channel_squares(inputs, block.experts)
+    repeated = BlockInputs()  # a token that weighs 3 is three of it
+    repeated._parts.append(tuple(v.repeat_interleave(counts_T.long(), 0) for v in (hidden_TH, index_TK, weight_TK)))
+    expected = channel_squares(repeated, block.experts)
+    torch.testing.assert_close(found.rows_E, expected.rows_E)
+    for projection in ("up", "down"):
+        torch.testing.assert_close(found.importance(projection), expected.importance(projection))
+
+
 ADDITIVE = [
     Routing(),
     ChosenLogits(),
     OutputNorms(),
-    InputMoments(),
     MixtureMoments(),
     OutputGram(),
     OutputMoments(),
     TokenContribution(),
     QuantizationError(bits=(2, 4), group_size=8),
     GramError(bits=(2, 4), group_size=8),
+    BlockTypeError(types=("F16", "BF16"), weighted=False, sample=0),
 ]
 
 

@@ -126,6 +126,15 @@ def test_sparsegpt_is_never_worse_than_wandas_mask(pattern, tokens):
             assert torch.equal(result.weight_EOK[e], masked)
 
 
+def test_sparsegpt_takes_first_what_no_token_reads():
+    """Four channels are silent, three are weaker than the mean: zeros are for the silent ones, and cost nothing."""
+    weight_EOK = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0)).sign()
+    hessian_EKK = torch.tensor([8, 0.5, 0, 0.5, 0, 0.5, 0, 0]).diag()[None]
+    result = sparsegpt(weight_EOK, hessian_EKK, Pattern(0.5))
+    assert not result.weight_EOK[0, :, [2, 4, 6, 7]].any()
+    assert (float(result.error_E), int(result.masked_rows_E)) == (0, 0)
+
+
 def test_memory_limit_and_stacking_change_nothing():
     weight_EOK, hessian_EKK = problem(rows=12)
     whole = sparsegpt(weight_EOK, hessian_EKK, Pattern.named("2:4"))

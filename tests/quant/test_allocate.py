@@ -16,6 +16,7 @@ from moe_compress.errors import BudgetError, RecipeError
 from moe_compress.export.targets import find_target
 from moe_compress.quant.allocate import Choices, by_layer, greedy, program, unit_of
 from moe_compress.quant.costs import COSTS, cost
+from moe_compress.quant.grid import WIDTHS
 from moe_compress.quant.mixed import QuantizeMixed
 from moe_compress.quant.options import PRESETS
 
@@ -257,6 +258,12 @@ def test_presets_are_what_papers_say():
     assert options(preset="quantmoe-bench").widths == [2, 4]
     for name in PRESETS:
         QuantizeMixed(options(preset=name, group_size=32), find_target("native")).forecast(shape_of(6, 8))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_native_format_takes_every_width_that_may_be_asked_for(width):
+    options = QuantizeMixed.Options(bits=9, widths=[width], group_size=32)
+    QuantizeMixed(options, find_target("native")).forecast(shape_of(6, 8))
 
 
 def test_weights_alone_need_no_text(tmp_path):

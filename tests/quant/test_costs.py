@@ -19,7 +19,7 @@ from moe_compress.model.shape import LayerShape
 from moe_compress.quant.cost import QuantizationError
 from moe_compress.quant.costs import COSTS, Asked, find_cost
 from moe_compress.quant.gain import SolverGain
-from moe_compress.quant.gptq import foreseen_share, gptq, shrink_hessians
+from moe_compress.quant.gptq import column_costs, foreseen_share, gptq, shrink_hessians
 from moe_compress.quant.gram import GramError
 from moe_compress.quant.grid import Grid, dequantize
 from moe_compress.quant.options import MixedOptions
@@ -146,11 +146,15 @@ def test_block_turn(name):
 
 
 def test_foreseen_share_is_that_of_a_diagonal_loop():
-    """R_jj² is what column j has of its own, given those that come later: a Schur complement for every column."""
+    """R_jj² is what column j has of its own, given those that come later: a Schur complement for every column.
+
+    Of expert 1 a channel is silent: it costs its damping, with feedback and without.
+    """
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(2, 40, 6, generator=generator) @ torch.randn(2, 6, 6, generator=generator)
+    rows[1, :, 2] = 0
     hessian, squares = rows.mT @ rows, torch.rand(2, 6, generator=generator)
-    found = foreseen_share(squares, hessian, damping=0.01)
+    found = foreseen_share(squares, *column_costs(hessian, damping=0.01))
     for expert in range(2):
         h = hessian[expert].double() / hessian[expert].double().diagonal().mean()
         h = h + 0.01 * torch.eye(6)
@@ -164,10 +168,11 @@ def test_foreseen_share_is_that_of_a_diagonal_loop():
             own += float(given_later * squares[expert, j])
             before += float(h[j, j] * squares[expert, j])
         assert float(found[expert]) == pytest.approx(own / before, rel=1e-4)
-    assert foreseen_share(squares, torch.zeros(2, 6, 6)).tolist() == [1, 1]
+    assert foreseen_share(squares, *column_costs(torch.zeros(2, 6, 6))).tolist() == [1, 1]
     # Nothing to make up for where inputs are independent; nearly everything where they are one.
-    assert foreseen_share(squares, torch.eye(6).expand(2, 6, 6)).tolist() == pytest.approx([1, 1])
-    assert (foreseen_share(torch.ones(2, 6), torch.ones(2, 6, 6) + 1e-3 * torch.eye(6)) < 0.25).all()
+    assert foreseen_share(squares, *column_costs(torch.eye(6).expand(2, 6, 6))).tolist() == pytest.approx([1, 1])
+    one = column_costs(torch.ones(2, 6, 6) + 1e-3 * torch.eye(6))
+    assert (foreseen_share(torch.ones(2, 6), *one) < 0.25).all()
 
 
 @pytest.mark.parametrize("rotate", ["none", "down", "both"])

@@ -137,6 +137,16 @@ def test_an_empty_block_has_scale_1_and_codes_0():
     assert not encode_float8(weight, scale, (1, 24))[1, 2].float().any()
 
 
+@pytest.mark.parametrize("search", ["none", "mse"])
+def test_weights_too_small_for_a_scale_are_zeros(search):
+    """The largest weight over 448 is below all float32 numbers: no scale is 0, which would make codes NaN."""
+    weight = torch.zeros(1, 1, 24)
+    weight[0, 0, 3] = 1e-44
+    scale = float8_scales(weight, (1, 24), search)
+    assert scale.tolist() == [[[1.0]]]
+    assert not encode_float8(weight, scale, (1, 24)).float().any()
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_spread_scales_are_those_of_their_block(block):
     scale = float8_scales(weights(), block)

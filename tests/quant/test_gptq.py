@@ -333,6 +333,13 @@ def test_shrinking_hessians():
         shrink_hessians(hessian_EKK, tokens_E, -1.0)
 
 
+def test_hessians_are_shrunk_where_they_are():
+    """Counts are on the CPU, wherever the Hessians are. (The meta device refuses other devices as a GPU does.)"""
+    hessian_EKK = torch.ones(3, 16, 16, device="meta")
+    shrunk_EKK = shrink_hessians(hessian_EKK, torch.tensor([0.0, 2.0, 5.0]), 4.0, hessian_EKK[0])
+    assert (shrunk_EKK.device.type, shrunk_EKK.shape) == ("meta", hessian_EKK.shape)
+
+
 def test_a_starved_expert_gains_from_its_layer():
     """Eight tokens for 64 channels: on the tokens it will see, its own Hessian alone misleads."""
     generator = torch.Generator().manual_seed(0)

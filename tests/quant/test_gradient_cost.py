@@ -165,5 +165,5 @@ def test_quantized_experts_are_refused():
     view = MoEModel.wrap(copy.deepcopy(model_of("qwen3_moe")))
     block = view.block(0)
     block.experts_module.__class__ = type("Other", (torch.nn.Module,), {"kind": "packed"})
-    with pytest.raises(UnsupportedModelError, match="quantized already"):
+    with pytest.raises(UnsupportedModelError, match="experts are packed already"):
         GradientError().start(block, 3)

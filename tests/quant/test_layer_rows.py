@@ -6,6 +6,7 @@ from families import tiny_model
 from reference import activations_ETI
 
 from moe_compress.calib.inputs import BlockInputs
+from moe_compress.errors import DataError
 from moe_compress.model import ExpertWeights, FusedExperts, MoEModel
 from moe_compress.quant import experts as experts_module
 from moe_compress.quant import layer_rows
@@ -111,6 +112,26 @@ def test_tokens_that_count_nothing_are_not_there(weighing):
         torch.testing.assert_close(found.moment(found.input_RH), expected.moment(expected.input_RH))
     means = [LayerRows(experts, own, weighing).means()[0] for own in (inputs, alone)]
     torch.testing.assert_close(means[0], means[1])
+
+
+@torch.no_grad()
+def test_few_tokens_that_count_and_none(monkeypatch):
+    """The mean is of a sample of the rows that count: of all rows, every so many may all be of tokens that don't."""
+    block = first_block("qwen3_moe")
+    inputs, experts = read(block), FusedExperts(block.experts_module)
+    monkeypatch.setattr(layer_rows, "SAMPLE", 1)
+    rows = LayerRows(experts, inputs, "plain")
+    step = len(rows.weight_R) // experts.intermediate_size
+    assert step > 1
+    taken = rows.dispatch.token_R[::step].unique()
+    counts_T = torch.ones(inputs.tokens, dtype=torch.float64)
+    counts_T[taken] = 0
+    assert counts_T.any()
+    inputs._counted, inputs._weighed = [counts_T], True
+    assert all(mean.isfinite().all() and mean.any() for mean in LayerRows(experts, inputs, "plain").means())
+    inputs._counted = [torch.zeros_like(counts_T)]
+    with pytest.raises(DataError, match="saw a token that counts: there is nothing to calibrate with"):
+        LayerRows(experts, inputs, "plain").means()
 
 
 @pytest.mark.parametrize("tokens", [3, 200])

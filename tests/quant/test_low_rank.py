@@ -11,7 +11,7 @@ from test_packed import ROUTINGS, expected, first_block, routing
 from moe_compress.errors import RunError
 from moe_compress.model import FusedExperts
 from moe_compress.quant.gain import SolverGain, _Shares
-from moe_compress.quant.gptq import gptq
+from moe_compress.quant.gptq import column_costs, gptq
 from moe_compress.quant.grid import Grid, dequantize
 from moe_compress.quant.low_rank import Pair, SharedSums, correction, pair_bytes, shares_left
 from moe_compress.quant.packed import build_packed
@@ -57,6 +57,8 @@ def test_no_pair_of_the_rank_leaves_less(rank, out, rows):
         share = shares_left(error, hessian, [0, rank])[e]
         assert share[0] == 1
         assert float(share[1]) == pytest.approx(best / total, rel=1e-3, abs=1e-5)
+    alike = shares_left(error, torch.eye(K).expand(E, K, K), [rank, 2])
+    torch.testing.assert_close(shares_left(error, None, [rank, 2]), alike, rtol=0, atol=1e-6)
 
 
 def test_it_heeds_what_is_read():
@@ -111,7 +113,7 @@ def test_what_a_rank_is_foreseen_to_leave():
     weight = torch.randn(E, OUT, K, generator=generator)
     _, hessian = problem(1)
     grid, ranks = Grid(2, 4), (0, 1, 4)
-    share, left_over = shares(ranks=ranks)._share(weight, hessian, grid)
+    share, left_over = shares(ranks=ranks)._share(weight, hessian, column_costs(hessian), grid)
     rounded = (dequantize(round_to_nearest(weight, grid)) - weight).double()
     for e in range(E):
         h = hessian[e].double() / hessian[e].double().diagonal().mean() + 0.01 * torch.eye(K)
@@ -121,7 +123,7 @@ def test_what_a_rank_is_foreseen_to_leave():
         singular = torch.linalg.svdvals(rounded[e][:, order] * factor)
         wanted = [float(singular[r:].square().sum() / singular.square().sum()) for r in ranks]
         assert left_over[e].tolist() == pytest.approx(wanted, rel=1e-3)
-    own_share, own = shares(ranks=ranks, solve=True)._share(weight, hessian, grid)
+    own_share, own = shares(ranks=ranks, solve=True)._share(weight, hessian, None, grid)
     solved = weight - dequantize(gptq(weight, hessian, grid).quantized)
     for rank, column in zip(ranks, own.T, strict=True):
         kept = left(solved - correction(solved, hessian, rank).product if rank else solved, hessian)

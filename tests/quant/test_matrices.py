@@ -140,6 +140,19 @@ def test_matrices_that_read_the_same_are_solved_as_one_and_alone_alike():
         assert error < ((near - weight) @ rows.T).double().square().sum() / (weight @ rows.T).double().square().sum()
 
 
+def test_sweeps_are_those_asked_for():
+    """Every sweep takes something off the error on the text, as it does with experts."""
+    generator = torch.Generator().manual_seed(1)
+    weight, mixing = torch.randn(24, 32, generator=generator), torch.randn(32, 32, generator=generator)
+    rows = torch.randn(400, 32, generator=generator) @ mixing
+    moment, decision = rows.T @ rows, {"q": {"bits": 2}}
+    options = [SolverOptions(group_size=16, sweeps=sweeps) for sweeps in (0, 1, 4)]
+    found = [quantize_matrices({"q": weight}, decision, own, {"q": moment})["q"].report for own in options]
+    errors = [report["output_error"] for report in found]
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(errors)) == 3
+
+
 def test_without_moments_it_is_rounded():
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     found = quantize_matrices({"a": weight}, {"a": {"bits": 4}}, SolverOptions(group_size=16), None)["a"]

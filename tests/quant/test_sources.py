@@ -302,6 +302,31 @@ def test_compressed_tensors_as_its_library_reads_it(name, tmp_path):
         assert torch.equal(found[full], tensor.to(found[full].dtype)), full
 
 
+@pytest.mark.parametrize(
+    ("scales", "values"),
+    [
+        ((32, 2), {"strategy": "group", "group_size": 32}),  # the library goes on with a last group of 16
+        ((32, 4), {"strategy": "group", "group_size": 16}),
+        ((1,), {"strategy": "tensor"}),
+    ],
+)
+def test_packed_scales_that_do_not_fit_are_refused(scales, values, tmp_path):
+    """Scales of 48 weights for 32, 12 for 16: as many groups as there are scales would be decoded wrongly."""
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    parts = {
+        f"{name}_packed": torch.zeros(32, 6, dtype=torch.int32),
+        f"{name}_scale": torch.ones(scales),
+        f"{name}_shape": torch.tensor([32, 48]),
+    }
+    group = {"targets": ["re:.*proj"], "weights": {"num_bits": 4, "symmetric": True, **values}}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    folder = edit(small_checkpoint(tmp_path / "m"), config, lambda tensors: parts)
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.weight_scale' is \[.*\], and of \[32, 48\] one scale for every"
+    ):
+        decode(Checkpoint(folder))
+
+
 # --- what isn't known ----------------------------------------------------------------------------------------------
 
 
