@@ -214,6 +214,7 @@ CASES: dict[str, tuple[Callable[[Place], list[Any]], int, list[str]]] = {
     "command": (lambda p: ["rnu"], 2, ["'rnu'", "run"]),
     "plugin": (lambda p: p.run(plugins=[str(p.folder / "none.py")]), 2, ["plugin", "none.py", "doesn't exist"]),
     "device": (lambda p: p.run(compute={"device": "gpu"}), 2, ["'gpu'", "cuda"]),
+    "no device for data": (lambda p: p.run(compute={"device": "meta"}), 2, ["'meta'", "cuda"]),
     "memory": (lambda p: p.run(compute={"memory": "lots"}), 2, ["compute.memory", "'lots'", "12 GB"]),
     # the model
     "no model": (lambda p: p.run(model=p.folder / "none"), 2, ["no such folder", "none"]),
@@ -387,6 +388,7 @@ CASES: dict[str, tuple[Callable[[Place], list[Any]], int, list[str]]] = {
         ["held-out.txt", "is a file"],
     ),
     "output is the model": (lambda p: below(p, "model"), 2, ["output", "is the model's own folder"]),
+    "output is the root": (lambda p: p.run(output="/"), 2, ["output /", "inside"]),
     "output is a link to the model": (linked, 2, ["link", "is the model's own folder"]),
     "output in the model": (lambda p: below(p, "model/out"), 2, ["lies in the model's own folder"]),
     "output around the model": (lambda p: below(p, "model/.."), 2, ["holds the model's own folder"]),
