@@ -37,22 +37,19 @@ def streamed(model: MoEModel, tokens: list[int]) -> dict[str, Any]:
         for step in sweep:
             step.advance()
         logits = next(sweep.outputs())[1]
-    return summary(tokens, logits[0])
+    return summary(tokens, logits[0], model.module.dtype)
 
 
-@torch.no_grad()
-def loaded(module: Any, tokens: list[int]) -> dict[str, Any]:
-    """The probe of a loaded model."""
-    device = module.get_input_embeddings().weight.device
-    return summary(tokens, module(input_ids=torch.tensor([tokens], device=device)).logits[0])
+def summary(tokens: list[int], logits_TV: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What is kept of logits [T, V]: the largest, where they are, the spread, and log Σ exp of each position.
 
-
-def summary(tokens: list[int], logits_TV: Tensor) -> dict[str, Any]:
-    """What is kept of logits [T, V]: the largest, where they are, the spread, and log Σ exp of each position."""
+    `dtype`: in what they were computed, which says how near another computation comes.
+    """
     logits = logits_TV.float().cpu()
     largest = logits.topk(min(KEPT, logits.shape[-1]), dim=-1)
     return {
         "input_ids": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
         "index": largest.indices.tolist(),
         "logits": [[round(v, 6) for v in row] for row in largest.values.tolist()],
         "logsumexp": [round(v, 6) for v in logits.logsumexp(-1).tolist()],

@@ -14,6 +14,7 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.errors import MoeCompressError, RecipeError, RunError
 from moe_compress.export.targets import find_target
 from moe_compress.passes import find_pass
+from moe_compress.probe import TOLERANCE
 from moe_compress.prune.experts import PruneExperts
 from moe_compress.quant.mixed import QuantizeMixed
 
@@ -102,6 +103,12 @@ def test_same_as_from_disk(way, source, text, tokenizer, from_disk, tmp_path):
     if way == "plain":
         model.save_pretrained(tmp_path / "by transformers")
         assert torch.equal(logits(loaded(tmp_path / "by transformers")), after)
+
+
+def test_a_model_in_bfloat16_is_verified_as_such(source, text, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    moe_compress.compress(model, tokenizer=tokenizer, passes=BOTH, calibration=text).save(tmp_path / "out")
+    assert moe_compress.verify(tmp_path / "out").tolerance == TOLERANCE[torch.bfloat16]
 
 
 def test_result_speaks(source, text, tokenizer, demo, tmp_path):

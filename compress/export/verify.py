@@ -97,7 +97,7 @@ def _verified(folder: Path, progress: Progress, device: str, limit: int) -> Veri
                 )
             progress.step()
         total = checkpoint.nbytes
-    loader, dtype, logits = ask(folder, manifest["probe"]["input_ids"], device, limit)
+    loader, dtype, logits = ask(folder, manifest["probe"], device, limit)
     tolerance = probe.TOLERANCE[dtype]
     worst = probe.distance(manifest["probe"], logits)
     if worst > tolerance:
@@ -108,10 +108,10 @@ def _verified(folder: Path, progress: Progress, device: str, limit: int) -> Veri
     return Verified(len(listed), total, loader, worst, tolerance)
 
 
-def ask(folder: Path, tokens: list[int], device: str, limit: int) -> tuple[str, torch.dtype, torch.Tensor]:
-    """(loader, dtype, logits [T, V]) of the probe's tokens; by transformers' own loader if the model fits."""
-    ids = torch.tensor([tokens])
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+def ask(folder: Path, kept: dict[str, Any], device: str, limit: int) -> tuple[str, torch.dtype, torch.Tensor]:
+    """(loader, dtype, logits [T, V]) of a kept probe's tokens, computed in what it was; whole if the model fits."""
+    ids = torch.tensor([kept["input_ids"]])
+    dtype = getattr(torch, kept.get("dtype", "float32"))  # older manifests don't say
     needed = loaded_bytes(folder, dtype)
     if needed <= limit:
         with torch.no_grad(), hf.quiet():

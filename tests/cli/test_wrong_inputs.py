@@ -333,6 +333,11 @@ CASES: dict[str, tuple[Callable[[Place], list[Any]], int, list[str]]] = {
         2,
         ["group_size 24", "32 of layer 0", "16 does"],
     ),
+    "widths that no kernel takes": (
+        lambda p: p.run([{"prune.neurons": {"neurons": 20, "multiple": 4}}]),
+        2,
+        ["layer 0", "20 neurons", "multiples of 8", "`multiple`"],
+    ),
     "quantized twice": (lambda p: p.run([RTN, GPTQ]), 2, ["passes[1]", "can't follow quantize.mixed"]),
     "quantized, then pruned": (lambda p: p.run([RTN, PRUNE]), 2, ["passes[1]: prune.experts can't follow"]),
     "merged below top-k": (lambda p: p.run([MERGE, {"prune.experts": {"experts": 1}}]), 2, ["1 would be left"]),

@@ -147,6 +147,17 @@ def test_the_result_loads(name, ran, text):
     assert report["after"]["perplexity"]["held-out"] == pytest.approx(math.exp(nll / count), rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_computing_in_16_bits_is_verified_in_them(dtype, small, text, commands, tmp_path):
+    values = recipe(small, tmp_path / "out", [PRUNE, GPTQ], text, compute={"dtype": dtype}, evaluate={})
+    ran = commands("run", write_recipe(tmp_path / "recipe.yaml", values))
+    assert (ran.code, ran.err) == (0, "")
+    verification = json.loads((tmp_path / "out" / "report.json").read_text())["verification"]
+    assert verification["distance"] <= 1e-3  # the same computation, so nearer than 16 bits must be
+    again = commands("verify", tmp_path / "out")
+    assert again.code == 0, again.err
+
+
 def test_evaluate_says_what_the_report_says(ran, small, text, commands, tmp_path):
     output = ran("all")
     file = tmp_path / "scores.json"
