@@ -272,7 +272,7 @@ def _source(
             "folder that the model was loaded from, or a copy of it"
         )
     if isinstance(original, str | Path):
-        source = MoEModel.open(original, dtype=view.module.dtype, device=view.device)
+        source = MoEModel.open(original, dtype=view.dtype, device=view.device)
     else:
         source = MoEModel.wrap(original)
     shapes = [model_shape(model).layers for model in (view, source)]

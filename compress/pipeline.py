@@ -161,7 +161,7 @@ def run(
         model.overlay = CommittedBlocks(stores)
 
         def source() -> MoEModel:
-            return MoEModel.open(recipe.model, dtype=model.module.dtype, device=model.device, dequantize=True)
+            return MoEModel.open(recipe.model, dtype=model.dtype, device=model.device, dequantize=True)
 
         before, passes = expected.before, expected.passes
         outcomes = run_passes(model, passes, before, calibrated, workspace, state, monitor, source)
@@ -201,7 +201,7 @@ def _export(
         laid_out = last.layout(outcomes[-1].shape)
         source = RoundedSource(model.source, laid_out)
         probed = MoEModel.open(
-            recipe.model, dtype=model.module.dtype, device=model.device, overlay=model.overlay, source=source
+            recipe.model, dtype=model.dtype, device=model.device, overlay=model.overlay, source=source
         )
     with monitor.stage("probe"):
         ids = calibrated.text.ids if calibrated.text is not None else None
@@ -246,7 +246,7 @@ def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[D
 
 def _whole(model: MoEModel, recipe: Recipe) -> MoEModel | None:
     """The source in memory, if it may be there as a whole."""
-    folder, dtype = Path(recipe.model), model.module.dtype
+    folder, dtype = Path(recipe.model), model.dtype
     quantized = read_json(folder / "config.json").get("quantization_config")
     if quantized or loaded_bytes(folder, dtype) > memory_limit(recipe.compute.memory):
         return None

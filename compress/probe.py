@@ -37,7 +37,7 @@ def streamed(model: MoEModel, tokens: list[int]) -> dict[str, Any]:
         for step in sweep:
             step.advance()
         logits = next(sweep.outputs())[1]
-    return summary(tokens, logits[0], model.module.dtype)
+    return summary(tokens, logits[0], model.dtype)
 
 
 def summary(tokens: list[int], logits_TV: Tensor, dtype: torch.dtype) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def holding_all(model: MoEModel, tokens: int, folder: Path | None, choice: str =
 
 def _hidden_bytes(model: MoEModel, tokens: int) -> int:
     hidden = int(model.module.config.get_text_config().hidden_size)
-    return int(tokens * hidden * model.module.dtype.itemsize)
+    return int(tokens * hidden * model.dtype.itemsize)
 
 
 def memory_limit(setting: str) -> int:

@@ -105,10 +105,12 @@ def test_same_as_from_disk(way, source, text, tokenizer, from_disk, tmp_path):
         assert torch.equal(logits(loaded(tmp_path / "by transformers")), after)
 
 
-def test_a_model_in_bfloat16_is_verified_as_such(source, text, tokenizer, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    moe_compress.compress(model, tokenizer=tokenizer, passes=BOTH, calibration=text).save(tmp_path / "out")
-    assert moe_compress.verify(tmp_path / "out").tolerance == TOLERANCE[torch.bfloat16]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_result_is_verified_in_the_dtype_of_its_model(dtype, source, text, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    packed = {"quantize.mixed": {"bits": 7, "group_size": 8, "include": ["experts", "embeddings"], **PROTECT}}
+    moe_compress.compress(model, tokenizer=tokenizer, passes=[packed], calibration=text).save(tmp_path / "out")
+    assert moe_compress.verify(tmp_path / "out").tolerance == TOLERANCE[dtype]
 
 
 def test_result_speaks(source, text, tokenizer, demo, tmp_path):

@@ -129,7 +129,7 @@ class StreamedLikelihood:
         part: list[_Batch] = []
         held = 0
         for batch in batches:
-            state = self._hidden * self._model.module.dtype.itemsize
+            state = self._hidden * self._model.dtype.itemsize
             size = STATES * len(batch.rows) * batch.width * state
             if part and (len(part) == CALLS or held + size > room):
                 yield part

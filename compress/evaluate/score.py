@@ -33,7 +33,7 @@ def check_scoring(model: MoEModel, wanted: Evaluation, memory: str = "auto") -> 
         if wanted.generation is not None:
             choose_prompts(batches, wanted.generation)
             check_length(model, wanted.generation.prompt + wanted.generation.tokens, "evaluate.generation")
-            size, limit = loaded_bytes(model.source.folder, model.module.dtype), memory_limit(memory)
+            size, limit = loaded_bytes(model.source.folder, model.dtype), memory_limit(memory)
             if size > limit:
                 raise InputError(
                     f"evaluate.generation loads the model, which takes {show_bytes(size)}, and it may take "
@@ -78,7 +78,7 @@ def score_folders(
     if not wanted.text and not wanted.tasks:
         return before, after
     tokenizer = _tokenizer(folder)
-    dtype, device = like.module.dtype, like.device
+    dtype, device = like.dtype, like.device
     if wanted.text:
         batches = load_text(tokenizer, wanted, like.module.config.get_text_config().vocab_size)
         model = MoEModel.open(folder, dtype=dtype, device=device)

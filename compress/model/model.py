@@ -59,6 +59,7 @@ class MoEModel:
         weights: where its tensors come from; None for a model in memory.
         overlay: changed layers that replace the folder's.
         device: where inputs go.
+        dtype: in what it computes; said here, for where embeddings are packed no parameter of the module says it.
         stack: module path of the decoder layers that are compressed.
         count_paths: keys of the config that hold the number of experts.
         config_widths: layer → neurons of each expert, as the config says.
@@ -71,6 +72,7 @@ class MoEModel:
         self.weights: DiskWeights | None = None
         self._overlay: Overlay | None = None
         self.device = torch.device("cpu")
+        self.dtype: torch.dtype = module.dtype
         self._conversions = hf.conversions(module)
         self.stack = find_stack(module)
         self.untouched = sorted(p for p in expert_counts(module) if not p.startswith(self.stack + "."))

@@ -260,6 +260,10 @@ def test_a_folder_and_a_model_in_memory_get_the_same(name, tmp_path, text, small
     assert 1 <= after["mean"] < 2
     assert set(after["layers"]) == {"0", "1", "2"}
     assert report["forecast_bytes"] == report["after"]["bytes"]
+    with torch.no_grad():  # in the dtype that the checkpoint is stored in, too
+        logits = moe_compress.load(tmp_path / "out", dtype=torch.bfloat16)(torch.arange(3, 35)[None]).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
 
     loaded = moe_compress.load(tmp_path / "out", dtype=torch.float32)
     ids = torch.randint(3, 4000, (2, 40), generator=torch.Generator().manual_seed(1))
