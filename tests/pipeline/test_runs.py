@@ -104,6 +104,12 @@ def test_the_report_is_true(name, ran, small):
     assert {k: report["passes"][-1][k] for k in after} == pytest.approx(after)
     if packed:
         assert after["bits_per_weight"] <= report["passes"][-1]["options"]["bits"]
+    said = (ROOT / "docs" / "report.md").read_text()
+    told = [step["summary"] for step in report["passes"]]
+    told += [part for layer in report["layers"] for part in layer["passes"]]
+    told += [e[name] for layer in report["layers"] for e in layer["experts"] for name in e.keys() - {"expert", "slot"}]
+    keys = {key.removeprefix("gate_up_").removeprefix("down_") for part in told for key in part}
+    assert [key for key in keys if f"`{key}`" not in said and f"`…_{key}`" not in said] == []
     for layer in report["layers"]:
         assert documented("An element of `layers`:") <= layer.keys()
         assert (layer["num_experts_before"], layer["num_experts"]) == (EXPERTS, experts)
