@@ -312,6 +312,20 @@ def test_what_can_not_be(passes, target, message, calibration):
         )
 
 
+@pytest.mark.parametrize("step", ["skip.top_k", "skip.ratio", "skip.top_p", "skip.learned"])
+def test_a_default_that_skips_nothing_is_refused(step, calibration):
+    with pytest.raises(RecipeError, match=r"all of the 2 experts that layer 0 uses: give `experts_per_token`"):
+        moe_compress.compress(tiny_model("qwen3_moe"), passes=[step], calibration=calibration)
+
+
+@pytest.mark.parametrize(("step", "given"), [("skip.ratio", {"threshold": "median"}), ("skip.top_p", {"share": 0.5})])
+def test_what_else_decides_needs_no_average(step, given, calibration):
+    result = moe_compress.compress(
+        tiny_model("qwen3_moe"), passes=[{step: given}], calibration=calibration, monitor=Monitor(show=False)
+    )
+    assert 1 <= result.report["passes"][0]["summary"]["experts_per_token"] < 2
+
+
 @pytest.mark.parametrize("bits", [None, 4.5], ids=["dense", "quantized"])
 def test_a_smaller_top_k_is_a_number_for_servers(bits, tmp_path, text):
     """config.json says it; what is loaded from there computes what the rule computed (the run verifies logits)."""
