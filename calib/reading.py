@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe_compress.errors import DataError, nearest
+from moe_compress.units import UserPath
 
 from .images import found_images
 from .self_sampling import SelfSampling
@@ -42,7 +43,7 @@ class TextSource(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str | None = Field(
+    path: UserPath | None = Field(
         default=None,
         description="A file, a folder (with its subfolders) or a glob, relative to the working directory. `.jsonl` and "
         "`.json` hold one object per line (`.json` also one array), `.parquet` one row per document; `.txt` and `.md` "

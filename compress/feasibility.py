@@ -20,10 +20,13 @@ from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass
 from moe_compress.units import show_bytes
 
+# Bytes that rows of dense experts' matrices are a multiple of: `grouped_mm` multiplies no others.
+_ALIGNED = 16
+
 
 def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[ModelShape]:
     """Sizes after each pass. Raises RecipeError, BudgetError for a pass that can't follow or a size that can't be."""
-    shapes = [shape]
+    shapes, first = [shape], shape.layers
     for number, step in enumerate(passes):
         step.start = shapes[number - step.round]
         entry = sum(other.round == 0 for other in passes[: number + 1]) - 1  # of the recipe
@@ -44,6 +47,13 @@ def forecast(shape: ModelShape, passes: Sequence[Pass], target: Target) -> list[
                 )
         shapes.append(shape)
     last = shapes[-1]
+    for index, layer in last.layers.items():
+        multiple = _ALIGNED // layer.weight_bytes
+        if layer.kind == "fused" and layer.intermediate % multiple and not first[index].intermediate % multiple:
+            raise RecipeError(
+                f"experts of layer {index} would have {layer.intermediate} neurons, and transformers' kernel takes "
+                f"multiples of {multiple} alone: leave the option `multiple` of prune.neurons out"
+            )
     if target.uniform_experts and len({layer.num_experts for layer in last.layers.values()}) > 1:
         raise RecipeError(f"target {target.name!r} loads the same number of experts in every layer only")
     return shapes[1:]

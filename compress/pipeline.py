@@ -20,7 +20,7 @@ from moe_compress.checkpoint.atomic import write_json, write_text
 from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.checkpoint.reader import read_json
 from moe_compress.checkpoint.workspace import Workspace, clear, short_digest
-from moe_compress.checkpoint.writer import MANIFEST, check_output, settled
+from moe_compress.checkpoint.writer import MANIFEST, check_output, file_digest, settled
 from moe_compress.engine import Calibrated, Outcome, run_passes, slots_after
 from moe_compress.errors import CheckpointError, InputError
 from moe_compress.evaluate.score import check_scoring, score_folders
@@ -120,8 +120,11 @@ def run(
     with monitor.stage("check"):
         model, expected = plan_run(recipe)
         fingerprint = model.source.fingerprint()
+        plugins = {Path(plugin).name: file_digest(Path(plugin)) for plugin in recipe.plugins}
+        # What statistics are of: plugins may bring their own.
+        state = short_digest([fingerprint, plugins]) if plugins else fingerprint
         draft, tokenizer = _calibration(model, recipe, expected.passes)
-        identity = _identity(recipe, expected.passes, fingerprint, draft)
+        identity = _identity(recipe, fingerprint, plugins, draft)
         run_id = short_digest(identity)
         own = _run_of(output) == run_id and not fresh
         if own and place.is_dir() and not Workspace.holds_work(place) and (output / "report.json").is_file():
@@ -145,7 +148,7 @@ def run(
             text = finish(
                 draft,
                 model,
-                lambda data: workspace.statistics(fingerprint, data),
+                lambda data: workspace.statistics(state, data),
                 room,
                 monitor,
                 lambda: _whole(model, recipe),
@@ -161,7 +164,7 @@ def run(
             return MoEModel.open(recipe.model, dtype=model.dtype, device=model.device, dequantize=True)
 
         before, passes = expected.before, expected.passes
-        outcomes = run_passes(model, passes, before, calibrated, workspace, fingerprint, monitor, source)
+        outcomes = run_passes(model, passes, before, calibrated, workspace, state, monitor, source)
 
         if not published:
             _export(model, recipe, outcomes, output, run_id, calibrated, tokenizer, monitor, overwrite)
@@ -251,16 +254,16 @@ def _whole(model: MoEModel, recipe: Recipe) -> MoEModel | None:
         return MoEModel.wrap(load(folder, dtype=dtype).to(model.device))
 
 
-def _identity(recipe: Recipe, passes: list[Pass], fingerprint: str, draft: Draft | None) -> dict[str, Any]:
+def _identity(recipe: Recipe, fingerprint: str, plugins: dict[str, str], draft: Draft | None) -> dict[str, Any]:
     """What decides about the bytes of the result: finished work of another identity is not this run's."""
     plain = recipe.plain()
     return {
         "model": fingerprint,
+        "plugins": plugins,
         "passes": plain["passes"],
         "target": plain["target"],
         "calibration": plain["calibration"],
         "data": draft.digest if draft is not None else "",
-        "seed": plain["seed"],
         "compute": {k: v for k, v in plain["compute"].items() if k not in ("hidden_states", "memory")},
         "versions": versions(),
     }

@@ -9,17 +9,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from moe_compress.calib.text import Calibration
 from moe_compress.errors import RecipeError
 from moe_compress.export.targets import Target, find_target
 from moe_compress.passes import Pass, PassOptions, find_pass, load_plugin
 from moe_compress.rounds import in_rounds
-from moe_compress.units import parse_bytes
+from moe_compress.units import UserPath, checked_size
 
 KeyPath = tuple[str | int, ...]
 Part = TypeVar("Part", bound=BaseModel)
@@ -41,13 +41,15 @@ class Evaluation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    text: list[str] = Field(default=[], description="Text files (or globs) for perplexity, KL divergence and agreement")
+    text: list[UserPath] = Field(
+        default=[], description="Text files (or globs) for perplexity, KL divergence and agreement"
+    )
     field: str = Field(default="text", description="Field of JSONL or Parquet rows that holds the text")
     length: int = Field(default=2048, ge=2, description="Tokens of one window")
     max_tokens: int | None = Field(default=None, ge=2, description="Tokens of each file at the most; default: all")
     batch_size: int = Field(default=8, ge=1, description="Windows that run at a time")
     tasks: list[str] = Field(default=[], description="lm-eval tasks")
-    task_path: str | None = Field(
+    task_path: UserPath | None = Field(
         default=None, description="Folder with task files of your own; default: lm-eval's tasks"
     )
     limit: int | None = Field(default=None, ge=1, description="Items of each task at the most; default: all")
@@ -73,7 +75,7 @@ class Compute(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="In what live layers compute; auto: float32 on a CPU, bfloat16 on a GPU"
     )
-    memory: str = Field(
+    memory: Annotated[str, BeforeValidator(lambda value: value if value == "auto" else checked_size(value))] = Field(
         default="auto",
         description='Most that a whole model may take where loading it is an option (verifying, tasks), e.g. "8 GB"; '
         "auto: 70% of what is free. A larger one is streamed layer by layer",
@@ -82,24 +84,14 @@ class Compute(BaseModel):
         default="auto", description="Where hidden states of the calibration text wait between layers"
     )
 
-    @field_validator("memory")
-    @classmethod
-    def _is_size(cls, value: str) -> str:
-        try:
-            if value != "auto":
-                parse_bytes(value)
-        except RecipeError as error:
-            raise ValueError(str(error)) from error
-        return value
-
 
 class Recipe(BaseModel):
     """A whole recipe. `steps` and `goal` are its passes and target, ready to use."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    model: str = Field(description="Checkpoint folder (config.json and safetensors)")
-    output: str = Field(description="Folder for the result; must not exist, or be empty")
+    model: UserPath = Field(description="Checkpoint folder (config.json and safetensors)")
+    output: UserPath = Field(description="Folder for the result; must not exist, or be empty")
     target: str = Field(
         default="native", description="Runtime that the result is for; `moe-compress passes` lists them"
     )
@@ -110,8 +102,10 @@ class Recipe(BaseModel):
     calibration: Calibration | None = Field(default=None, description="Text that statistics are measured on")
     evaluate: Evaluation = Field(default=Evaluation(), description="What to score, before and after")
     compute: Compute = Field(default=Compute(), description="Where and how to compute")
-    seed: int = Field(default=0, description="Seed of everything random in the passes")
-    plugins: list[str] = Field(default=[], description="Python files that register passes of your own")
+    seed: int = Field(
+        default=0, ge=0, lt=1 << 32, description="Seed of everything random in the passes that name none of their own"
+    )
+    plugins: list[UserPath] = Field(default=[], description="Python files that register passes of your own")
     keep_workspace: bool = Field(default=False, description="Keep finished statistics and layers after success")
 
     @property
@@ -130,7 +124,7 @@ class Recipe(BaseModel):
         return values
 
     def _entries(self) -> list[Pass]:
-        return [build_pass(entry, self.goal, ("passes", number)) for number, entry in enumerate(self.passes)]
+        return [build_pass(entry, self.goal, ("passes", number), self.seed) for number, entry in enumerate(self.passes)]
 
 
 class _KeyError(RecipeError):
@@ -158,12 +152,14 @@ def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} can't be read as a recipe: {error}") from error
     try:
-        values = yaml.safe_load(text)
         node = yaml.compose(text)
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if (twice := _twice(node)) is not None:
+        raise RecipeError(f"{path}:{twice.start_mark.line + 1}: the key {twice.value!r} is there twice")
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping (model: …, output: …, passes: …)")
     for key, value in (overrides or {}).items():
@@ -193,7 +189,7 @@ def make_part(part: type[Part], values: Any, key: str) -> Part:
             f"{key}: {type(values).__name__} can't be read as {part.__name__}: give a mapping of its keys"
         )
     try:
-        return part(**values)
+        return part.model_validate(values)
     except ValidationError as error:
         explained = _explained(error, part, (key,))
         raise RecipeError(f"{_dotted(explained.path)}: {explained}") from error
@@ -210,7 +206,7 @@ def make_passes(entries: Sequence[Any], target: Target) -> list[Pass]:
 
 def _make(values: Mapping[str, Any]) -> Recipe:
     try:
-        recipe = Recipe(**values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise _explained(error, Recipe, ()) from error
     for plugin in recipe.plugins:
@@ -223,8 +219,11 @@ def _make(values: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def build_pass(entry: Any, target: Target, path: KeyPath = ()) -> Pass:
-    """A pass from its entry in a recipe: a name, {name: options}, or a Pass already."""
+def build_pass(entry: Any, target: Target, path: KeyPath = (), seed: int = 0) -> Pass:
+    """A pass from its entry in a recipe: a name, {name: options}, or a Pass already.
+
+    `seed`: of passes that have one and name none.
+    """
     if isinstance(entry, Pass):
         return entry
     if isinstance(entry, str):
@@ -238,8 +237,9 @@ def build_pass(entry: Any, target: Target, path: KeyPath = ()) -> Pass:
         raise _KeyError(path, str(error)) from error
     if options is not None and not isinstance(options, Mapping):
         raise _KeyError((*path, name), "options are a mapping")
+    seeded = {"seed": seed} if "seed" in cls.Options.model_fields else {}
     try:
-        return cls(cls.Options(**(options or {})), target)
+        return cls(cls.Options.model_validate({**seeded, **(options or {})}), target)
     except ValidationError as error:
         raise _explained(error, cls.Options, (*path, name)) from error
     except RecipeError as error:  # of an option that looks its value up
@@ -321,6 +321,8 @@ def _pass_options(values: dict[str, Any], parts: list[str], key: str) -> tuple[d
     names = [next(iter(e)) if isinstance(e, dict) and e else e for e in entries]
     if parts[1].isdigit() and int(parts[1]) < len(entries):
         number, rest = int(parts[1]), parts[2:]
+        if len(rest) > 2 and ".".join(rest[:2]) == names[number]:  # as messages write it
+            rest = rest[2:]
     elif len(parts) > 3 and ".".join(parts[1:3]) in names:
         number, rest = names.index(".".join(parts[1:3])), parts[3:]
     else:
@@ -331,9 +333,25 @@ def _pass_options(values: dict[str, Any], parts: list[str], key: str) -> tuple[d
     return entries[number][name], rest
 
 
+def _twice(node: yaml.Node | None) -> yaml.ScalarNode | None:
+    """The first key that its mapping has already: YAML's reader would take the last and say nothing."""
+    parts = [node] if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
+    for part in parts:
+        known: set[str] = set()
+        for item in part.value:
+            key, value = item if isinstance(item, tuple) else (None, item)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in known:
+                    return key
+                known.add(key.value)
+            if isinstance(value, yaml.SequenceNode | yaml.MappingNode) and value not in parts:
+                parts.append(value)
+    return None
+
+
 def _line(node: yaml.Node | None, path: KeyPath) -> int | None:
-    """Line of the deepest part of a key path that the file has."""
-    line = node.start_mark.line + 1 if node is not None else None
+    """Line of the deepest part of a key path that the file has, if it has any."""
+    line = None
     for key in path:
         if isinstance(node, yaml.MappingNode):
             pairs = [(k, v) for k, v in node.value if k.value == str(key)]

@@ -61,7 +61,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     """
     try:
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(0, device=where)
+        torch.empty(1, device=where).item()  # what a device without data can't do
     except (RuntimeError, AssertionError) as error:  # torch raises either, and speaks of how it was built
         raise RecipeError(
             f"device {device!r} can't be used here; use auto, cpu, or cuda where there is a GPU"

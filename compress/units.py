@@ -1,8 +1,12 @@
-"""Sizes as people write them."""
+"""Sizes and paths as people write them."""
 
 from __future__ import annotations
 
+import os
 import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator
 
 from moe_compress.errors import RecipeError
 
@@ -15,6 +19,22 @@ def parse_bytes(text: str | int) -> int:
     if not match:
         raise RecipeError(f"{text!r} is not a size; write it like 12 GB, 3.5 GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def checked_size(value: Any) -> Any:
+    """A size in a recipe, which YAML may have made a number: as text, if it can be read. Raises ValueError."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        try:
+            parse_bytes(text)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+    return text
+
+
+Size = Annotated[str, BeforeValidator(checked_size)]
+# `~` is the user's home, as everywhere else: no folder of that name is meant.
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 def show_bytes(count: float) -> str:

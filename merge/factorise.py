@@ -23,7 +23,7 @@ from moe_compress.model.backward import GradientSweep
 from moe_compress.model.losses import NextToken
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Lesson, Pass, PassOptions, Plan, register
-from moe_compress.units import parse_bytes, show_budget, show_bytes
+from moe_compress.units import Size, parse_bytes, show_budget, show_bytes
 
 from .align import permuted
 from .factored import factor_experts
@@ -40,7 +40,7 @@ class FactoriseOptions(PassOptions):
 
     method: str = Field(default="svd", description="How experts are factorised")
     keep: float | None = Field(default=None, gt=0, le=1, description="Share of the experts' bytes, e.g. 0.75")
-    size: str | None = Field(default=None, description="Instead of `keep`: bytes of the whole model, e.g. 12 GB")
+    size: Size | None = Field(default=None, description="Instead of `keep`: bytes of the whole model, e.g. 12 GB")
     base: BaseRule | None = Field(
         default=None,
         description="d2-moe, resmoe: the shared base is the experts' mean, weighted by the weights' Fisher information "

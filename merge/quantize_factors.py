@@ -20,7 +20,7 @@ from moe_compress.errors import RecipeError
 from moe_compress.model import MoEBlock
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
-from moe_compress.quant.grid import Grid, Quantized, dequantize
+from moe_compress.quant.grid import Grid, GroupSize, Quantized, dequantize
 from moe_compress.quant.hqq import half_quadratic
 from moe_compress.quant.rtn import round_to_nearest
 from moe_compress.quant.stack import Stack
@@ -34,7 +34,7 @@ class FactorOptions(PassOptions):
     """Options of `quantize.factors`."""
 
     bits: Literal[2, 3, 4, 5, 6, 8] = Field(default=8, description="Width of every factor")
-    group_size: int = Field(default=64, ge=-1, description="Weights of a row that share a scale, -1 for the whole row")
+    group_size: GroupSize = Field(default=64, description="Weights of a row that share a scale, -1 for the whole row")
     symmetric: bool = Field(default=True, description="No zero points")
     method: Literal["rtn", "hqq"] = Field(default="rtn", description="Round to nearest, or half-quadratic (HQQ)")
 

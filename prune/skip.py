@@ -123,13 +123,23 @@ class SkipToAverage(Skip):
 
     options: AverageOptions
 
+    @property
+    def averages(self) -> bool:
+        """Whether the wanted average decides, and no setting that was given in its place."""
+        return True
+
     def wanted(self, layer: LayerShape) -> float:
         """Experts per token that a layer may use on average."""
         return self.options.experts_per_token or -(-2 * layer.top_k // 3)
 
     def check(self, index: int, layer: LayerShape) -> None:
-        """Also where more is asked than there is."""
+        """Also where more is asked than there is, or nothing would be skipped that nobody asked to keep."""
         super().check(index, layer)
+        if self.averages and self.options.experts_per_token is None and self.wanted(layer) == layer.top_k:
+            raise RecipeError(
+                f"{self.name}: {_TWO_THIRDS} is all of the {layer.top_k} experts that layer {index} uses: give "
+                "`experts_per_token`"
+            )
         if self.wanted(layer) > layer.top_k:
             raise RecipeError(
                 f"{self.name}: experts_per_token is {self.wanted(layer):g}, and layer {index} uses {layer.top_k}"
@@ -137,6 +147,8 @@ class SkipToAverage(Skip):
 
     def notes(self, profile: Profile, layers: dict[int, dict[str, Any]]) -> list[str]:
         """Where the average isn't what was asked."""
+        if not self.averages:
+            return []
         found = []
         for index, decision in layers.items():
             wanted, got = self.wanted(profile.shape.layers[index]), decision["experts_per_token"]
@@ -297,10 +309,15 @@ class SkipRatio(SkipToAverage):
     Options = RatioOptions
     options: RatioOptions
 
+    @property
+    def averages(self) -> bool:
+        """See SkipToAverage."""
+        return self.options.threshold == "average"
+
     def check(self, index: int, layer: LayerShape) -> None:
         """Also where two things decide the same."""
         super().check(index, layer)
-        if self.options.threshold != "average" and self.options.experts_per_token is not None:
+        if not self.averages and self.options.experts_per_token is not None:
             raise RecipeError(
                 f"{self.name}: only `threshold: average` reaches `experts_per_token`: leave one of them out"
             )
@@ -327,10 +344,6 @@ class SkipRatio(SkipToAverage):
         by = "attention" if self.options.protect == "attention" else "norm"
         return Ratio(float(threshold), protect, self.options.renormalize, by)
 
-    def notes(self, profile: Profile, layers: dict[int, dict[str, Any]]) -> list[str]:
-        """Where an average was asked for and not reached."""
-        return super().notes(profile, layers) if self.options.threshold == "average" else []
-
 
 class TopPOptions(AverageOptions):
     """Options of `skip.top_p`."""
@@ -351,10 +364,15 @@ class SkipTopP(SkipToAverage):
     Options = TopPOptions
     options: TopPOptions
 
+    @property
+    def averages(self) -> bool:
+        """See SkipToAverage."""
+        return self.options.share is None
+
     def check(self, index: int, layer: LayerShape) -> None:
         """Also where two things decide the same."""
         super().check(index, layer)
-        if self.options.share is not None and self.options.experts_per_token is not None:
+        if not self.averages and self.options.experts_per_token is not None:
             raise RecipeError(f"{self.name}: `share` decides how many experts run: leave `experts_per_token` out")
 
     def rule(self, index: int, profile: Profile) -> RouteRule:
@@ -364,7 +382,3 @@ class SkipTopP(SkipToAverage):
             weights = profile.of(index, RankedWeights())["weights"]
             share = share_threshold(weights, self.wanted(profile.shape.layers[index]))
         return TopP(share, self.options.renormalize)
-
-    def notes(self, profile: Profile, layers: dict[int, dict[str, Any]]) -> list[str]:
-        """Where an average was asked for and not reached."""
-        return super().notes(profile, layers) if self.options.share is None else []

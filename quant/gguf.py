@@ -26,7 +26,7 @@ from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch
 from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.passes import Pass, PassOptions, Plan, register
-from moe_compress.units import parse_bytes, show_budget, show_bytes
+from moe_compress.units import Size, parse_bytes, show_budget, show_bytes
 
 from .gguf_blocks import BlockType, dequantize, find_type
 from .gguf_cost import BlockTypeError
@@ -50,7 +50,7 @@ class GGUFOptions(PassOptions):
     bits: float | None = Field(
         default=None, gt=0, le=32, description="Budget: average bits per expert weight, scales included"
     )
-    size: str | None = Field(default=None, description='Instead of `bits`: size of all tensors of the file, "12 GB"')
+    size: Size | None = Field(default=None, description='Instead of `bits`: size of all tensors of the file, "12 GB"')
     types: list[str] = Field(
         default=["Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "IQ4_NL", "Q5_0", "Q5_1"],
         min_length=1,

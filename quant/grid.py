@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from moe_compress.errors import InputError, RecipeError, RunError
@@ -40,6 +41,16 @@ REFINEMENTS = 2
 WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)
 CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 TINY = torch.finfo(torch.float32).tiny
+
+
+def checked_group_size(size: int) -> int:
+    """The size itself. Raises RecipeError for one that groups can't have."""
+    if size != -1 and size < 1:
+        raise RecipeError(f"group_size must be positive, or -1 for one group per row, not {size}")
+    return size
+
+
+GroupSize = Annotated[int, AfterValidator(checked_group_size)]
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,7 @@ class Grid:
     def __post_init__(self) -> None:
         if self.bits not in WIDTHS:
             raise RecipeError(f"bits must be 1 to 8 or {TERNARY} (ternary), not {self.bits}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise RecipeError(f"group_size must be positive, or -1 for one group per row, not {self.group_size}")
+        checked_group_size(self.group_size)
         if self.bits < 2 and not self.symmetric:
             values = "1 bit has only a symmetric grid (±scale/2)" if self.bits == 1 else "a ternary grid is symmetric"
             raise RecipeError(f"{values}: set symmetric to true, or take 2 bits")

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from moe_compress.export.targets import Target
 from moe_compress.passes import PresetOptions
+from moe_compress.units import Size
 
 from .allocate import Rule, Unit
 from .costs import find_cost
@@ -77,7 +78,7 @@ class MixedOptions(SolverOptions, PresetOptions):
         le=16,
         description="Budget: average bits per weight of all that is included; scales, zero points and padding count",
     )
-    size: str | None = Field(default=None, description='Instead of `bits`: size of the whole checkpoint, e.g. "12 GB"')
+    size: Size | None = Field(default=None, description='Instead of `bits`: size of the whole checkpoint, e.g. "12 GB"')
     widths: list[float] = Field(
         default=[1, 2, 3, 4, 8], min_length=1, description="Widths that a unit may get: 1 to 8, and 1.58 for ternary"
     )

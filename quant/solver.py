@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from moe_compress.passes import PassOptions
 
-from .grid import Grid, Search
+from .grid import Grid, GroupSize, Search
 from .layer_rows import Weighing
 from .rotation import Rotate, Rotations
 
@@ -48,7 +48,7 @@ class SolverOptions(InputSmoothing):
         default="gptq",
         description="GPTQ; or without data: round-to-nearest, or half-quadratic scales and zero points (HQQ)",
     )
-    group_size: int = Field(default=64, ge=-1, description="Weights that share a scale, -1 for a whole row")
+    group_size: GroupSize = Field(default=64, description="Weights that share a scale, -1 for a whole row")
     symmetric: bool = Field(default=True, description="No zero points (what servers load)")
     search: Search = Field(default="mse", description="How scales are found")
     damping: float = Field(default=0.01, ge=0, description="GPTQ: added to the Hessian's diagonal, times its mean")

@@ -14,6 +14,7 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.errors import MoeCompressError, RecipeError, RunError
 from moe_compress.export.targets import find_target
 from moe_compress.passes import find_pass
+from moe_compress.probe import TOLERANCE
 from moe_compress.prune.experts import PruneExperts
 from moe_compress.quant.mixed import QuantizeMixed
 
@@ -102,6 +103,14 @@ def test_same_as_from_disk(way, source, text, tokenizer, from_disk, tmp_path):
     if way == "plain":
         model.save_pretrained(tmp_path / "by transformers")
         assert torch.equal(logits(loaded(tmp_path / "by transformers")), after)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_result_is_verified_in_the_dtype_of_its_model(dtype, source, text, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    packed = {"quantize.mixed": {"bits": 7, "group_size": 8, "include": ["experts", "embeddings"], **PROTECT}}
+    moe_compress.compress(model, tokenizer=tokenizer, passes=[packed], calibration=text).save(tmp_path / "out")
+    assert moe_compress.verify(tmp_path / "out").tolerance == TOLERANCE[dtype]
 
 
 def test_result_speaks(source, text, tokenizer, demo, tmp_path):

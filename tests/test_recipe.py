@@ -1,5 +1,7 @@
 """Recipes: what is read, what `--set` changes, and where an error says it is."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -51,6 +53,11 @@ def test_what_is_recorded_reads_back_as_the_same(file):
     ("key", "value", "found"),
     [
         ("seed", "5", lambda r: r.seed == 5),
+        ("seed", "7", lambda r: [getattr(s.options, "seed", 7) for s in r.steps()] == [7, 7, 7]),
+        ("output", "~/there", lambda r: r.output == str(Path.home() / "there")),
+        ("calibration.sources.0", "~/a.txt", lambda r: r.calibration.sources[0].path == str(Path.home() / "a.txt")),
+        ("passes.2", "quantize.mixed: {size: 4000}", lambda r: r.steps()[2].options.size == "4000"),
+        ("passes.1.prune.experts.experts", "4", lambda r: r.steps()[1].options.experts == 4),
         ("output", "there/é", lambda r: r.output == "there/é"),
         ("calibration.length", "32", lambda r: r.calibration.length == 32),
         ("calibration.sources.1.path", "c.txt", lambda r: r.calibration.sources[1].path == "c.txt"),
@@ -68,6 +75,11 @@ def test_a_key_is_set(key, value, found, file):
     assert found(read_recipe(file, {key: value}))
 
 
+def test_a_seed_of_its_own_stays(file):
+    recipe = read_recipe(file, {"seed": "7", "passes.1.seed": "3"})
+    assert [step.options.seed for step in recipe.steps()] == [7, 3, 7]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
@@ -76,6 +88,7 @@ def test_a_key_is_set(key, value, found, file):
         ("calibration.sources.7.path", "c", "nothing to set at"),
         ("model.name", "c", "nothing to set at"),
         ("seed", "[1", "not YAML"),
+        ("seed", "-1", "recipe.yaml: seed: Input should be greater"),
         ("calibration.lenght", "3", "did you mean 'length'"),
         ("passes.1.criterion", "raep", "did you mean 'reap'"),
     ],
@@ -96,8 +109,15 @@ def test_a_key_that_cannot_be_set(key, value, said, file):
         ("prune.experts", "prune.exprts", ":11: passes[1]: no pass is called 'prune.exprts'"),
         ("merge.average: {keep: 0.75}", "{merge.average: {}, b: {}}", ":10: passes[0]: a pass is a name, or one name"),
         ("{bits: 3}", "[3]", ":14: passes[2].quantize.mixed: options are a mapping"),
-        ("model: in\n", "", ": model: this key is needed (Checkpoint folder"),
+        ("model: in\n", "", "recipe.yaml: model: this key is needed (Checkpoint folder"),
         ("model: in", "model: [in", "not YAML"),
+        ("model: in", "model: in\nmodel: there", ":3: the key 'model' is there twice"),
+        ("experts: 6", "experts: 6\n      experts: 7", ":13: the key 'experts' is there twice"),
+        ("model: in", "model: &in [*in]", ":2: model: Input should be a valid string"),
+        ("model: in", "model: in\n1: in", ":3: [1]: Keys should be strings"),
+        ("experts: 6", "6: 6", ":12: passes[1].prune.experts[6]: Keys should be strings"),
+        ("{bits: 3}", "{size: lots}", ":14: passes[2].quantize.mixed.size: 'lots' is not a size"),
+        ("{bits: 3}", "{bits: 3, group_size: 0}", ":14: passes[2].quantize.mixed: group_size must be positive, or -1"),
         ("output: out", "output: out\ncompute: {memory: much}", ":4: compute.memory: 'much' is not a size"),
     ],
 )

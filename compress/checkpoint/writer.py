@@ -138,8 +138,14 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def settled(folder: Path) -> Path:
-    """The same folder under a path that has a name and is no link: what is renamed must be the folder itself."""
-    return folder.resolve() if folder.is_symlink() or folder.name in ("", "..") else folder
+    """The same folder under a path that has a name and is no link: what is renamed must be the folder itself.
+
+    Raises InputError for the root, which has none.
+    """
+    folder = folder.resolve() if folder.is_symlink() or folder.name in ("", "..") else folder
+    if not folder.name:
+        raise InputError(f"output {folder} can't be replaced: choose a folder inside it")
+    return folder
 
 
 def neighbours(folder: Path) -> tuple[Path, Path]:

@@ -208,8 +208,10 @@ class Learned(RouteRule):
     def __init__(self, hidden: int, slots: int, renormalize: bool = True):
         super().__init__()
         self.hidden, self.slots, self.renormalize = hidden, slots, renormalize
-        self.weight = nn.Parameter(torch.empty(slots, hidden + slots, device="meta"), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(slots, device="meta"), requires_grad=False)
+        # Said, because transformers builds a model under the default dtype that it is loaded in.
+        like: Any = {"device": "meta", "dtype": torch.float32}
+        self.weight = nn.Parameter(torch.empty(slots, hidden + slots, **like), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(slots, **like), requires_grad=False)
 
     def forward(self, choice: Choice) -> tuple[Tensor, Tensor]:
         """See RouteRule."""

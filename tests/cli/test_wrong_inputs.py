@@ -214,6 +214,7 @@ CASES: dict[str, tuple[Callable[[Place], list[Any]], int, list[str]]] = {
     "command": (lambda p: ["rnu"], 2, ["'rnu'", "run"]),
     "plugin": (lambda p: p.run(plugins=[str(p.folder / "none.py")]), 2, ["plugin", "none.py", "doesn't exist"]),
     "device": (lambda p: p.run(compute={"device": "gpu"}), 2, ["'gpu'", "cuda"]),
+    "no device for data": (lambda p: p.run(compute={"device": "meta"}), 2, ["'meta'", "cuda"]),
     "memory": (lambda p: p.run(compute={"memory": "lots"}), 2, ["compute.memory", "'lots'", "12 GB"]),
     # the model
     "no model": (lambda p: p.run(model=p.folder / "none"), 2, ["no such folder", "none"]),
@@ -332,6 +333,11 @@ CASES: dict[str, tuple[Callable[[Place], list[Any]], int, list[str]]] = {
         2,
         ["group_size 24", "32 of layer 0", "16 does"],
     ),
+    "widths that no kernel takes": (
+        lambda p: p.run([{"prune.neurons": {"neurons": 20, "multiple": 4}}]),
+        2,
+        ["layer 0", "20 neurons", "multiples of 8", "`multiple`"],
+    ),
     "quantized twice": (lambda p: p.run([RTN, GPTQ]), 2, ["passes[1]", "can't follow quantize.mixed"]),
     "quantized, then pruned": (lambda p: p.run([RTN, PRUNE]), 2, ["passes[1]: prune.experts can't follow"]),
     "merged below top-k": (lambda p: p.run([MERGE, {"prune.experts": {"experts": 1}}]), 2, ["1 would be left"]),
@@ -387,6 +393,7 @@ CASES: dict[str, tuple[Callable[[Place], list[Any]], int, list[str]]] = {
         ["held-out.txt", "is a file"],
     ),
     "output is the model": (lambda p: below(p, "model"), 2, ["output", "is the model's own folder"]),
+    "output is the root": (lambda p: p.run(output="/"), 2, ["output /", "inside"]),
     "output is a link to the model": (linked, 2, ["link", "is the model's own folder"]),
     "output in the model": (lambda p: below(p, "model/out"), 2, ["lies in the model's own folder"]),
     "output around the model": (lambda p: below(p, "model/.."), 2, ["holds the model's own folder"]),

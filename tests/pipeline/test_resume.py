@@ -82,6 +82,27 @@ def test_other_text_is_other_work(job, commands):
     assert "data: " in refused.line
 
 
+def test_an_edited_plugin_is_other_work(job, commands):
+    plugin = job.parent / "mine.py"
+    score = (
+        "from moe_compress.prune.criteria import criterion, frequency\n"
+        "from moe_compress.calib.statistics import Routing\n"
+        "@criterion('mine', 'mine', Routing())\n"
+        "def mine(measured, asked):\n"
+        "    return {sign}frequency(measured, asked)\n"
+    )
+    plugin.write_text(score.format(sign=""))
+    changed(job, plugins=[str(plugin)], passes=[{"prune.experts": {"experts": 6, "criterion": "mine"}}])
+    commands("run", job, plant=KILLED.format(signal=9))
+    plugin.write_text(score.format(sign="-"))
+    refused = commands("run", job)
+    assert refused.code == 2
+    assert "belongs to another run (plugins.mine.py: was " in refused.line
+    killed = commands("run", job, "--fresh", plant=NO_MEASURING)
+    assert killed.code == -9  # what the edited file measures may be something else under the same name
+    assert commands("run", job).code == 0
+
+
 def test_what_does_not_change_bytes_may_change(job, commands):
     commands("run", job, plant=KILLED.format(signal=9))
     changed(job, compute={"hidden_states": "disk", "memory": "8 GB"}, keep_workspace=True)

@@ -119,6 +119,12 @@ def test_the_report_is_true(name, ran, small):
     assert {k: report["passes"][-1][k] for k in after} == pytest.approx(after)
     if packed:
         assert after["bits_per_weight"] <= report["passes"][-1]["options"]["bits"]
+    said = (ROOT / "docs" / "report.md").read_text()
+    told = [step["summary"] for step in report["passes"]]
+    told += [part for layer in report["layers"] for part in layer["passes"]]
+    told += [e[name] for layer in report["layers"] for e in layer["experts"] for name in e.keys() - {"expert", "slot"}]
+    keys = {key.removeprefix("gate_up_").removeprefix("down_") for part in told for key in part}
+    assert [key for key in keys if f"`{key}`" not in said and f"`…_{key}`" not in said] == []
     for layer in report["layers"]:
         assert documented("An element of `layers`:") <= layer.keys()
         assert (layer["num_experts_before"], layer["num_experts"]) == (EXPERTS, experts)
@@ -155,6 +161,17 @@ def test_the_result_loads(name, ran, small, text):
     report = json.loads((output / "report.json").read_text())
     for which, scored in (("before", source), ("after", model)):
         assert report[which]["perplexity"]["held-out"] == pytest.approx(perplexity(scored, tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_computing_in_16_bits_is_verified_in_them(dtype, small, text, commands, tmp_path):
+    values = recipe(small, tmp_path / "out", [PRUNE, GPTQ], text, compute={"dtype": dtype}, evaluate={})
+    ran = commands("run", write_recipe(tmp_path / "recipe.yaml", values))
+    assert (ran.code, ran.err) == (0, "")
+    verification = json.loads((tmp_path / "out" / "report.json").read_text())["verification"]
+    assert verification["distance"] <= 1e-3  # the same computation, so nearer than 16 bits must be
+    again = commands("verify", tmp_path / "out")
+    assert again.code == 0, again.err
 
 
 def test_evaluate_says_what_the_report_says(ran, small, text, commands, tmp_path):

@@ -260,6 +260,10 @@ def test_a_folder_and_a_model_in_memory_get_the_same(name, tmp_path, text, small
     assert 1 <= after["mean"] < 2
     assert set(after["layers"]) == {"0", "1", "2"}
     assert report["forecast_bytes"] == report["after"]["bytes"]
+    with torch.no_grad():  # in the dtype that the checkpoint is stored in, too
+        logits = moe_compress.load(tmp_path / "out", dtype=torch.bfloat16)(torch.arange(3, 35)[None]).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
 
     loaded = moe_compress.load(tmp_path / "out", dtype=torch.float32)
     ids = torch.randint(3, 4000, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -306,6 +310,20 @@ def test_what_can_not_be(passes, target, message, calibration):
         moe_compress.compress(
             four(), passes=passes, target=target, calibration=calibration, monitor=Monitor(show=False)
         )
+
+
+@pytest.mark.parametrize("step", ["skip.top_k", "skip.ratio", "skip.top_p", "skip.learned"])
+def test_a_default_that_skips_nothing_is_refused(step, calibration):
+    with pytest.raises(RecipeError, match=r"all of the 2 experts that layer 0 uses: give `experts_per_token`"):
+        moe_compress.compress(tiny_model("qwen3_moe"), passes=[step], calibration=calibration)
+
+
+@pytest.mark.parametrize(("step", "given"), [("skip.ratio", {"threshold": "median"}), ("skip.top_p", {"share": 0.5})])
+def test_what_else_decides_needs_no_average(step, given, calibration):
+    result = moe_compress.compress(
+        tiny_model("qwen3_moe"), passes=[{step: given}], calibration=calibration, monitor=Monitor(show=False)
+    )
+    assert 1 <= result.report["passes"][0]["summary"]["experts_per_token"] < 2
 
 
 @pytest.mark.parametrize("bits", [None, 4.5], ids=["dense", "quantized"])
