@@ -194,6 +194,8 @@ class DiskWeights:
                     names += self._sources(prefix + leaf)
             module.register_forward_pre_hook(functools.partial(self._before_outer, path))
         hf.load_into(self.module, {n: self.source.slice(n) for n in dict.fromkeys(names)})
+        for path in self._outer:
+            self._place(path)
         self._tie()
 
     def _before_outer(self, path: str, _module: nn.Module, _arguments: Any) -> None:
@@ -214,9 +216,16 @@ class DiskWeights:
             names += self._sources(prefix + leaf)
         if names:
             hf.load_into(self.module, {n: self.source.slice(n) for n in dict.fromkeys(names)})
-            self._tie()
-        if self.device.type != "cpu":
-            module.to(self.device)
+        for part in {path, *(self._tied.get(prefix + leaf, "").rpartition(".")[0] for leaf in hollow)}:
+            self._place(part)
+        self._tie()
+
+    def _place(self, path: str) -> None:
+        """Move what a module itself holds to the device."""
+        module = self.module.get_submodule(path)
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and not tensor.is_meta and tensor.device != self.device:
+                set_tensor(module, leaf, tensor.to(self.device))
 
     def _prepare(self, name: str) -> None:
         """Give the placeholder of a parameter the dtype that it is to have."""
