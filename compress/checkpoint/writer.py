@@ -159,6 +159,10 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise InputError(f"output {folder} is a file")
     if os.path.ismount(folder):
         raise InputError(f"output {folder} is a mount point, which can't be replaced: choose a folder inside it")
+    if folder.is_dir() and folder.resolve() in (here := Path.cwd(), *here.parents):
+        raise InputError(
+            f"output {folder} holds the working directory, so it can't be replaced: choose a folder inside it"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise InputError(
             f"output folder {folder} is not empty; choose another, or say --overwrite (in Python: overwrite=True)"

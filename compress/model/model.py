@@ -142,7 +142,7 @@ class MoEModel:
                 model.block(number).restructure(description)
             model._restructure(matrices, dtype)
         model._remember()
-        model.device = torch.device(device)
+        model.device, model.dtype = torch.device(device), dtype
         model.weights = DiskWeights(module, source, model.stack, model.device, dtype)
         model.overlay = overlay
         return model

@@ -393,6 +393,11 @@ CASES: dict[str, tuple[Callable[[Place], list[Any]], int, list[str]]] = {
         ["held-out.txt", "is a file"],
     ),
     "output is the model": (lambda p: below(p, "model"), 2, ["output", "is the model's own folder"]),
+    "output is the working directory": (
+        lambda p: p.run(output="."),
+        2,
+        ["output .", "the working directory", "inside"],
+    ),
     "output is the root": (lambda p: p.run(output="/"), 2, ["output /", "inside"]),
     "output is a link to the model": (linked, 2, ["link", "is the model's own folder"]),
     "output in the model": (lambda p: below(p, "model/out"), 2, ["lies in the model's own folder"]),
