@@ -137,7 +137,7 @@ class MatrixError(LayerStatistic):
         moments = torch.zeros(2, 1 + len(self.bits), len(read_TK), dtype=torch.float64)
         read_TK = read_TK.float()
         for start in range(0, total, step := min(_rows_at_once(weight_VK), max(1, _CHUNK_BYTES // (4 * len(read_TK))))):
-            own = weight_VK[start : start + step].float()
+            own = weight_VK[start : start + step].to(read_TK.device, torch.float32)
             products = [own, *(dequantize(round_to_nearest(own, grid), torch.float32) - own for grid in self._grids)]
             for number, part in enumerate(products):
                 logits = (read_TK @ part.T).double()

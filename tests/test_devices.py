@@ -1,0 +1,87 @@
+"""Everything that runs on a GPU runs on a device that refuses what a GPU refuses (pretended.py)."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from on_device import MEMORY, STREAMED
+from places import ROOT
+
+TOUCH = """
+import torch
+from pretended import DEVICE, pretended
+
+def refused(work):
+    try:
+        work()
+    except RuntimeError:
+        return True
+    return False
+
+with pretended():
+    here, there = torch.arange(6.0).view(2, 3), torch.arange(6.0, device=DEVICE).view(2, 3)
+    view = there[0]
+    view.mul_(2)
+    print(there.tolist(), (there @ here.T.to(DEVICE)).sum().item(), there.device.type, here.device.type)
+    print((there * 2).device == (there * torch.tensor(2.0)).device == there[:, torch.tensor([0, 2])].device == DEVICE)
+    print(
+        refused(lambda: there + here),
+        refused(lambda: here @ there.T),
+        refused(lambda: here[torch.tensor([0], device=DEVICE)]),
+        refused(lambda: torch.where(there > 0, there, here)),
+        refused(lambda: there.index_add_(0, torch.tensor([0]), there[:1])),
+        refused(lambda: here.copy_(there)),
+    )
+"""
+
+
+def python(*arguments: str) -> list[str]:
+    """Lines that a process of its own prints."""
+    path = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})"
+    found = subprocess.run(
+        [sys.executable, *(arguments if arguments[0] != "-c" else ("-c", f"{path}\n{arguments[1]}"))],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    return found.stdout.splitlines()
+
+
+def test_the_device_refuses_what_a_gpu_does():
+    values, placed, refused = python("-c", TOUCH)
+    assert values == "[[0.0, 2.0, 4.0], [3.0, 4.0, 5.0]] 102.0 pretended cpu"
+    assert placed == "True"
+    assert refused == "True True True True True False"
+
+
+# The others take as long again and find what these do.
+QUICK = ("rotated", "ternary, fisher", "refitted", "gram", "heapr", "merged", "latent", "healed", "skipped", *STREAMED)
+CASES = [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in (*MEMORY, *STREAMED)]
+
+
+@pytest.fixture(scope="module")
+def compressed(request, tmp_path_factory):
+    """Case → what on_device.py says of it, of all that are to be tested: one process for all."""
+    cases = [
+        item.callspec.params["case"]
+        for item in request.session.items
+        if item.module is request.module and hasattr(item, "callspec")
+    ]
+    folder = tmp_path_factory.mktemp("devices")
+    lines = python(str(ROOT / "tests/on_device.py"), str(folder), *cases)
+    return {found["case"]: found for found in (json.loads(line) for line in lines if line.startswith("{"))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_device(compressed, case):
+    """Nothing meets across devices, everything ends there, and the model is what it is on the CPU.
+
+    But for the order of some sums: where that turns a rounding or a tie, logits differ by up to a tenth.
+    """
+    found = compressed[case]
+    assert "error" not in found, found["error"]
+    assert found["devices"] == ["pretended"]
+    assert found["differs"] < 0.2
