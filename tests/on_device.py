@@ -1,7 +1,7 @@
 """Compresses a small model on a device that isn't there, and on the CPU: `python on_device.py FOLDER CASE …`.
 
-Prints a line of JSON per case: how far the logits of both are apart, relative to their size; devices of what the model
-holds; or the error.
+A case is one of MEMORY or STREAMED, or the name of a family. Prints a line of JSON per case: how far the logits of both
+are apart, relative to their size; devices of what the model holds; or the error.
 """
 
 import json
@@ -37,6 +37,11 @@ MEMORY: dict[str, list[dict[str, Any]]] = {
     "healed": [PRUNE, {"heal.router": {}}, {"heal.experts": {}}],
     "skipped": [{"skip.ratio": {"experts_per_token": 1.5}}],
 }
+# On a model of any family.
+FAMILY: list[dict[str, Any]] = [
+    {"prune.experts": {"experts": 6, "protect_super_experts": False}},
+    {"quantize.mixed": {"bits": 9, "group_size": 4, "protect_super_experts": False}},
+]
 # From disk to disk, with the whole model in memory at the end or a layer at a time.
 STREAMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "streamed": ("0 GB", [PRUNE, {"heal.router": {}}, {"quantize.mixed": {**QUANTIZE, "cost": "gradient"}}]),
@@ -48,10 +53,12 @@ STREAMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
 def main(folder: Path, cases: list[str]) -> None:
     import torch
     from checkpoints import small_checkpoint, texts
+    from families import FAMILIES, input_batch, tiny_model
     from pretended import DEVICE, pretended
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import moe_compress
+    from moe_compress.model.tensors import to_device
 
     torch.set_num_threads(1)
     source = small_checkpoint(folder / "model")
@@ -64,6 +71,11 @@ def main(folder: Path, cases: list[str]) -> None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
         given = {"original": str(source)} if len(passes) > 1 else {}
         return moe_compress.compress(model, tokenizer=tokenizer, passes=passes, calibration=calibration, **given).model
+
+    def of_family(name: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
+        model = tiny_model(name).to(device)
+        text = input_batch(model, batch=4, length=16)["input_ids"].cpu()
+        return moe_compress.compress(model, passes=FAMILY, calibration=text).model, input_batch(model)
 
     def streamed(passes: list[dict[str, Any]], device: torch.device, memory: str) -> Any:
         output = Path(tempfile.mkdtemp(dir=folder)) / "out"
@@ -80,13 +92,16 @@ def main(folder: Path, cases: list[str]) -> None:
         return moe_compress.load(output, dtype=torch.float32).to(device)
 
     def compressed(case: str, device: torch.device) -> tuple[torch.Tensor, set[str]]:
-        if case in MEMORY:
+        batch: dict[str, Any] = {"input_ids": ids}
+        if case in FAMILIES:
+            model, batch = of_family(case, device)
+        elif case in MEMORY:
             model = in_memory(MEMORY[case], device)
         else:
             memory, passes = STREAMED[case]
             model = streamed(passes, device, memory)
         with torch.no_grad():
-            logits = model(input_ids=ids.to(device)).logits.cpu()
+            logits = model(**to_device(batch, device)).logits.cpu()
         return logits, {value.device.type for value in [*model.parameters(), *model.buffers()]}
 
     for case in cases:

@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from families import discover
 from on_device import MEMORY, STREAMED
 from places import ROOT
+
+from moe_compress.model import families
 
 TOUCH = """
 import torch
@@ -57,9 +60,13 @@ def test_the_device_refuses_what_a_gpu_does():
     assert refused == "True True True True True False"
 
 
-# The others take as long again and find what these do.
-QUICK = ("rotated", "ternary, fisher", "refitted", "gram", "heapr", "merged", "latent", "healed", "skipped", *STREAMED)
-CASES = [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in (*MEMORY, *STREAMED)]
+QUICK = (
+    *("rotated", "ternary, fisher", "refitted", "gram", "heapr", "merged", "latent", "healed", "skipped", *STREAMED),
+    *("gpt_oss", "nemotron_h"),
+)
+SUPPORTED = [name for name in discover() if families.refusal(name) is None]
+# Those that aren't quick take many times as long, and find little more.
+CASES = [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in (*MEMORY, *STREAMED, *SUPPORTED)]
 
 
 @pytest.fixture(scope="module")
