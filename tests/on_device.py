@@ -1,6 +1,6 @@
-"""Compresses a small model on a device that isn't there, and on the CPU: `python on_device.py FOLDER CASE …`.
+"""Compresses a small model on a device that isn't there, and on the CPU: `python on_device.py FOLDER CASE`.
 
-A case is one of MEMORY or STREAMED, or the name of a family. Prints a line of JSON per case: how far the logits of both
+A case is one of MEMORY or STREAMED, or the name of a family. Prints a line of JSON: how far the logits of both
 are apart, relative to their size; devices of what the model holds; or the error.
 """
 
@@ -50,7 +50,7 @@ STREAMED: dict[str, tuple[str, list[dict[str, Any]]]] = {
 }
 
 
-def main(folder: Path, cases: list[str]) -> None:
+def main(folder: Path, case: str) -> None:
     import torch
     from checkpoints import small_checkpoint, texts
     from families import FAMILIES, input_batch, tiny_model
@@ -91,7 +91,7 @@ def main(folder: Path, cases: list[str]) -> None:
         )
         return moe_compress.load(output, dtype=torch.float32).to(device)
 
-    def compressed(case: str, device: torch.device) -> tuple[torch.Tensor, set[str]]:
+    def compressed(device: torch.device) -> tuple[torch.Tensor, set[str]]:
         batch: dict[str, Any] = {"input_ids": ids}
         if case in FAMILIES:
             model, batch = of_family(case, device)
@@ -104,17 +104,16 @@ def main(folder: Path, cases: list[str]) -> None:
             logits = model(**to_device(batch, device)).logits.cpu()
         return logits, {value.device.type for value in [*model.parameters(), *model.buffers()]}
 
-    for case in cases:
-        found: dict[str, Any] = {"case": case}
-        try:
-            expected, _ = compressed(case, torch.device("cpu"))
-            with pretended():
-                logits, devices = compressed(case, DEVICE)
-            found |= {"differs": float((logits - expected).norm() / expected.norm()), "devices": sorted(devices)}
-        except Exception as error:
-            found["error"] = "".join(traceback.format_exception(error)[-12:])
-        print(json.dumps(found), flush=True)
+    found: dict[str, Any] = {}
+    try:
+        expected, _ = compressed(torch.device("cpu"))
+        with pretended():
+            logits, devices = compressed(DEVICE)
+        found |= {"differs": float((logits - expected).norm() / expected.norm()), "devices": sorted(devices)}
+    except Exception as error:
+        found["error"] = "".join(traceback.format_exception(error)[-12:])
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2])
