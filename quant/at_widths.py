@@ -20,7 +20,7 @@ from moe_compress.model import FusedExperts, MoEBlock
 from moe_compress.model.dispatch import Dispatch
 
 from .grid import Grid, dequantize
-from .rotation import Rotate, Rotation, Rotations
+from .rotation import Rotate, Rotations
 from .rtn import round_to_nearest
 from .scores import experts_of
 
@@ -112,11 +112,17 @@ class OutputChanges(AtWidths):
             exact_RH = experts.with_weights(own, input_RH, part)[1]
             for column, bits in enumerate(self.bits):
                 grid = self.grid(bits)
-                rounded = {n: _rounded(m, grid, rotations.of(n)) for n, m in own.matrices()}
+                rounded = {n: self._rounded(n, m, grid, rotations) for n, m in own.matrices()}
                 for place, changed in enumerate(together):
                     mixed = replace(own, **{name: rounded[name] for name in changed})
                     change_RH = exact_RH - experts.with_weights(mixed, input_RH, part)[1]
                     yield Change(slice(chunk.start, chunk.stop), part, place, column, change_RH.float())
+
+    @staticmethod
+    def _rounded(name: str, matrix: Tensor, grid: Grid, rotations: Rotations) -> Tensor:
+        """A matrix rounded to nearest, as it is when rotated."""
+        turned = rotations.turned(name, matrix)
+        return rotations.back(name, dequantize(round_to_nearest(turned, grid), turned.dtype)).to(matrix.dtype)
 
     def zeros(self, experts: FusedExperts, *more: int) -> Tensor:
         """A sum per expert, matrix (one, where experts are rounded whole) and width, float64 on the CPU."""
@@ -126,10 +132,3 @@ class OutputChanges(AtWidths):
     def shaped(self, sums_EMB: Tensor) -> Tensor:
         """As results are."""
         return sums_EMB if self.per_matrix else sums_EMB[:, 0]
-
-
-def _rounded(matrix: Tensor, grid: Grid, rotation: Rotation | None) -> Tensor:
-    """A matrix rounded to nearest, as it is when rotated."""
-    if rotation is None:
-        return dequantize(round_to_nearest(matrix, grid), matrix.dtype)
-    return rotation.back(dequantize(round_to_nearest(rotation(matrix.float()), grid))).to(matrix.dtype)

@@ -156,9 +156,7 @@ def _without_data(
     for name, stacked in weights.matrices():
         for chunk in chunks(sizes, CHUNK_BYTES):
             for (width,), members in _alike([widths[name]], chunk).items():
-                value = stacked[members]
-                if (rotation := rotations.of(name)) is not None:
-                    value = rotation(value.float())
+                value = rotations.turned(name, stacked[members])
                 grid = options.grid(width)
                 yield Solved(name, members, quantize(value, grid, search=options.search), {})
 
@@ -172,17 +170,15 @@ def _by_gptq(
     sums: Mapping[str, SharedSums],
 ) -> Iterator[Solved]:
     weights, layer = experts.weights(), LayerRows(experts, inputs, options.hessian)
-    mean_HH, mean_II = layer.means()
-    if rotations.inward is not None:
-        mean_HH = rotations.inward.both_sides(mean_HH)
-    if rotations.down is not None:
-        mean_II = rotations.down.both_sides(mean_II)
+    mean_HH, mean_II = (
+        rotations.of_moment(name, mean) for name, mean in zip(("up", "down"), layer.means(), strict=True)
+    )
     inward = [name for name, _ in weights.matrices() if name != "down"]
     for rows in layer.parts(CHUNK_BYTES):
-        exact, input_RH = weights.part(rows.experts), rows.input_RH
-        if (turn := rotations.inward) is not None:  # of both sides of a product, so activations are what they were
-            input_RH = turn(input_RH.float())
-            exact = replace(exact, **{name: turn(getattr(exact, name).float()) for name in inward})
+        exact = weights.part(rows.experts)
+        # Both sides of a product are rotated, so activations are what they were.
+        input_RH = rotations.turned("up", rows.input_RH)
+        exact = replace(exact, **{name: rotations.turned(name, getattr(exact, name)) for name in inward})
         hessian_CHH = shrink_hessians(rows.moment(input_RH), rows.evidence_C, options.shrinkage, mean_KK=mean_HH)
         coarse = {name: getattr(exact, name).clone() for name in inward} if options.compensate else {}
         for solved in _solve(inward, exact, hessian_CHH, rows, choices, options, sums):
@@ -195,9 +191,8 @@ def _by_gptq(
         read_RI = exact_RI
         if options.compensate:
             read_RI = experts.activations_with(replace(exact, **coarse), input_RH, rows.dispatch)
-        if (turn := rotations.down) is not None:
-            exact_RI, read_RI = turn(exact_RI.float()), turn(read_RI.float())
-            exact = replace(exact, down=turn(exact.down.float()))
+        exact_RI, read_RI = (rotations.turned("down", rows_RI) for rows_RI in (exact_RI, read_RI))
+        exact = replace(exact, down=rotations.turned("down", exact.down))
         hessian_CII = shrink_hessians(rows.moment(read_RI), rows.evidence_C, options.shrinkage, mean_KK=mean_II)
         if options.compensate:
             # Over the same number of tokens as the shrunk Hessian.

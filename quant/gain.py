@@ -74,13 +74,14 @@ class _Shares(Accumulator):
             here = slice(part.experts.start, part.experts.stop)
             seen_C1 = part.rows_C.gt(0).unsqueeze(1)
             rows_C = part.rows_C.to(part.input_CHH.device)
-            hessians = [shrink_hessians(m, rows_C, own.shrinkage) for m in (part.input_CHH, part.activation_CII)]
-            turns = self.rotations.inward, self.rotations.down
-            hessians = [h if turn is None else turn.both_sides(h) for h, turn in zip(hessians, turns, strict=True)]
+            hessians = [
+                self.rotations.of_moment(name, shrink_hessians(moment, rows_C, own.shrinkage))
+                for name, moment in (("up", part.input_CHH), ("down", part.activation_CII))
+            ]
             costs = [None if own.solve else column_costs(hessian, own.damping) for hessian in hessians]
             for m, (name, stacked) in enumerate(matrices):
-                turn, read = turns[name == "down"], (hessians[name == "down"], costs[name == "down"])
-                matrix = stacked[here] if turn is None else turn(stacked[here].float())
+                read = hessians[name == "down"], costs[name == "down"]
+                matrix = self.rotations.turned(name, stacked[here])
                 found, spectra = zip(*(self._share(matrix, *read, own.grid(b)) for b in own.bits), strict=True)
                 share[here, m] = torch.where(seen_C1, torch.stack(found, dim=1).cpu(), 1.0)
                 left[here, m] = torch.where(seen_C1.unsqueeze(1), torch.stack(spectra, dim=1).cpu(), 1.0)

@@ -87,14 +87,11 @@ class _Traces(Accumulator):
             added_R = output_RH.float().mul(weigh_R1).square().sum(dim=1).double()
             output[here].index_add_(0, part.expert_R.cpu(), added_R.cpu())
             read = input_RH.float() * weigh_R1
-            moments = {False: grouped_squares(read, part.offsets_E)}
+            moments = {False: self.rotations.of_moment("up", grouped_squares(read, part.offsets_E))}
             read = activation_RI.float() * weigh_R1
-            moments[True] = grouped_squares(read, part.offsets_E)
+            moments[True] = self.rotations.of_moment("down", grouped_squares(read, part.offsets_E))
             for m, (name, matrix) in enumerate(own.matrices()):
-                hessian = moments[name == "down"]
-                matrix = matrix.float()
-                if (turn := self.rotations.of(name)) is not None:
-                    matrix, hessian = turn(matrix), turn.both_sides(hessian)
+                hessian, matrix = moments[name == "down"], self.rotations.turned(name, matrix.float())
                 energy[here, m] = output_error(matrix, hessian).sum(1).cpu()
                 for column, bits in enumerate(self.settings.bits):
                     rounded = dequantize(round_to_nearest(matrix, self.settings.grid(bits)), torch.float32)

@@ -79,6 +79,21 @@ class Rotations:
         """How what a projection reads is rotated."""
         return self.down if projection == "down" else self.inward
 
+    def turned(self, projection: str, value: Tensor) -> Tensor:
+        """A projection's matrix [..., O, K], or what it reads, in float32 where it is rotated and else as it is."""
+        rotation = self.of(projection)
+        return value if rotation is None else rotation(value.float())
+
+    def back(self, projection: str, value: Tensor) -> Tensor:
+        """Undo `turned`."""
+        rotation = self.of(projection)
+        return value if rotation is None else rotation.back(value)
+
+    def of_moment(self, projection: str, moment: Tensor) -> Tensor:
+        """The second moment [..., K, K] of what a projection reads, of that rotated."""
+        rotation = self.of(projection)
+        return moment if rotation is None else rotation.both_sides(moment)
+
 
 NO_ROTATIONS = Rotations()
 
