@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -193,10 +194,7 @@ class DiskWeights:
                     self._prepare(prefix + leaf)
                     names += self._sources(prefix + leaf)
             module.register_forward_pre_hook(functools.partial(self._before_outer, path))
-        hf.load_into(self.module, {n: self.source.slice(n) for n in dict.fromkeys(names)})
-        for path in self._outer:
-            self._place(path)
-        self._tie()
+        self._fill(names, self._outer)
 
     def _before_outer(self, path: str, _module: nn.Module, _arguments: Any) -> None:
         self._load_outer(path)
@@ -214,18 +212,19 @@ class DiskWeights:
                 continue
             self._prepare(prefix + leaf)
             names += self._sources(prefix + leaf)
-        if names:
-            hf.load_into(self.module, {n: self.source.slice(n) for n in dict.fromkeys(names)})
-        for part in {path, *(self._tied.get(prefix + leaf, "").rpartition(".")[0] for leaf in hollow)}:
-            self._place(part)
-        self._tie()
+        origins = (self._tied.get(prefix + leaf, prefix + leaf).rpartition(".")[0] for leaf in hollow)
+        self._fill(names, {path, *origins})
 
-    def _place(self, path: str) -> None:
-        """Move what a module itself holds to the device."""
-        module = self.module.get_submodule(path)
-        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and not tensor.is_meta and tensor.device != self.device:
-                set_tensor(module, leaf, tensor.to(self.device))
+    def _fill(self, names: Iterable[str], paths: Iterable[str]) -> None:
+        """Read tensors by their disk names, and have all that these modules themselves hold on the device."""
+        if slices := {n: self.source.slice(n) for n in names}:
+            hf.load_into(self.module, slices)
+        for path in paths:
+            module = self.module.get_submodule(path)
+            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and not tensor.is_meta and tensor.device != self.device:
+                    set_tensor(module, leaf, tensor.to(self.device))
+        self._tie()
 
     def _prepare(self, name: str) -> None:
         """Give the placeholder of a parameter the dtype that it is to have."""

@@ -123,7 +123,7 @@ class MoEModel:
             config.__dict__.pop("quantization_config", None)  # the skeleton is a dense one
         module = hf.skeleton(config, dtype)
         model = cls(module, source.config)
-        model.dtype = dtype
+        model.device, model.dtype = torch.device(device), dtype
         quantized = source.config.get("quantization_config") or {}
         if quantized.get("quant_method") == QUANT_METHOD:
             check_version(quantized.get("format_version"))
@@ -142,7 +142,6 @@ class MoEModel:
                 model.block(number).restructure(description)
             model._restructure(matrices, dtype)
         model._remember()
-        model.device, model.dtype = torch.device(device), dtype
         model.weights = DiskWeights(module, source, model.stack, model.device, dtype)
         model.overlay = overlay
         return model
