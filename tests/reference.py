@@ -132,3 +132,9 @@ def carry_out(view: MoEModel, step, plan, batches, only: int | None = None):
             with view.editing(at.layer) as block:
                 reports[at.index] = (step.apply(block, plan.layers[at.index], inputs), inputs)
     return reports
+
+
+def assert_close(found, expected, rtol=1e-5):
+    """Equal but for float32 arithmetic, relative to the largest entry."""
+    scale = float(expected.abs().max()) or 1.0
+    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=rtol * scale)

@@ -104,6 +104,22 @@ class Commands:
         return Ran(code, out, err)
 
 
+def python(*arguments: object) -> str:
+    """What a fresh interpreter prints; modules of tests can be imported there."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "warning"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT / "tests",
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 def digest(folder: Path) -> dict[str, str]:
     """Every file of a folder → SHA-256; folders have none."""
     return {

@@ -1,13 +1,11 @@
 """Everything that runs on a GPU runs on a device that refuses what a GPU refuses (pretended.py)."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from families import discover
 from on_device import MEMORY, STREAMED
-from places import ROOT
+from running import python
 
 from moe_compress.model import families
 
@@ -39,22 +37,8 @@ with pretended():
 """
 
 
-def python(*arguments: str) -> list[str]:
-    """Lines that a process of its own prints."""
-    path = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})"
-    found = subprocess.run(
-        [sys.executable, *(arguments if arguments[0] != "-c" else ("-c", f"{path}\n{arguments[1]}"))],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr[-4000:]
-    return found.stdout.splitlines()
-
-
 def test_the_device_refuses_what_a_gpu_does():
-    values, placed, refused = python("-c", TOUCH)
+    values, placed, refused = python("-c", TOUCH).splitlines()
     assert values == "[[0.0, 2.0, 4.0], [3.0, 4.0, 5.0]] 102.0 pretended cpu"
     assert placed == "True"
     assert refused == "True True True True True False"
@@ -75,7 +59,7 @@ def test_on_a_device(case, tmp_path):
 
     But for the order of some sums: where that turns a rounding or a tie, logits differ by up to a tenth.
     """
-    found = json.loads(python(str(ROOT / "tests/on_device.py"), str(tmp_path), case)[-1])
+    found = json.loads(python("on_device.py", tmp_path, case).splitlines()[-1])
     assert "error" not in found, found["error"]
     assert found["devices"] == ["pretended"]
     assert found["differs"] < 0.2

@@ -1,10 +1,9 @@
 """Freed memory is used again where a program asks for that, and can be handed back."""
 
 import platform
-import subprocess
-import sys
 
 import pytest
+from running import python
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's heap")
 
@@ -45,8 +44,7 @@ print(kept - before, resident() - before)
 
 
 def printed(program: str) -> list[int]:
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
-    return [int(number) for number in found.stdout.split()]
+    return [int(number) for number in python("-c", program).split()]
 
 
 def test_freed_blocks_are_used_again():

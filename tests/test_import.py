@@ -1,13 +1,11 @@
 """Importing the package: what it costs, what it offers, and in which order with transformers it works."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from families import tiny_model
 from packs import Packed, mixture
+from running import python
 
 import moe_compress
 from moe_compress.export.write import write_folder
@@ -15,20 +13,11 @@ from moe_compress.model import MoEModel
 from moe_compress.progress import Progress
 
 
-def run(code, *arguments):
-    """Standard output of Python code in a fresh interpreter."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "warning"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_import_is_light():
-    heavy = run(
+    heavy = python(
+        "-c",
         "import sys, moe_compress\n"
-        "print([m for m in ('torch', 'transformers', 'numpy', 'safetensors', 'pydantic') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'safetensors', 'pydantic') if m in sys.modules])",
     )
     assert heavy.strip() == "[]"
 
@@ -92,7 +81,7 @@ def test_orders_of_imports(tmp_path):
     model = MoEModel.open(tmp_path / "source")
     model.overlay = Packed(model, mixture)  # all shapes outside the experts are what config.json says
     write_folder(model, tmp_path / "native", {}, Progress())
-    answers = dict(json.loads(line) for line in run(ORDERS, tmp_path / "native").splitlines())
+    answers = dict(json.loads(line) for line in python("-c", ORDERS, tmp_path / "native").splitlines())
     never = answers.pop("never")
     first = answers["before"]
     assert isinstance(first, list)

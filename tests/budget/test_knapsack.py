@@ -41,7 +41,7 @@ def by_size(cost: Any, size: Any, budget: int) -> float:
     return min(best)
 
 
-def check(found: Solution, cost: Any, size: Any, budget: int, best: float, *, exact: bool) -> None:
+def assert_solved(found: Solution, cost: Any, size: Any, budget: int, best: float, *, exact: bool) -> None:
     """The plan is one, its numbers are its own, and the bound holds."""
     rows = range(len(cost))
     assert found.size == sum(int(size[u][found.choice[u]]) for u in rows) <= budget
@@ -84,11 +84,11 @@ def test_small_problems_agree_with_brute_force(solver: str, seed: int) -> None:
     for budget in {int(least + part * (most - least)) for part in (0.0, 0.2, 0.5, 0.8, 1.0)}:
         found = solve_arrays(cost, size, budget, mask, solver=solver)
         assert mask[np.arange(units), found.choice].all()
-        check(found, cost, size, budget, brute(cost, size, budget, mask), exact=solver in EXACT)
+        assert_solved(found, cost, size, budget, brute(cost, size, budget, mask), exact=solver in EXACT)
         if solver == "auto":
             assert found.gap <= knapsack.AUTO_GAP
             exact = solve_arrays(cost, size, budget, mask, gap=0.0)
-            check(exact, cost, size, budget, brute(cost, size, budget, mask), exact=True)
+            assert_solved(exact, cost, size, budget, brute(cost, size, budget, mask), exact=True)
     with pytest.raises(BudgetError):
         solve_arrays(cost, size, int(least) - 1, mask, solver=solver)
 
@@ -106,8 +106,8 @@ def test_lagrange_is_valid_and_reduction_exact(data: st.DataObject) -> None:
         with pytest.raises(BudgetError):
             solve_arrays(cost, size, budget)
         return
-    check(solve_arrays(cost, size, budget, solver="lagrange"), cost, size, budget, best, exact=False)
-    check(solve_arrays(cost, size, budget, gap=0.0), cost, size, budget, best, exact=True)
+    assert_solved(solve_arrays(cost, size, budget, solver="lagrange"), cost, size, budget, best, exact=False)
+    assert_solved(solve_arrays(cost, size, budget, gap=0.0), cost, size, budget, best, exact=True)
 
 
 @pytest.mark.parametrize("solver", EXACT)
@@ -116,7 +116,7 @@ def test_agrees_with_a_dynamic_program(solver: str) -> None:
     for units, budget in ((12, 100), (20, 260), (40, 900)):
         cost, size = rng.exponential(size=(units, 6)), rng.integers(1, 40, (units, 6))
         found = solve_arrays(cost, size, budget, solver=solver)
-        check(found, cost, size, budget, by_size(cost, size, budget), exact=True)
+        assert_solved(found, cost, size, budget, by_size(cost, size, budget), exact=True)
 
 
 def test_dropping_choices_loses_nothing() -> None:
@@ -262,14 +262,14 @@ def test_without_highspy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert solve_arrays(cost, size, budget).solver == "highs"
     monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
     found = solve_arrays(cost, size, budget, gap=0.0)
-    check(found, cost, size, budget, best, exact=True)
+    assert_solved(found, cost, size, budget, best, exact=True)
     assert found.solver == "cbc"
     assert 0 < solve_arrays(cost, size, budget).gap <= knapsack.AUTO_GAP
     with pytest.raises(RecipeError, match="'highs' is not installed: pip install highspy"):
         solve_arrays(cost, size, budget, solver="highs")
     monkeypatch.setattr(pulp.PULP_CBC_CMD, "available", lambda self: False)
     found = solve_arrays(cost, size, budget)
-    check(found, cost, size, budget, best, exact=False)
+    assert_solved(found, cost, size, budget, best, exact=False)
     assert found.solver == "lagrange"
     assert "no integer solver is installed" in found.note
 
@@ -279,7 +279,7 @@ def test_limits_are_noted_and_honest(monkeypatch: pytest.MonkeyPatch) -> None:
     best = brute(cost, size, budget)
     monkeypatch.setattr(knapsack, "MAX_BINARIES", 1)
     found = solve_arrays(cost, size, budget)
-    check(found, cost, size, budget, best, exact=False)
+    assert_solved(found, cost, size, budget, best, exact=False)
     assert "binaries was not started" in found.note
 
     def gives_up(program: Any, *_: object) -> tuple[float, str]:
@@ -294,12 +294,12 @@ def test_limits_are_noted_and_honest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="no such luck"):
         solve_arrays(cost, size, budget, solver="highs")
     found = solve_arrays(cost, size, budget)
-    check(found, cost, size, budget, best, exact=False)
+    assert_solved(found, cost, size, budget, best, exact=False)
     assert found.note == "the solver highs failed: no such luck: this is the Lagrangian plan"
 
     monkeypatch.setattr(integer, "_run", gives_up)
     found = solve_arrays(cost, size, budget, solver="highs")
-    check(found, cost, size, budget, best, exact=False)
+    assert_solved(found, cost, size, budget, best, exact=False)
     assert found.note == "highs did not finish"
     assert found.solver == "lagrange"
 
@@ -362,4 +362,4 @@ def test_a_solution_within_tolerance_but_over_budget_is_not_returned(
     monkeypatch.setattr(integer, "_run", overdraws)
     found = solve_arrays(cost, size, budget, solver=solver)
     assert calls
-    check(found, cost, size, budget, brute(cost, size, budget), exact=False)
+    assert_solved(found, cost, size, budget, brute(cost, size, budget), exact=False)

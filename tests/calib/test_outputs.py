@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import input_batch
 from places import DEMO
-from reference import KINDS, build, experts_calls, joined, measure, outputs_ETH
+from reference import KINDS, assert_close, build, experts_calls, joined, measure, outputs_ETH
 from transformers import AutoConfig
 
 from moe_compress.calib.outputs import OutputGram, OutputMoments, TokenContribution
@@ -46,11 +46,6 @@ def measured(name):
     return measure(MoEModel.wrap(model_of(name)), batches_of(name), EVERYWHERE)
 
 
-def close(found, expected, rtol=1e-5):
-    scale = float(expected.abs().max()) or 1.0
-    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=rtol * scale)
-
-
 def gated_ETH(call, outputs):
     """What each expert adds to each token: zeros where it isn't chosen."""
     gated = torch.zeros_like(outputs)
@@ -65,7 +60,7 @@ def test_output_gram(name):
         gated = gated_ETH(call, outputs)
         found = measured(name).of(layer, OutputGram())["gram"]
         expected = torch.stack([torch.stack([(a * b).sum() for b in gated]) for a in gated])
-        close(found, expected)
+        assert_close(found, expected)
         assert torch.allclose(found, found.T, rtol=1e-9, atol=1e-12)
 
 
@@ -75,7 +70,7 @@ def test_output_gram_relative_to_the_hidden_state(name):
     for layer, (call, outputs) in reference(name).items():
         gated = gated_ETH(call, outputs) / behind[layer].norm(dim=1).view(1, -1, 1)
         expected = torch.stack([torch.stack([(a * b).sum() for b in gated]) for a in gated])
-        close(measured(name).of(layer, OutputGram())["relative"], expected)
+        assert_close(measured(name).of(layer, OutputGram())["relative"], expected)
 
 
 @every_kind
@@ -106,8 +101,8 @@ def test_output_moments(name):
             total[expert] += outputs[expert, token]
             squares[expert] += outputs[expert, token] ** 2
         assert torch.equal(found["counts"], counts)
-        close(found["sum"], total)
-        close(found["squares"], squares)
+        assert_close(found["sum"], total)
+        assert_close(found["squares"], squares)
 
 
 @every_kind
@@ -133,7 +128,7 @@ def test_chosen_logits(name):
         expected = torch.zeros(len(outputs), dtype=torch.float64)
         for token, expert, _ in call.choices():
             expected[expert] += own[token, expert]
-        close(measured(name).of(layer, ChosenLogits())["sum"], expected)
+        assert_close(measured(name).of(layer, ChosenLogits())["sum"], expected)
 
 
 def behind_layers(model, batches):
@@ -167,7 +162,7 @@ def test_token_contribution(name):
             before = after - gated[:, token].sum(dim=0)
             cosine = float(before @ after / before.norm() / after.norm())
             expected[expert] += weight * float(outputs[expert, token].norm()) * max(0.0, 1 - cosine)
-        close(profile.of(layer, TokenContribution())["turned"], expected, 1e-4)
+        assert_close(profile.of(layer, TokenContribution())["turned"], expected, 1e-4)
 
 
 def test_token_contribution_is_of_the_residual_stream():
@@ -191,7 +186,7 @@ def test_token_contribution_is_of_the_residual_stream():
         stream, gated = torch.cat(read[layer]).double(), gated_ETH(call, outputs)
         turn = 1 - torch.cosine_similarity(stream, stream + gated.sum(dim=0), dim=1)
         expected = (gated.norm(dim=2) * turn).sum(dim=1)
-        close(profile.of(layer, TokenContribution())["turned"], expected, 1e-4)
+        assert_close(profile.of(layer, TokenContribution())["turned"], expected, 1e-4)
 
 
 @pytest.mark.parametrize("name", LATENT)
@@ -211,7 +206,7 @@ def test_independent_of_the_split_into_batches():
         ]
         for layer, statistic, other in itertools.product(profiles[0].shape.layers, settings, profiles[1:]):
             for key, tensor in other.of(layer, statistic).items():
-                close(tensor, profiles[0].of(layer, statistic)[key], 1e-4)
+                assert_close(tensor, profiles[0].of(layer, statistic)[key], 1e-4)
 
 
 def test_in_chunks(monkeypatch):
@@ -221,7 +216,7 @@ def test_in_chunks(monkeypatch):
         profile = measure(MoEModel.wrap(model_of(name)), batches_of(name), EVERYWHERE)
         for layer, statistic in itertools.product(reference(name), EVERYWHERE[:2]):
             for key, tensor in profile.of(layer, statistic).items():
-                close(tensor, measured(name).of(layer, statistic)[key], 1e-6)
+                assert_close(tensor, measured(name).of(layer, statistic)[key], 1e-6)
 
 
 def test_from_disk_equals_in_memory(tmp_path):

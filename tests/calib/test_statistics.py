@@ -8,7 +8,17 @@ import pytest
 import torch
 from families import input_batch
 from places import DEMO
-from reference import KINDS, activations_ETI, build, experts_calls, joined, measure, outputs_ETH, tokens_of
+from reference import (
+    KINDS,
+    activations_ETI,
+    assert_close,
+    build,
+    experts_calls,
+    joined,
+    measure,
+    outputs_ETH,
+    tokens_of,
+)
 from transformers import AutoConfig, AutoTokenizer
 
 from moe_compress.calib.collect import MemoryStore, missing
@@ -56,12 +66,6 @@ def measured(name):
     return measure(MoEModel.wrap(model_of(name)), batches_of(name), ALL)
 
 
-def close(found, expected, rtol=1e-5):
-    """Equal but for float32 arithmetic, relative to the largest entry."""
-    scale = float(expected.abs().max()) or 1.0
-    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=rtol * scale)
-
-
 @every_kind
 def test_routing(name):
     for layer, (call, outputs, _) in reference(name).items():
@@ -73,8 +77,8 @@ def test_routing(name):
             squared[expert] += weight**2
         assert int(found["tokens"]) == len(call.hidden_TH) == tokens_of(batches_of(name))
         assert torch.equal(found["counts"], counts)
-        close(found["gate"], gate, 1e-7)
-        close(found["gate_squared"], squared, 1e-7)
+        assert_close(found["gate"], gate, 1e-7)
+        assert_close(found["gate_squared"], squared, 1e-7)
 
 
 @every_kind
@@ -88,10 +92,10 @@ def test_output_norms(name):
             gated[expert] += weight * size
             squared[expert] += weight**2 * size**2
             maximum[expert] = max(maximum[expert], outputs[expert, token].abs().max())
-        close(found["norm"], norm)
-        close(found["gated_norm"], gated)
-        close(found["gated_norm_squared"], squared)
-        close(found["maximum"], maximum)
+        assert_close(found["norm"], norm)
+        assert_close(found["gated_norm"], gated)
+        assert_close(found["gated_norm_squared"], squared)
+        assert_close(found["maximum"], maximum)
 
 
 def mean_cosine(outputs, tokens):
@@ -191,8 +195,8 @@ def test_moments_of_what_a_block_read(name):
             call = reference(name)[step.index][0]
             assert inputs.tokens == len(call.hidden_TH)
             assert torch.equal(inputs.index_TK, call.index_TK)
-            close(inputs.hidden_TH, call.hidden_TH, 1e-4)
-            close(inputs.weight_TK, call.weight_TK, 1e-4)
+            assert_close(inputs.hidden_TH, call.hidden_TH, 1e-4)
+            assert_close(inputs.weight_TK, call.weight_TK, 1e-4)
             counts, inward, inner = moments(*reference(name)[step.index])
             for memory_limit in (1, 60_000, 1 << 30):
                 seen, chunks = [], 0
@@ -201,8 +205,8 @@ def test_moments_of_what_a_block_read(name):
                     seen += chosen
                     chunks += 1
                     assert torch.equal(part.rows_C, counts[chosen])
-                    close(part.input_CHH, inward[chosen])
-                    close(part.activation_CII, inner[chosen])
+                    assert_close(part.input_CHH, inward[chosen])
+                    assert_close(part.activation_CII, inner[chosen])
                 assert seen == list(range(block.num_experts))
                 assert chunks == {1: block.num_experts, 1 << 30: 1}.get(memory_limit, chunks)
 
@@ -227,7 +231,7 @@ def test_independent_of_the_split_into_batches():
                         if key in ("counts", "tokens"):
                             assert torch.equal(tensor, whole[key])
                         else:
-                            close(tensor, whole[key], 1e-4)
+                            assert_close(tensor, whole[key], 1e-4)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -255,7 +259,7 @@ def test_demo_from_disk(demo_model):
     for layer in reference("demo"):
         for statistic in ALL[:2]:
             for key, tensor in found.of(layer, statistic).items():
-                close(tensor, measured("demo").of(layer, statistic)[key], 1e-6)
+                assert_close(tensor, measured("demo").of(layer, statistic)[key], 1e-6)
 
 
 # Collecting

@@ -2,14 +2,13 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
 from families import discover, tiny_model
 from packs import DENSE, mixture, pack_block, put
 from reference import outputs_ETH
+from running import python
 
 from moe_compress.model import MoEModel
 from moe_compress.quant import run_packed
@@ -269,4 +268,4 @@ assert "quantize.mixed" in all_passes()
 assert "moe_compress.quant.kernels.triton_moe" not in sys.modules
 assert run_packed.fused_kernel("cpu") is None
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
