@@ -246,13 +246,16 @@ def said(own: Sequence[dict[str, Any]]) -> str:
     """A row's cells of one column, of all seeds."""
     if not own:
         return ""
-    means = [statistics.mean(c["lost"].values()) for c in own]
-    told = f"{statistics.mean(means):.4f}"
-    if len(means) > 1:
-        told += f" ±{statistics.stdev(means):.4f}"
+    told = spread([statistics.mean(c["lost"].values()) for c in own], 4)
     told += f" ({statistics.mean(c['kl'] for c in own):.4f})"
     if all("acc" in c for c in own):
-        told += f" {statistics.mean(c['acc'] for c in own):.3f}"
+        told += f" {spread([c['acc'] for c in own], 3)}"
     if all("repetition" in c for c in own):
         told += f" {statistics.mean(c['repetition'][1] for c in own):.1%}"
     return told
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation, the latter where there is more than one."""
+    told = f"{statistics.mean(values):.{digits}f}"
+    return f"{told} ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else told
