@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +287,3 @@ def recipes(name: str | None, debug: bool) -> None:
         return
     for path, summary in ready_recipes().items():
         click.echo(f"{path:<28} {summary}")
-
-
-Command = Callable[..., Any]

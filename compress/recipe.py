@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from moe_compress.calib.text import Calibration
 from moe_compress.errors import RecipeError
 from moe_compress.export.targets import Target, find_target
-from moe_compress.passes import Pass, PassOptions, find_pass, load_plugin
+from moe_compress.passes import Pass, find_pass, load_plugin
 from moe_compress.rounds import in_rounds
 from moe_compress.units import UserPath, checked_size
 
@@ -371,6 +371,3 @@ def _dotted(path: KeyPath) -> str:
     for key in path:
         text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
     return text or "recipe"
-
-
-__all__ = ["Compute", "Evaluation", "PassOptions", "Recipe", "build_pass", "make_recipe", "read_recipe"]

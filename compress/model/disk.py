@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
+from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.errors import CheckpointError
 
 from . import beside, hf
@@ -107,11 +107,6 @@ class DiskWeights:
             return None
         return found[0].removesuffix(".weight"), self.source.tensors[found[0]].nbytes
 
-    def tensors(self, index: int, only: set[str] | None = None) -> dict[str, TensorInfo]:
-        """Disk name → info of a layer's tensors, of those with runtime names in `only` if given."""
-        names = self.layer_names(index)
-        return {n: self.source.tensors[n] for n, runtime in names.items() if only is None or runtime in only}
-
     def load_layer(
         self,
         index: int,
@@ -171,11 +166,6 @@ class DiskWeights:
                 if module._parameters and inner not in self._outer:
                     self._outer.append(inner)
                 module.register_forward_pre_hook(functools.partial(self._before_outer, inner))
-
-    def load_all_outer(self) -> None:
-        """Bring everything outside the decoder layers to life."""
-        for path in self._outer:
-            self._load_outer(path)
 
     def _watch_outer(self) -> None:
         """Load small outer tensors now, each large one when its module first runs."""

@@ -71,10 +71,10 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found_class
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model's module tree, parameters on the meta device (no memory), buffers real, in eval mode."""
     with init_empty_weights(include_buffers=False), quiet():
-        model = (cls or model_class(config))._from_config(config, dtype=dtype)
+        model = model_class(config)._from_config(config, dtype=dtype)
     return model.eval()
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoint.reader import Checkpoint, TensorInfo
+from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.constants import QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_compress.heap import release_freed
@@ -229,12 +229,6 @@ class MoEModel:
         layer = f"{self.stack}.{index}"
         path = self._paths[index]
         return MoEBlock(index, self.module.get_submodule(layer), path.removeprefix(layer + "."), self._axes[path])
-
-    @functools.cached_property
-    def stored_blocks(self) -> dict[int, dict[str, TensorInfo]]:
-        """Layer → disk name → info of its router's and experts' tensors as the folder stores them."""
-        assert self.weights is not None
-        return {i: self.weights.tensors(i, set(self._own[i])) for i in self.moe_layers}
 
     def own_names(self, index: int) -> frozenset[str]:
         """Names, relative to the layer, that a block's tensors have in the source; none where there is no block."""

@@ -133,6 +133,7 @@ class ModelShape:
 def model_shape(model: MoEModel) -> ModelShape:
     """Shape of a model as its source holds it (a folder's own dtypes, or the parameters in memory)."""
     layers: dict[int, LayerShape] = {}
+    of_experts: set[str] = set()
     for index in model.moe_layers:
         block = model.block(index)
         experts = block.experts
@@ -142,8 +143,11 @@ def model_shape(model: MoEModel) -> ModelShape:
         tensors = block.module.state_dict()
         # Packed experts have one tensor in the folder for each here; a server's has more beside codes and scales.
         held: dict[str, int] = {}
-        if model.weights is not None and block.kind != "fused":
-            held = {n: model.source.tensors[disk].nbytes for disk, n in model.weights.layer_names(index).items()}
+        if model.weights is not None:
+            own_names = {n: name for n, name in model.weights.layer_names(index).items() if name in names}
+            of_experts |= own_names.keys()
+            if block.kind != "fused":
+                held = {name: model.source.tensors[n].nbytes for n, name in own_names.items()}
         layers[index] = LayerShape(
             num_experts=experts.num_experts,
             top_k=block.top_k,
@@ -161,8 +165,7 @@ def model_shape(model: MoEModel) -> ModelShape:
     others: dict[str, tuple[int, ...]] = {}
     if model.weights is not None:
         total = model.source.nbytes
-        own_names = {n for i in layers for n in model.weights.tensors(i, set(model.block(i).weight_names()))}
-        others = {n: info.shape for n, info in model.source.tensors.items() if n not in own_names}
+        others = {n: info.shape for n, info in model.source.tensors.items() if n not in of_experts}
     else:
         own = {id(t): t for t in model.module.state_dict(keep_vars=True).values()}  # tied ones once
         total = sum(t.numel() * t.element_size() for t in own.values())
