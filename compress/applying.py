@@ -25,11 +25,13 @@ from moe_compress.storage import Commits
 
 @dataclass
 class Applying:
-    """Attributes:
-    model: what is changed.
-    step, plan: the pass, and what it decided.
-    commits: where changed layers go.
-    earlier: those of the passes before, which drop what is replaced.
+    """One pass on its way through a model, a call per layer; `outside` comes first.
+
+    Attributes:
+        model: what is changed.
+        step, plan: the pass, and what it decided.
+        commits: where changed layers go.
+        earlier: those of the passes before, which drop what is replaced.
     """
 
     model: MoEModel

@@ -72,7 +72,7 @@ class Plan:
 
     Attributes:
         name: of the pass.
-        layers: decoder layer → its decision (JSON values only).
+        layers: every decoder layer with experts → its decision (JSON values only).
         beside: decoder layer, or OUTER → what happens to matrices beside the experts: module path → decision, those
             under "first" before the block's inputs are read, those under "then" with the block.
         summary: what is worth reading at a glance.

@@ -1,8 +1,8 @@
 """One layer's router and experts, seen alike in every family, live or on the meta device.
 
 A block can be looked at (`experts`, `router`), reduced (`keep`), regrouped (`regroup`, or `remap` behind a router that
-stays as it is), given other experts (`replace_experts`), and turned into plain tensors and back (`state`, `restore`).
-It knows nothing of methods.
+stays as it is), given other experts (`replace_experts`), and turned into plain tensors (`state`) and back
+(`restructure`, then `assign`). It knows nothing of methods.
 """
 
 from __future__ import annotations
@@ -170,6 +170,8 @@ class MoEBlock:
             representatives: one expert of each group, ascending.
             mixing_NE: row j holds the coefficients over the E old router rows (and correction biases, and per-expert
                 scales) that make slot j's.
+            slots: slot of each old expert, which hash routing follows; without, tokens of experts that aren't among
+                `representatives` go to those in turn.
         """
         mixed = {}
         for name, (dim, extra) in self.axes.tensors.items():
@@ -270,7 +272,7 @@ class MoEBlock:
         return rule_prefix(self.path)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors (names relative to the layer) and a JSON description from which `restore` rebuilds the block."""
+        """Tensors (names relative to the layer) and a JSON description from which `restructure` rebuilds the block."""
         description: dict[str, Any] = {"kind": self.kind, "num_experts": self.num_experts, "experts": self.path}
         if (scored := self.router_experts) != self.num_experts:
             description["router_experts"] = scored

@@ -84,6 +84,7 @@ def remap_hash_table(table_VK: Tensor, kept: Tensor, experts: int, slots_E: Tens
         table_VK: expert ids per token id.
         kept: ids of the kept experts, ascending.
         experts: number of experts before.
+        slots_E: place of each expert of before, where several became one; without, only those kept have one.
 
     Returns:
         Table of the same shape, ids counted among the kept.
