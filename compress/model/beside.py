@@ -9,7 +9,6 @@ elsewhere (`packed_state`), like a block's experts.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import hf
+from .above import PACKED_HEAD, PACKED_MATRIX, function_at
 from .block import MoEBlock
 
 Kind = Literal["attention", "shared_experts", "dense_mlp", "embeddings", "head"]
@@ -26,10 +26,6 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # In place of a decoder layer's number: what lies outside the decoder layers.
 OUTER = -1
-
-# What makes a packed module of a dense one, "module:function". By name, because the view of a model imports no method.
-_PACKED = "moe_compress.quant.packed_linear:build"
-_TIED = "moe_compress.quant.packed_linear:tie"
 
 # A linear layer with fewer outputs than one per so many inputs scores or gates something; it weighs next to nothing.
 _GATE = 16
@@ -267,7 +263,7 @@ def restructure(root: nn.Module, matrices: Mapping[str, Mapping[str, Any]], dtyp
     for path, values in matrices.items():
         own = dict(values)
         head = own.pop("head", "")
-        replace(root, path, _called(_PACKED, root.get_submodule(path), own, dtype))
+        replace(root, path, function_at(PACKED_MATRIX)(root.get_submodule(path), own, dtype))
         if head and _has(root, head):
             share(root, path, head)
 
@@ -281,7 +277,7 @@ def replace(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def share(model: Any, embeddings: str, head: str) -> None:
     """Make the head use the packed embeddings' weights; transformers no longer ties what isn't there."""
-    replace(model, head, _called(_TIED, model.get_submodule(embeddings), model.get_submodule(head)))
+    replace(model, head, function_at(PACKED_HEAD)(model.get_submodule(embeddings), model.get_submodule(head)))
     hf.untie(model, head)
 
 
@@ -313,11 +309,6 @@ def packed_state(
 def is_bias(name: str) -> bool:
     """Whether the tensor of a packed matrix's module stays as the family stores it."""
     return name.endswith(".bias")
-
-
-def _called(function: str, *arguments: Any) -> nn.Module:
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)(*arguments)  # type: ignore[no-any-return]
 
 
 def _has(root: nn.Module, path: str) -> bool:

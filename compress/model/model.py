@@ -25,12 +25,13 @@ from moe_compress.errors import CheckpointError, InputError, UnsupportedModelErr
 from moe_compress.heap import release_freed
 
 from . import beside, hf, offload
+from .above import DECODER, PRESENTED, function_at
 from .axes import ConfigPath, ExpertAxes, count_keys, decoded, expert_axes, expert_counts, layer_index, width_keys
 from .beside import OUTER, Matrix
 from .block import MoEBlock
 from .disk import DiskWeights, Overlay
 from .expert_names import ExpertNames, find_expert_names
-from .opening import DECODER, PRESENTED, config_of, find_stack, named, one_per_layer, refuse
+from .opening import config_of, find_stack, one_per_layer, refuse
 from .reading import Reads, follow
 from .saved import check_version
 from .tensors import to_meta
@@ -119,7 +120,7 @@ class MoEModel:
         method = (source.config.get("quantization_config") or {}).get("quant_method")
         if method != QUANT_METHOD:
             if "quantization_config" in source.config and (dequantize or method not in PRESENTED):
-                source = named(DECODER)(source)
+                source = function_at(DECODER)(source)
             config.__dict__.pop("quantization_config", None)  # the skeleton is a dense one
         module = hf.skeleton(config, dtype)
         model = cls(module, source.config)
@@ -137,7 +138,8 @@ class MoEModel:
                     )
                 block.restructure(description)
         elif quantized.get("quant_method") in PRESENTED:
-            source, descriptions, matrices = named(PRESENTED[quantized["quant_method"]])(model, source)
+            present = function_at(PRESENTED[quantized["quant_method"]])
+            source, descriptions, matrices = present(model, source)
             for number, description in descriptions.items():
                 model.block(number).restructure(description)
             model._restructure(matrices, dtype)

@@ -1,34 +1,17 @@
-"""What is found out before there is a handle on a model: its config, whether it can be handled, where its layers are.
-
-Also which formats of others are read, and by what.
-"""
+"""What is found out before there is a handle on a model: its config, if it can be handled, where its layers are."""
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint
-from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 
 from . import families
 from .axes import ExpertAxes, expert_counts, layer_index
-
-# What presents a folder in another quantized format as a dense one: "module:function". By name, like PRESENTED.
-DECODER = "moe_compress.quant.sources:decode"
-# Formats of others that are read as if they were native: quant_method → "module:function", called with a model and its
-# folder, giving the folder presented anew, the description of each layer, and of matrices beside the experts. By name,
-# because the view of a model imports no format.
-PRESENTED: dict[str, str] = {
-    COMPRESSED_TENSORS: "moe_compress.export.compressed_reader:present",
-    GPTQ: "moe_compress.export.gptq_reader:present",
-    GGUF: "moe_compress.export.gguf_reader:present",
-}
 
 
 def read_config(path: str | Path) -> PreTrainedConfig:
@@ -58,12 +41,6 @@ def refuse(config: PreTrainedConfig) -> None:
     for model_type in (config.model_type, config.get_text_config().model_type):
         if reason := families.refusal(model_type):
             raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
-
-
-def named(where: str) -> Any:
-    """The function that "module:function" names."""
-    module, _, function = where.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def find_stack(module: PreTrainedModel) -> str:

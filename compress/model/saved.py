@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import nn
@@ -10,16 +9,8 @@ from torch import nn
 from moe_compress.constants import FORMAT_VERSION
 from moe_compress.errors import CheckpointError
 
+from .above import EXPERTS_KINDS, function_at
 from .rules import Remap
-
-# How a block's experts are rebuilt from a saved state: kind → "module:function", called with block and description,
-# giving an experts module on meta. By name, because the view of a model imports no method.
-EXPERTS_KINDS: dict[str, str] = {
-    "packed": "moe_compress.quant.packed:build_packed",
-    "scaled": "moe_compress.quant.scaled:build_scaled",
-    "ragged": "moe_compress.prune.ragged:build_ragged",
-    "factored": "moe_compress.merge.factored:build_factored",
-}
 
 
 def check_version(version: Any) -> None:
@@ -35,8 +26,7 @@ def build_experts(block: Any, kind: str, layout: dict[str, Any]) -> nn.Module:
     """The experts module of a kind, for a block. Raises CheckpointError for a kind that nothing here knows."""
     if kind not in EXPERTS_KINDS:
         raise CheckpointError(f"experts of the kind {kind!r} are not known: the checkpoint needs a newer moe-compress")
-    module, _, function = EXPERTS_KINDS[kind].partition(":")
-    return getattr(importlib.import_module(module), function)(block, layout)  # type: ignore[no-any-return]
+    return function_at(EXPERTS_KINDS[kind])(block, layout)  # type: ignore[no-any-return]
 
 
 def check_classes(layer: int, rules: list[dict[str, Any]], count: int, scored: int) -> None:
