@@ -25,7 +25,7 @@ from .router import Routing, ask_router, read_routing, route_through
 from .routes import CHILD, Routes, install, routes_of, rule_prefix
 from .rules import Remap, RouteRule, make_rule
 from .saved import build_experts, check_classes
-from .tensors import set_tensor
+from .tensors import get_tensor, set_tensor
 
 # Attribute of a fused experts module whose number of neurons isn't the one that its config says.
 _NARROWED = "moe_compress_neurons"
@@ -90,7 +90,7 @@ class MoEBlock:
         """Experts that the router scores: more than there are where several of its classes lead to one (`remap`)."""
         name = next(n for n in self.axes.tensors if not self._holds(n))
         dim, extra = self.axes.tensors[name]
-        return self._tensor(name).shape[dim] - extra
+        return get_tensor(self.module, name).shape[dim] - extra
 
     @property
     def top_k(self) -> int:
@@ -152,7 +152,7 @@ class MoEBlock:
                     f"{per_group.tolist()} would be left"
                 )
         for name, (dim, extra) in self.axes.tensors.items():
-            tensor = self._tensor(name)
+            tensor = get_tensor(self.module, name)
             rows = torch.tensor([*indices, *range(count, count + extra)], device=tensor.device)
             set_tensor(self.module, name, tensor.index_select(dim, rows))
         table = getattr(self.router, "tid2eid", None)
@@ -177,7 +177,7 @@ class MoEBlock:
         for name, (dim, extra) in self.axes.tensors.items():
             if self._holds(name):
                 continue
-            tensor = self._tensor(name)
+            tensor = get_tensor(self.module, name)
             rows = tensor.movedim(dim, 0)
             count = rows.shape[0] - extra
             old = rows[:count].reshape(count, -1).double()
@@ -205,7 +205,7 @@ class MoEBlock:
         scored = self.router_experts
         for name, (dim, _) in self.axes.tensors.items():
             if self._holds(name):
-                tensor = self._tensor(name)
+                tensor = get_tensor(self.module, name)
                 rows = torch.tensor(representatives, device=tensor.device)
                 set_tensor(self.module, name, tensor.index_select(dim, rows))
         self._set_count(len(representatives), scored)
@@ -297,7 +297,7 @@ class MoEBlock:
         check_classes(self.layer, description.get(CHILD, []), count, scored)
         if (count, scored) != (self.num_experts, self.router_experts):
             for name, (dim, extra) in self.axes.tensors.items():
-                tensor = self._tensor(name)
+                tensor = get_tensor(self.module, name)
                 shape = list(tensor.shape)
                 shape[dim] = (count if self._holds(name) else scored) + extra
                 if shape != list(tensor.shape):
@@ -351,10 +351,6 @@ class MoEBlock:
                 f"found {sorted(routers)}"
             )
         return prefix + routers[0]
-
-    def _tensor(self, name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        return getattr(self.module.get_submodule(path), leaf)  # type: ignore[no-any-return]
 
     def _resize(self, neurons: int, device: str | torch.device) -> None:
         FusedExperts(self.experts_module).resize(neurons, device)

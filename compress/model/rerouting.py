@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import families
 from .block import MoEBlock
-from .tensors import set_tensor
+from .tensors import get_tensor, set_tensor
 
 
 class Rerouting:
@@ -27,7 +27,7 @@ class Rerouting:
         shared: dict[int, Any] = {id(t): t for t in [*block.module.parameters(), *block.module.buffers()]}
         for name in block.axes.tensors:
             if name.startswith(block.path + "."):
-                tensor = _find(block.module, name)
+                tensor = get_tensor(block.module, name)
                 shared[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
         for module in block.module.modules():
             for name in ("config", "_hf_hook"):
@@ -41,7 +41,7 @@ class Rerouting:
         self._block = MoEBlock(block.layer, layer, block.path, block.axes)
         self._block.experts_module.forward = _nothing  # type: ignore[method-assign]
         self._count = block.num_experts
-        self._whole = {name: _find(layer, name) for name in block.axes.tensors}
+        self._whole = {name: get_tensor(layer, name) for name in block.axes.tensors}
         self._table = getattr(self._block.router, "tid2eid", None)
 
     def coefficients(self, kept: list[int], router_arguments: dict[str, Tensor]) -> Tensor:
@@ -88,11 +88,6 @@ def rows(router_arguments: dict[str, Any], tokens: int, taken_T: Tensor) -> dict
         if flat.shape[0] == tokens:
             found[name] = flat[taken_T.to(flat.device)]
     return found
-
-
-def _find(module: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)  # type: ignore[no-any-return]
 
 
 def _nothing(hidden_TH: Tensor, *_: Tensor) -> Tensor:

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor, nn
 
 
+def get_tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer, by dotted name."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)  # type: ignore[no-any-return]
+
+
 def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter or buffer, by dotted name."""
     path, _, leaf = name.rpartition(".")
