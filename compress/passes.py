@@ -28,7 +28,7 @@ from moe_compress.calib.batches import TokenBatches
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Result, Statistic
-from moe_compress.errors import RecipeError, named
+from moe_compress.errors import RecipeError, check_new, named
 from moe_compress.export.targets import Target
 from moe_compress.model import MoEBlock, MoEModel
 from moe_compress.model.shape import ModelShape
@@ -265,9 +265,7 @@ _discovered = False
 
 def register(cls: type[Pass]) -> type[Pass]:
     """Make a pass known under its name."""
-    existing = _REGISTRY.get(cls.name)
-    if existing is not None and existing.__qualname__ != cls.__qualname__:
-        raise ValueError(f"two passes are called {cls.name!r}: {existing.__module__} and {cls.__module__}")
+    check_new(cls.name, _REGISTRY.get(cls.name), cls, "passes")
     _REGISTRY[cls.name] = cls
     return cls
 
@@ -294,6 +292,7 @@ def load_plugin(path: Path) -> None:
     """Import a file of the user's that registers passes. Raises RecipeError when it can't be imported."""
     if not path.is_file():
         raise RecipeError(f"plugin {path} doesn't exist")
+    all_passes()  # first: of two that have one name, the file is the one that is refused
     name = f"moe_compress_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_compress.errors import named
+from moe_compress.errors import check_new, named
 from moe_compress.model.experts import ExpertWeights
 
 from .align import exact_assignment, permuted, weight_similarity
@@ -100,6 +100,8 @@ def method(
     """Register a method; see Method."""
 
     def add(divide: Divide) -> Divide:
+        before = METHODS.get(name)
+        check_new(name, before and before.divide, divide, "methods of factorising")
         METHODS[name] = Method(name, source, divide, form, base, whole, aligned)
         return divide
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_compress.calib.outputs import OutputMoments, TokenContribution
 from moe_compress.calib.statistics import ChosenLogits, OutputNorms, Result, Routing, Statistic
 from moe_compress.counts import ExpertCounts
-from moe_compress.errors import named
+from moe_compress.errors import check_new, named
 from moe_compress.model.shape import LayerShape
 
 Measured = dict[str, Result]
@@ -84,6 +84,8 @@ def criterion(
     """Register a score under a name; see Criterion."""
 
     def add(score: Score) -> Score:
+        before = CRITERIA.get(name)
+        check_new(name, before and before.score, score, "criteria")
         CRITERIA[name] = Criterion(name, source, statistics, score, ranks, comparable, problem)
         return score
 

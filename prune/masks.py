@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_compress.errors import named
+from moe_compress.errors import check_new, named
 from moe_compress.quant.layer_rows import Weighing
 
 
@@ -87,6 +87,8 @@ def weight_criterion(
     """Register a score under a name; see WeightCriterion."""
 
     def add(score: Score) -> Score:
+        before = WEIGHT_CRITERIA.get(name)
+        check_new(name, before and before.score, score, "criteria for weights")
         WEIGHT_CRITERIA[name] = WeightCriterion(name, source, reads, score, solves)
         return score
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_compress.calib.neurons import NeuronGradients, NeuronProjections, NeuronRemoval, NeuronSums, NeuronWeights
 from moe_compress.calib.statistics import Statistic
-from moe_compress.errors import named
+from moe_compress.errors import check_new, named
 
 from .criteria import Measured
 
@@ -52,6 +52,8 @@ def neuron_criterion(
     """Register a score under a name; see NeuronCriterion."""
 
     def add(score: NeuronScore) -> NeuronScore:
+        before = NEURON_CRITERIA.get(name)
+        check_new(name, before and before.score, score, "criteria of neurons")
         NEURON_CRITERIA[name] = NeuronCriterion(name, source, statistics, score, comparable, signed)
         return score
 

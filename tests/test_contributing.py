@@ -5,6 +5,7 @@ import re
 
 import pytest
 from places import DEMO, ROOT
+from running import python
 
 from moe_compress.pipeline import run
 from moe_compress.progress import Monitor
@@ -33,3 +34,43 @@ def test_the_example_runs(plugin, tmp_path):
     finished = run(recipe, monitor=Monitor(show=False))
     assert [layer["num_experts"] for layer in finished.report["layers"]] == [12] * 4
     assert json.loads((finished.output / "config.json").read_text())["num_experts"] == 12
+
+
+LOADING = """
+import sys
+from pathlib import Path
+from moe_compress.errors import RecipeError
+from moe_compress.passes import load_plugin
+
+try:
+    load_plugin(Path(sys.argv[1]))
+except RecipeError as error:
+    print(error)
+"""
+TAKEN = {
+    "passes": """
+from moe_compress.passes import Pass, register
+
+
+@register
+class PruneExperts(Pass):
+    name = "prune.experts"
+""",
+    "criteria": """
+from moe_compress.prune.criteria import criterion
+
+
+@criterion("naee", "not NAEE")
+def score(measured, asked):
+    return measured["routing"]["counts"]
+""",
+}
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_a_plugin_takes_nobodys_name(what, tmp_path):
+    """In an interpreter of its own: there nothing is registered yet when the file is read."""
+    path = tmp_path / "taken.py"
+    path.write_text(TAKEN[what])
+    said = python("-c", LOADING, path)
+    assert f"taken.py can't be imported: ValueError: two {what} are called" in said
