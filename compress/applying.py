@@ -16,6 +16,7 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.linear_inputs import LinearMoments
 from moe_compress.calib.routing import RoutingChange
 from moe_compress.changing import change_linears, change_outer
+from moe_compress.errors import RunError
 from moe_compress.model import Layer, MoEBlock, MoEModel
 from moe_compress.model.beside import OUTER, packed_state
 from moe_compress.model.sweep import Step
@@ -117,8 +118,13 @@ class Applying:
         return torch.cat(found)
 
     def _block(self, layer: Layer, block: MoEBlock, inputs: BlockInputs | None) -> dict[str, Any]:
-        beside = self._beside(layer, block)
+        beside, experts = self._beside(layer, block), block.num_experts
         report = self.step.apply(block, self.plan.layers[layer.index], inputs)
+        if block.num_experts != experts and "slots" not in report:
+            raise RunError(
+                f"{self.step.name}: layer {layer.index} has {block.num_experts} of {experts} experts left, and `apply` "
+                "returned no `slots` (old expert → new slot, −1 if gone), by which the report follows them"
+            )
         report["other_bytes_change"] = self._beside(layer, block) - beside
         if inputs is not None:
             self.model.round_block(layer)

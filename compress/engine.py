@@ -258,6 +258,8 @@ def _plan(
             collect(sweep, lacking, store, progress, NextToken(batches))
     with monitor.stage(f"{step.name}: plan"):
         plan = step.plan(step.profile)
+    if undecided := sorted(shape.layers.keys() - plan.layers.keys()):
+        raise RunError(f"{step.name}: `plan` decides nothing for layers {undecided}, which have experts")
     unweighed = sorted({s.name for s in step.statistics() if not s.weighs_tokens})
     if unweighed and calibrated.text is not None and calibrated.text.modality_weights is not None:
         plan = replace(plan, notes=[*plan.notes, f"modality_weights don't reach {', '.join(unweighed)}"])

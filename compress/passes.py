@@ -130,7 +130,7 @@ class Pass(ABC):
         name: how recipes call it, "family.method".
         summary: what it does, one line.
         paper: where the method is from.
-        Options: its options.
+        Options: its options; by default it has none.
         accepts: kinds of experts that it can change (see LayerShape.kind).
         leaves: kinds that the experts may be of behind it; empty: as they were.
 
@@ -144,7 +144,7 @@ class Pass(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
-    Options: ClassVar[type[PassOptions]]
+    Options: ClassVar[type[PassOptions]] = PassOptions
     accepts: ClassVar[frozenset[str]] = frozenset({"fused"})
     leaves: ClassVar[frozenset[str]] = frozenset()
 

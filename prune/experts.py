@@ -236,6 +236,12 @@ class PruneExperts(Pass):
             for index, layer in profile.shape.layers.items()
         }
         for layer, found in scores.items():
+            count = profile.shape.layers[layer].num_experts
+            if found.shape != (count,):
+                raise RunError(
+                    f"prune.experts: {self.options.criterion} gives a tensor {list(found.shape)} for the {count} "
+                    f"experts of layer {layer}: one score for each is needed"
+                )
             if not found.isfinite().all():
                 raise RunError(
                     f"prune.experts: {self.options.criterion} gives experts "

@@ -7,6 +7,7 @@ import pytest
 from places import DEMO, ROOT
 from running import python
 
+from moe_compress.errors import RunError
 from moe_compress.pipeline import run
 from moe_compress.progress import Monitor
 from moe_compress.recipe import make_recipe
@@ -57,10 +58,11 @@ class PruneExperts(Pass):
     name = "prune.experts"
 """,
     "criteria": """
+from moe_compress.calib.statistics import Routing
 from moe_compress.prune.criteria import criterion
 
 
-@criterion("naee", "not NAEE")
+@criterion("naee", "not NAEE", Routing())
 def score(measured, asked):
     return measured["routing"]["counts"]
 """,
@@ -74,3 +76,66 @@ def test_a_plugin_takes_nobodys_name(what, tmp_path):
     path.write_text(TAKEN[what])
     said = python("-c", LOADING, path)
     assert f"taken.py can't be imported: ValueError: two {what} are called" in said
+
+
+BROKEN = {
+    "no slots": (
+        """
+    def plan(self, profile):
+        return Plan(self.name, {i: {} for i in profile.shape.layers})
+
+    def apply(self, block, decision, inputs):
+        block.keep(list(range(12)))
+        return {}
+""",
+        "prune.broken: layer 0 has 12 of 16 experts left, and `apply` returned no `slots`",
+    ),
+    "no plan": (
+        """
+    def plan(self, profile):
+        return Plan(self.name, {0: {}, 2: {}})
+
+    def apply(self, block, decision, inputs):
+        return {}
+""",
+        "prune.broken: `plan` decides nothing for layers [1, 3]",
+    ),
+}
+PASS = """
+from moe_compress.passes import Pass, Plan, register
+
+
+@register
+class Broken(Pass):
+    name = "prune.broken"
+    summary = "a pass without options"
+
+    def forecast(self, shape):
+        return shape
+"""
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_a_pass_leaves_out_is_said(what, tmp_path):
+    methods, message = BROKEN[what]
+    path = tmp_path / "broken.py"
+    path.write_text(PASS + methods)
+    recipe = {"model": str(DEMO / "moe-demo"), "output": str(tmp_path / "out"), "plugins": [str(path)]}
+    with pytest.raises(RunError, match=re.escape(message)):
+        run(make_recipe({**recipe, "passes": ["prune.broken"]}), monitor=Monitor(show=False))
+
+
+def test_a_criterion_scores_every_expert(tmp_path):
+    path = tmp_path / "short.py"
+    path.write_text(TAKEN["criteria"].replace("naee", "short").replace('["counts"]', '["counts"][:5]'))
+    recipe = make_recipe(
+        {
+            "model": str(DEMO / "moe-demo"),
+            "output": str(tmp_path / "out"),
+            "plugins": [str(path)],
+            "calibration": {"sources": str(DEMO / "calibration.jsonl"), "sequences": 2, "length": 32},
+            "passes": [{"prune.experts": {"keep": 0.75, "criterion": "short"}}],
+        }
+    )
+    with pytest.raises(RunError, match=re.escape("short gives a tensor [5] for the 16 experts of layer 0")):
+        run(recipe, monitor=Monitor(show=False))
