@@ -111,6 +111,8 @@ def run(
         InputError and its kinds: recipe, model or data are wrong; nothing was changed.
         RunError and its kinds: something failed on the way; the same call continues.
     """
+    if overrides and isinstance(recipe, Mapping | Recipe):
+        raise InputError("`overrides` are for a recipe's file: change the values of this one instead")
     if isinstance(recipe, Mapping):
         recipe = make_recipe(recipe)
     elif not isinstance(recipe, Recipe):

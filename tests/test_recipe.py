@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_compress.errors import RecipeError
+from moe_compress.errors import InputError, RecipeError
+from moe_compress.pipeline import run
 from moe_compress.recipe import Compute, Evaluation, make_recipe, read_recipe
 
 TEXT = """\
@@ -129,3 +130,8 @@ def test_an_error_says_where_it_is(old, new, where, file):
     assert str(raised.value).startswith(str(file))
     assert where in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_overrides_are_for_files():
+    with pytest.raises(InputError, match="overrides"):
+        run(yaml.safe_load(TEXT), {"passes.0.prune.experts.keep": "0.5"})
