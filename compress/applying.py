@@ -1,7 +1,7 @@
 """Changing a model's layers by one pass's plan: a layer's matrices and block, rounded to what is stored and committed.
 
-With inputs, all calibration batches wait before the layer and go on through the change. What is changed outside the
-decoder layers and of their matrices is in changing.py.
+With inputs, all calibration batches wait before the layer and go on through the change. How matrices beside the experts
+are packed, in a layer and outside all of them, is in changing.py.
 """
 
 from __future__ import annotations

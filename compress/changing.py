@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_compress.model import Layer, MoEModel, beside
-from moe_compress.model.beside import OUTER, Matrix
-from moe_compress.model.shape import ModelShape
+from moe_compress.model.beside import OUTER
 from moe_compress.passes import Pass
 
 
@@ -50,19 +48,6 @@ def change_outer(
     tensors, matrices = beside.packed_state(model.module, frozenset(changed))
     report = {path: _entry(step, path, change, tensors) for path, change in changed.items()}
     return tensors, {"matrices": matrices}, report
-
-
-def after(shape: ModelShape, reports: Mapping[int, dict[str, Any]]) -> ModelShape:
-    """Sizes with what `reports` (decoder layer or OUTER → report) say was packed beside the experts."""
-    packed: dict[int, list[Matrix]] = {}
-    for index, report in reports.items():
-        done = report.get("beside") or {}
-        if done:
-            packed[index] = [
-                replace(m, bytes=done[m.path]["bytes"], bits=done[m.path]["bits"]) if m.path in done else m
-                for m in shape.matrices[index]
-            ]
-    return shape.with_matrices(packed)
 
 
 def _entry(step: Pass, path: str, change: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -17,15 +17,14 @@ from moe_compress.applying import Applying
 from moe_compress.calib.collect import Profile, collect, collect_from_weights, missing
 from moe_compress.calib.statistics import Result
 from moe_compress.calib.text import TokenBatches
-from moe_compress.changing import after
 from moe_compress.checkpoint.workspace import short_digest
 from moe_compress.constants import GGUF
 from moe_compress.errors import InputError, RunError
 from moe_compress.model import MoEModel
 from moe_compress.model.backward import GradientSweep
-from moe_compress.model.beside import OUTER
+from moe_compress.model.beside import OUTER, Matrix
 from moe_compress.model.losses import NextToken
-from moe_compress.model.shape import ModelShape
+from moe_compress.model.shape import LayerShape, ModelShape
 from moe_compress.model.sweep import Batch, Step, Sweep
 from moe_compress.passes import Lesson, Pass, Plan
 from moe_compress.progress import Monitor
@@ -140,12 +139,7 @@ def run_passes(
                         applying.alone(index)
                         progress.layer(index)
         reports = {i: commits.report(i) for i in concerned}
-        shape = after(shape, reports)
-        shape = replace(
-            shape.with_layers({i: _measured(shape, i, reports[i]) for i in model.moe_layers}),
-            other_bytes=shape.other_bytes + sum(report.get("other_bytes_change", 0) for report in reports.values()),
-        )
-        shape = step.settle(shape)
+        shape = step.settle(_shape_after(shape, reports))
         options = step.options.model_dump(mode="json")
         outcomes.append(Outcome(step.name, options, plan, shape, reports))
         shapes.append(shape)
@@ -290,10 +284,23 @@ def _left_behind(model: MoEModel, shape: ModelShape, step: Pass) -> list[str]:
     ]
 
 
-def _measured(shape: ModelShape, index: int, report: dict[str, Any]) -> Any:
-    layer = shape.layers[index].with_width(report.get("neurons", shape.layers[index].intermediate))
+def _shape_after(shape: ModelShape, reports: dict[int, dict[str, Any]]) -> ModelShape:
+    """Sizes with what reports (decoder layer, or OUTER → report) say of blocks and of what was packed beside them."""
+    packed = {i: _packed(shape.matrices[i], done) for i, report in reports.items() if (done := report.get("beside"))}
+    shape = shape.with_matrices(packed).with_layers({i: _changed(s, reports[i]) for i, s in shape.layers.items()})
+    change = sum(report.get("other_bytes_change", 0) for report in reports.values())
+    return replace(shape, other_bytes=shape.other_bytes + change)
+
+
+def _packed(matrices: list[Matrix], done: dict[str, dict[str, Any]]) -> list[Matrix]:
+    return [
+        replace(m, bytes=done[m.path]["bytes"], bits=done[m.path]["bits"]) if m.path in done else m for m in matrices
+    ]
+
+
+def _changed(layer: LayerShape, report: dict[str, Any]) -> LayerShape:
     return replace(
-        layer,
+        layer.with_width(report.get("neurons", layer.intermediate)),
         num_experts=report["num_experts"],
         kind=report["kind"],
         bytes=report["expert_bytes"],
