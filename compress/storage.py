@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moe_compress.calib.collect import MemoryStore, StatisticStore
+from moe_compress.model.disk import Overlay
 
 
 class Commits(Protocol):
@@ -51,7 +52,7 @@ class Storage(Protocol):
 class CommittedBlocks:
     """The overlay that a workspace's commits form: of each layer the newest."""
 
-    def __init__(self, stores: Sequence[Any]):
+    def __init__(self, stores: Sequence[Overlay]):
         self._stores = list(stores)
 
     def get(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -59,7 +60,7 @@ class CommittedBlocks:
         for store in reversed(self._stores):
             changed = store.get(layer)
             if changed is not None:
-                return changed  # type: ignore[no-any-return]
+                return changed
         return None
 
 
@@ -67,12 +68,12 @@ class CommittedBlocks:
 class MemoryStorage:
     """Storage for a model in memory: changes are in the model itself, only plans and reports are kept."""
 
-    stores: dict[tuple[str, str], Any] = field(default_factory=dict)
+    stores: dict[tuple[str, str], MemoryStore] = field(default_factory=dict)
     passes: dict[int, MemoryCommits] = field(default_factory=dict)
 
     def statistics(self, model_state: str, data: str) -> StatisticStore:
         """See Storage."""
-        return self.stores.setdefault((model_state, data), MemoryStore())  # type: ignore[no-any-return]
+        return self.stores.setdefault((model_state, data), MemoryStore())
 
     def pass_store(self, number: int, name: str) -> MemoryCommits:
         """See Storage."""
