@@ -118,7 +118,7 @@ def write_memory(
     writer = CheckpointWriter(output, overwrite=overwrite)
     tied = set(getattr(model.module, "all_tied_weights_keys", None) or {})
     for index in (OUTER, *range(len(model.layers))):
-        with model.reading(None if index == OUTER else index) as tensors:
+        with model.reading(index) as tensors:
             names = _packed_names(model, index, descriptions.get(index, {}))
             packed = {n: t for n, t in tensors.items() if n in names}
             if packed and form in SERVED:

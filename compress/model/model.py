@@ -388,9 +388,9 @@ class MoEModel:
             offload.inherit(before, self.module.get_submodule(head))
 
     @contextmanager
-    def reading(self, index: int | None) -> Iterator[dict[str, Tensor]]:
-        """Tensors of a decoder layer of a model in memory, by full name; for None of all outside the layers."""
-        if index is None:
+    def reading(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """Tensors of a decoder layer of a model in memory, by full name; for OUTER of all outside the layers."""
+        if index == OUTER:
             layers = set(self.layers.modules())
             modules = [m for m in self.module.modules() if m not in layers]
             wanted = lambda name: not name.startswith(self.stack + ".")  # noqa: E731
