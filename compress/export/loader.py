@@ -1,11 +1,13 @@
-"""Loading a checkpoint that this package wrote."""
+"""Loading a checkpoint as a whole, in any format that this package writes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.constants import QUANT_METHOD
@@ -68,6 +70,13 @@ def _of_others(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
         config.quantization_config = described["quantization_config"]
     unowned = set(view.weights.unowned)
     state = {name: view.source.get(name) for name in view.source.tensors if name not in unowned}
+    return from_tensors(config, state, folder, options)
+
+
+def from_tensors(
+    config: PreTrainedConfig, state: dict[str, Tensor], folder: Path, options: Mapping[str, Any]
+) -> PreTrainedModel:
+    """A model of these tensors (by their names on disk) in place of a folder's, whose generation config it has."""
     model = hf.model_class(config).from_pretrained(None, config=config, state_dict=state, **options)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

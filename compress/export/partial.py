@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from moe_compress.checkpoint.atomic import write_json
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import FusedExperts, MoEModel, hf
+from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.expert_names import numbered
 
+from .loader import from_tensors
 from .write import result_config
 
 
@@ -68,10 +69,7 @@ def load_experts(view: MoEModel, keep: Mapping[int, list[int]], **options: Any) 
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", values)
         config = AutoConfig.from_pretrained(folder)
-    model = hf.model_class(config).from_pretrained(None, config=config, state_dict=state, **options)
-    if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
-    return model.eval()  # type: ignore[no-any-return]
+    return from_tensors(config, state, source.folder, options)
 
 
 def check_partial(view: MoEModel) -> None:
