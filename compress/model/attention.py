@@ -149,7 +149,7 @@ def _attend(
 ) -> Any:
     """The registered attention function."""
     watch: _Watch = module.__dict__[_WATCH]
-    name = watch.config._attn_implementation or "eager"
+    name = hf.attends_by(watch.config)
     result = hf.attention_function(module, name)(module, query, key, value, attention_mask, **keywords)
     with torch.no_grad():
         tensors = query, key, value, attention_mask

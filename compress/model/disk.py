@@ -255,7 +255,7 @@ def replaced(name: str, description: dict[str, Any], own: frozenset[str]) -> boo
 def check_complete(module: PreTrainedModel, filled: set[str], where: Path) -> None:
     """Raise CheckpointError when a tensor that the model needs is filled by nothing in the checkpoint."""
     tied = dict(getattr(module, "all_tied_weights_keys", None) or {})
-    ignored = module._keys_to_ignore_on_load_missing or ()
+    ignored = hf.may_be_missing(module)
     for name in sorted(module.state_dict().keys() - filled):
         if tied.get(name) in filled or any(re.search(pattern, name) for pattern in ignored):
             continue

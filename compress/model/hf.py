@@ -253,6 +253,11 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
     return sorted(model._get_dtype_plan(dtype))
 
 
+def may_be_missing(model: PreTrainedModel) -> list[str]:
+    """Patterns of tensors that a checkpoint needn't hold."""
+    return list(model._keys_to_ignore_on_load_missing or ())
+
+
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether the module's class carries transformers' experts interface."""
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -288,6 +293,11 @@ def attending_here(config: PreTrainedConfig) -> PreTrainedConfig:
     own = copy.copy(config)
     own._attn_implementation_internal = _ATTENTION
     return own
+
+
+def attends_by(config: PreTrainedConfig) -> str:
+    """Name of the implementation by which a module with this config attends."""
+    return config._attn_implementation or "eager"
 
 
 def attention_function(module: nn.Module, name: str) -> Callable[..., Any]:
