@@ -248,8 +248,7 @@ def _calibrated(
         raise InputError("calibration text needs the model's tokenizer: pass `tokenizer=`")
     processor = tokenizer if hasattr(tokenizer, "image_processor") else None
     draft = read_draft(settings, _words(tokenizer), Path.cwd(), vocab_size=vocabulary, processor=processor)
-    written = [source.domain for source in settings.sources if source.self_sampling is not None]
-    feasibility.check_tags(steps, [*draft.text.domain, *written])
+    feasibility.check_draft(steps, draft)
     text = finish(draft, view, lambda data: storage.statistics(_STATE, data), lambda tokens: None, monitor)
     return Calibrated(text, settings.batch_size)
 

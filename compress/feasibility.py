@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from moe_compress.calib.text import Calibration
+from moe_compress.calib.text import Calibration, Draft
 from moe_compress.checkpoint.writer import neighbours, settled
 from moe_compress.contract import followers
 from moe_compress.errors import InputError, RecipeError, nearest
@@ -147,6 +147,12 @@ def check_tags(passes: Sequence[Pass], tags: Iterable[str | None]) -> None:
             raise RecipeError(
                 f"{step.name}: no calibration text has the domain {lacking[0]!r}{nearest(lacking[0], known)}"
             )
+
+
+def check_draft(passes: Sequence[Pass], draft: Draft) -> None:
+    """Raise RecipeError when a pass asks for a domain that no sequence has, read or yet to be written."""
+    written = [source.domain for source in draft.settings.sources if source.self_sampling is not None]
+    check_tags(passes, [*draft.text.domain, *written])
 
 
 def check_length(model: MoEModel, length: int, key: str) -> None:

@@ -241,8 +241,7 @@ def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[D
     vocabulary = model.module.config.get_text_config().vocab_size
     processor = find_processor(recipe.model) if recipe.calibration.has_images else None
     draft = read_draft(recipe.calibration, tokenizer, Path.cwd(), vocab_size=vocabulary, processor=processor)
-    written = [source.domain for source in recipe.calibration.sources if source.self_sampling is not None]
-    feasibility.check_tags(passes, [*draft.text.domain, *written])
+    feasibility.check_draft(passes, draft)
     return draft, tokenizer
 
 
