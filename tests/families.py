@@ -125,13 +125,20 @@ _text("olmoe", "Olmoe", BASE, TOP_2, num_experts=8)
 _text("flex_olmo", "FlexOlmo", BASE, TOP_2, num_experts=8)
 _text("gpt_oss", "GptOss", BASE, LOCAL, HEAD, SLIDING)
 
-# Granite: as above, with or without shared experts next to the MoE block.
-_text("granitemoe", "GraniteMoe", BASE, LOCAL)
-_text("granitemoeshared", "GraniteMoeShared", BASE, LOCAL, shared_intermediate_size=20)
-_text("granitemoe_swa", "GraniteMoeSWA", BASE, LOCAL, SLIDING, shared_intermediate_size=20)
+# Granite: as above, with or without shared experts next to the MoE block, and multipliers as those of its checkpoints
+# (scores that attention doesn't scale, the config's default, make logits of float32 uncertain by 1e-4).
+SCALED = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 1 / 16,
+    "logits_scaling": 6.0,
+}
+_text("granitemoe", "GraniteMoe", BASE, LOCAL, SCALED)
+_text("granitemoeshared", "GraniteMoeShared", BASE, LOCAL, SCALED, shared_intermediate_size=20)
+_text("granitemoe_swa", "GraniteMoeSWA", BASE, LOCAL, SLIDING, SCALED, shared_intermediate_size=20)
 GRANITE_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 6, "mamba_n_groups": 1}
 GRANITE_HYBRID = {**GRANITE_MAMBA, "layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 20}
-_text("granitemoehybrid", "GraniteMoeHybrid", BASE, LOCAL, GRANITE_HYBRID)
+_text("granitemoehybrid", "GraniteMoeHybrid", BASE, LOCAL, SCALED, GRANITE_HYBRID)
 
 # Qwen's layout: softmax routing, at most one shared expert.
 _text("qwen2_moe", "Qwen2Moe", BASE, EXPERTS, SHARED_WIDTH)
