@@ -17,6 +17,7 @@ from moe_compress import feasibility, probe
 from moe_compress.calib.draft import finish
 from moe_compress.calib.routing import RoutingLog, routing_drift
 from moe_compress.calib.text import Calibration, TokenBatches, read_draft
+from moe_compress.checkpoint.atomic import write_json, write_text
 from moe_compress.checkpoint.writer import check_output
 from moe_compress.engine import Calibrated, Outcome, run_passes, slots_after
 from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
@@ -39,7 +40,7 @@ from moe_compress.passes import Pass
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation, make_part, make_passes
 from moe_compress.report.build import build, versions
-from moe_compress.report.text import headline
+from moe_compress.report.text import headline, markdown
 from moe_compress.resources import holding_all
 from moe_compress.storage import MemoryStorage
 
@@ -63,21 +64,28 @@ class CompressedModel:
         self._calibrated = calibrated
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write a checkpoint folder, tokenizer and generation config included. Raises InputError, RunError."""
+        """Write a checkpoint folder with tokenizer, generation config, report.json and report.md.
+
+        The reports hold `report`, and in its recipe `output`. Raises InputError, RunError.
+        """
         folder = Path(folder)
         check_output(folder, overwrite)
         text = self._calibrated.text
         expected = probe.streamed(self._view, probe.probe_tokens(text.ids if text else None, _words(self._tokenizer)))
         monitor = Monitor()
-        manifest = {"run": None, "versions": versions(), "recipe": self.report["recipe"], "probe": expected}
+        recipe = {**self.report["recipe"], "output": str(folder)}
+        manifest = {"run": None, "versions": versions(), "recipe": recipe, "probe": expected}
         with monitor.stage("save", len(self._view.layers)) as progress:
-            goal = find_target(self.report["recipe"]["target"])
+            goal = find_target(recipe["target"])
             quantized = goal.quantized_format or "native"
             write_memory(self._view, folder, manifest, progress, overwrite=overwrite, quantized=quantized, target=goal)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
+        report = {**self.report, "recipe": recipe}
+        write_text(folder / "report.md", markdown(report))
+        write_json(folder / "report.json", report)
 
     def score(self, text: Sequence[str] | str, *, length: int = 2048, batch_size: int = 8) -> dict[str, float]:
         """Perplexity per file stem, of text files or globs."""

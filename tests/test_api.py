@@ -129,7 +129,14 @@ def test_result_speaks(source, text, tokenizer, demo, tmp_path):
     assert float(rows["perplexity held"][1]) == pytest.approx(after["perplexity"]["held"], rel=1e-3)
     assert float(rows["KL to original held"][-1]) == pytest.approx(after["kl"]["held"], rel=1e-2)
     assert result.score(str(tmp_path / "held.txt"), length=32)["held"] > 0
-    json.dumps(result.report)
+    result.save(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "report.json").read_text())
+    assert written["recipe"].pop("output") == str(tmp_path / "saved")
+    assert written == json.loads(json.dumps(result.report))
+    told = (tmp_path / "saved" / "report.md").read_text()
+    assert told.startswith(f"# {source} → {tmp_path / 'saved'}\n")
+    assert f"| perplexity held | {before['perplexity']['held']:.4g} | {after['perplexity']['held']:.4g} |" in told
+    moe_compress.verify(tmp_path / "saved")
 
 
 def test_calibration_in_every_form(source, text, tokenizer):
