@@ -116,7 +116,8 @@ def compress(
     """Compress a loaded model in place.
 
     Args:
-        model: any supported family, also dispatched over devices or offloaded by accelerate (`device_map`).
+        model: any supported family, also dispatched over devices or offloaded by accelerate (`device_map`); or a
+            native result that was loaded, for passes that its experts take (docs/passes.md).
         passes: as in a recipe: "prune.experts", {"prune.experts": {"keep": 0.75}}, or Pass objects.
         tokenizer: needed where text is read, and saved with the model; where images are read, the model's processor.
         calibration: as in a recipe (a mapping, a path or several), or token ids: int64 tensors [sequences, length].

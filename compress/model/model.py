@@ -31,6 +31,7 @@ from .beside import OUTER, Matrix
 from .block import MoEBlock
 from .disk import DiskWeights, Overlay
 from .expert_names import ExpertNames, find_expert_names
+from .experts import FusedExperts
 from .opening import config_of, find_stack, one_per_layer, refuse
 from .reading import Reads, follow
 from .saved import check_version
@@ -53,7 +54,7 @@ class Layer:
 
 
 class MoEModel:
-    """Build with `open` or `wrap`.
+    """Build with `open` or `wrap`. `plain` is the model as its config alone describes it, for looking at shapes.
 
     Attributes:
         module: the transformers model (skeleton or live).
@@ -68,22 +69,25 @@ class MoEModel:
         untouched: experts modules elsewhere (other towers), which stay as they are.
     """
 
-    def __init__(self, module: PreTrainedModel, values: dict[str, Any]):
+    def __init__(self, module: PreTrainedModel, values: dict[str, Any], plain: PreTrainedModel):
         self.module = module
         self.config_values = values
         self.weights: DiskWeights | None = None
         self._overlay: Overlay | None = None
         self.device = torch.device("cpu")
-        self.dtype = module.dtype  # kept: with packed embeddings a module answers with the dtype of their scales
+        packed = beside.packed_state(module)[0]  # a module with packed embeddings answers with their scales' dtype
+        computing = (p.dtype for n, p in module.named_parameters() if p.is_floating_point() and n not in packed)
+        self.dtype = next(computing, module.dtype)
         self._conversions = hf.conversions(module)
-        self.stack = find_stack(module)
-        self.untouched = sorted(p for p in expert_counts(module) if not p.startswith(self.stack + "."))
+        self.stack = find_stack(plain)
+        self.untouched = sorted(p for p in expert_counts(plain) if not p.startswith(self.stack + "."))
         structure = decoded({k: v for k, v in values.items() if k != "quantization_config"})
         self.count_paths: list[ConfigPath] = count_keys(module.config, structure, type(module), self.stack)
         self._axes = expert_axes(module, structure, self.count_paths, self.stack)
         self._paths = one_per_layer(self._axes, self.stack)
-        self.original_experts = self.block(self.moe_layers[0]).num_experts
-        self.config_widths = {i: self.block(i).experts.intermediate_size for i in self.moe_layers}
+        own = {i: FusedExperts(plain.get_submodule(path)) for i, path in sorted(self._paths.items())}
+        self.original_experts = own[self.moe_layers[0]].num_experts
+        self.config_widths = {i: experts.intermediate_size for i, experts in own.items()}
         self._remember()
 
     # --- building ----------------------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ class MoEModel:
                 source = function_at(DECODER)(source)
             config.__dict__.pop("quantization_config", None)  # the skeleton is a dense one
         module = hf.skeleton(config, dtype)
-        model = cls(module, source.config)
+        model = cls(module, source.config, module)
         model.device, model.dtype = torch.device(device), dtype
         quantized = source.config.get("quantization_config") or {}
         if quantized.get("quant_method") == QUANT_METHOD:
@@ -152,19 +156,19 @@ class MoEModel:
     def wrap(cls, module: PreTrainedModel) -> MoEModel:
         """A loaded model, also one that accelerate dispatched over devices or offloaded.
 
-        Raises UnsupportedModelError for a dense or quantized model, and for a family that can't be handled.
+        Raises UnsupportedModelError for a dense model, one that others quantized, and a family that can't be handled.
         """
         refuse(module.config)
         values = json.loads(module.config.to_json_string(use_diff=False))
         quantized = values.pop("quantization_config", None) or {}
         values.pop("experts_implementation", None)
-        packed = [b for b in quantized.get("blocks", {}).values() if b["kind"] != "fused"] or quantized.get("matrices")
-        if quantized and (quantized.get("quant_method") != QUANT_METHOD or packed):
+        if quantized and quantized.get("quant_method") != QUANT_METHOD:
             raise UnsupportedModelError(
                 f"this {type(module).__name__} is quantized already ({quantized.get('quant_method')}): start from the "
                 "model in full precision"
             )
-        model = cls(module, {**values, "architectures": [type(module).__name__]})
+        plain = hf.meta_skeleton(module.config, type(module))  # layers of `module` may be others by now
+        model = cls(module, {**values, "architectures": [type(module).__name__]}, plain)
         model.device = offload.execution_device(module.get_input_embeddings())
         return model
 

@@ -76,9 +76,10 @@ def runnable(module: nn.Module) -> Iterator[None]:
 
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module's inputs must be."""
-    hook = _align(getattr(module, "_hf_hook", None))
-    if hook is not None and hook.execution_device is not None:
-        return torch.device(hook.execution_device)
+    hooks = (_align(getattr(m, "_hf_hook", None)) for m in module.modules())  # of packed matrices, the parts have them
+    for hook in hooks:
+        if hook is not None and hook.execution_device is not None:
+            return torch.device(hook.execution_device)
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
