@@ -122,11 +122,10 @@ def run(
     with monitor.stage("check"):
         model, expected = plan_run(recipe)
         fingerprint = model.source.fingerprint()
-        plugins = {Path(plugin).name: file_digest(Path(plugin)) for plugin in recipe.plugins}
-        # What statistics are of: plugins may bring their own.
-        state = short_digest([fingerprint, plugins]) if plugins else fingerprint
         draft, tokenizer = _calibration(model, recipe, expected.passes)
-        identity = _identity(recipe, fingerprint, plugins, draft)
+        identity = _identity(recipe, fingerprint, draft)
+        # What statistics are of: plugins may bring their own.
+        state = short_digest([identity[key] for key in ("model", "plugins")])
         run_id = short_digest(identity)
         own = _run_of(output) == run_id and not fresh
         if own and place.is_dir() and not Workspace.holds_work(place) and (output / "report.json").is_file():
@@ -255,9 +254,15 @@ def _whole(model: MoEModel, recipe: Recipe) -> MoEModel | None:
         return MoEModel.wrap(load(folder, dtype=dtype).to(model.device))
 
 
-def _identity(recipe: Recipe, fingerprint: str, plugins: dict[str, str], draft: Draft | None) -> dict[str, Any]:
-    """What decides about the bytes of the result: finished work of another identity is not this run's."""
+def _identity(recipe: Recipe, fingerprint: str, draft: Draft | None) -> dict[str, Any]:
+    """What decides about the bytes of the result: finished work of another identity is not this run's.
+
+    Plugins by their names, wherever they lie, with the digests of all files of that name.
+    """
     plain = recipe.plain()
+    plugins: dict[str, list[str]] = {}
+    for plugin in map(Path, recipe.plugins):
+        plugins.setdefault(plugin.name, []).append(file_digest(plugin))
     return {
         "model": fingerprint,
         "plugins": plugins,

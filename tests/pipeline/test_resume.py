@@ -97,10 +97,37 @@ def test_an_edited_plugin_is_other_work(job, commands):
     plugin.write_text(score.format(sign="-"))
     refused = commands("run", job)
     assert refused.code == 2
-    assert "belongs to another run (plugins.mine.py: was " in refused.line
+    assert "belongs to another run (plugins.mine.py[0]: was " in refused.line
     killed = commands("run", job, "--fresh", plant=NO_MEASURING)
     assert killed.code == -9  # what the edited file measures may be something else under the same name
     assert commands("run", job).code == 0
+
+
+@pytest.mark.parametrize("edited", ["one", "two"])
+def test_plugins_of_one_name_are_told_apart(edited, job, commands):
+    """An edit of either is other work; the folders that they lie in are not."""
+    score = (
+        "from moe_compress.prune.criteria import criterion, frequency\n"
+        "from moe_compress.calib.statistics import Routing\n"
+        "@criterion('{name}', 'mine', Routing())\n"
+        "def mine(measured, asked):\n"
+        "    return frequency(measured, asked)\n"
+    )
+    plugins = {folder: job.parent / folder / "mine.py" for folder in ("one", "two")}
+    for folder, plugin in plugins.items():
+        plugin.parent.mkdir()
+        plugin.write_text(score.format(name=folder))
+    passes = [{"prune.experts": {"experts": 6, "criterion": "two"}}]
+    changed(job, plugins=[str(p) for p in plugins.values()], passes=passes)
+    commands("run", job, plant=KILLED.format(signal=9))
+    plugins[edited].write_text(score.format(name=edited) + "# edited\n")
+    refused = commands("run", job)
+    assert refused.code == 2
+    assert f"plugins.mine.py[{list(plugins).index(edited)}]: was " in refused.line
+    plugins[edited].write_text(score.format(name=edited))
+    plugins["two"].parent.rename(job.parent / "elsewhere")
+    changed(job, plugins=[str(plugins["one"]), str(job.parent / "elsewhere" / "mine.py")])
+    assert commands("run", job).err.startswith("continuing")
 
 
 def test_what_does_not_change_bytes_may_change(job, commands):
