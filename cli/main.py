@@ -111,7 +111,12 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option(
     "--overwrite", is_flag=True, help="Replace what the output folder holds, once the new result is complete."
 )
-@click.option("--fresh", is_flag=True, help="Start over instead of continuing an interrupted run.")
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Forget finished layers instead of continuing an interrupted run. What it measured on the same model and text "
+    "is kept; to measure again, delete OUTPUT.work.",
+)
 @debug_option
 def run(
     recipe: str, settings: tuple[str, ...], output: str | None, dry_run: bool, overwrite: bool, fresh: bool, debug: bool

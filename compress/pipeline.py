@@ -104,7 +104,8 @@ def run(
         recipe: a recipe, a dict of its keys, or the path of its file.
         overrides: dotted keys → YAML values, for a file.
         overwrite: whether the output folder may hold something (it is replaced when the new result is complete).
-        fresh: forget the finished work of an earlier run with this output.
+        fresh: forget the finished layers of an earlier run with this output. What was measured on the same model and
+            data, in the same way, is kept.
         monitor: shows and remembers stages.
 
     Raises:
@@ -124,8 +125,8 @@ def run(
         fingerprint = model.source.fingerprint()
         draft, tokenizer = _calibration(model, recipe, expected.passes)
         identity = _identity(recipe, fingerprint, draft)
-        # What statistics are of: plugins may bring their own.
-        state = short_digest([identity[key] for key in ("model", "plugins")])
+        # What statistics are of, and what measures them: plugins may bring their own. All else may differ.
+        state = short_digest([identity[key] for key in ("model", "plugins", "compute", "versions")])
         run_id = short_digest(identity)
         own = _run_of(output) == run_id and not fresh
         if own and place.is_dir() and not Workspace.holds_work(place) and (output / "report.json").is_file():
@@ -137,7 +138,8 @@ def run(
         workspace = Workspace(place, identity, fresh=fresh)
     with workspace:
         if workspace.resumed:
-            monitor.note(f"continuing the run in {workspace.folder}")
+            what = "starting over with what was measured before" if fresh else "continuing the run"
+            monitor.note(f"{what} in {workspace.folder}")
         # What is there may be what `overwrite` was said of, unless this run has put it there.
         published = own and (not overwrite or workspace.read(_PUBLISHED) is not None)
 

@@ -2,7 +2,8 @@
 
 Every finished layer of every pass is committed as one file (written aside, flushed, renamed), and so is every
 statistic of every layer. A workspace belongs to one recipe on one model and one set of data: a run that differs is
-refused with what differs. Statistics are kept under what they were measured on, and stay valid for other recipes.
+refused with what differs. Statistics are kept under what they were measured on, and how, and stay valid for other
+recipes.
 One run at a time works in it.
 """
 

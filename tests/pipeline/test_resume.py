@@ -69,7 +69,19 @@ def test_other_work_is_refused_and_said(job, commands):
     assert (job.parent / "home" / "out.work" / "pass-00-prune.experts" / "plan.json").is_file()
     fresh = commands("run", job, "--fresh")
     assert fresh.code == 0, fresh.err
+    assert fresh.err == f"starting over with what was measured before in {job.parent / 'home' / 'out.work'}\n"
     assert report(job)["layers"][0]["num_experts"] == 5
+
+
+def test_what_was_measured_otherwise_is_measured_again(job, commands):
+    """--fresh keeps statistics, and says so; not those that another dtype has given."""
+    said = " ".join(commands("run", "--help").out.split())
+    assert "What it measured on the same model and text is kept" in said
+    commands("run", job, plant=KILLED.format(signal=9))
+    changed(job, compute={"dtype": "bfloat16"})
+    refused = commands("run", job)
+    assert "compute.dtype: was auto, is bfloat16" in refused.line.replace('"', "")
+    assert commands("run", job, "--fresh", plant=NO_MEASURING).code == -9
 
 
 def test_other_text_is_other_work(job, commands):
