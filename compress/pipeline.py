@@ -217,11 +217,11 @@ def _export(
         "probe": expected,
     }
     with monitor.stage("export", len(model.layers)) as progress:
+        goal = recipe.goal
         if isinstance(last, QuantizeGGUF) and laid_out is not None:
             words = _tokenizer_of(recipe, last, model)
-            write_gguf(model, output, manifest, progress, laid_out, words, overwrite=overwrite)
+            write_gguf(model, output, manifest, progress, laid_out, words, overwrite=overwrite, target=goal)
         else:
-            goal = recipe.goal
             quantized = goal.quantized_format or "native"
             write_folder(model, output, manifest, progress, overwrite=overwrite, quantized=quantized, target=goal)
 

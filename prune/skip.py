@@ -216,9 +216,7 @@ class SkipTopK(SkipToAverage):
             )
 
     def elsewhere(self, shape: ModelShape) -> str:
-        """A number in config.json, where it is the same for all layers."""
-        if self.target.dense_format is None:
-            return super().elsewhere(shape)
+        """A number in config.json, or in the GGUF's metadata, where it is the same for all layers."""
         if self.options.layers != "uniform" or len({s.top_k for s in shape.layers.values()}) > 1:
             raise RecipeError(
                 f"{self.name}: the target {self.target.name!r} has one number of experts per token for all layers: set "

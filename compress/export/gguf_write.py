@@ -29,6 +29,7 @@ from moe_compress.quant.gguf_quantize import quantize
 from .gguf_architectures import PROJECTIONS, package, write_metadata
 from .gguf_layout import Layout
 from .gguf_tokenizer import FileTokenizer
+from .targets import Target
 from .write import on_disk, result_config
 
 # The file's own word for what most of it is; it changes nothing.
@@ -62,6 +63,7 @@ def write_gguf(
     tokenizer: FileTokenizer,
     *,
     overwrite: bool = False,
+    target: Target | None = None,
 ) -> str:
     """Write a model that was opened from a folder, its overlay included.
 
@@ -73,6 +75,7 @@ def write_gguf(
         laid_out: everything but the experts.
         tokenizer: as the file will have it.
         overwrite: whether `output` may hold something.
+        target: what reads the file; it gets a smaller top-k as a number.
 
     Returns:
         The format, "gguf".
@@ -84,7 +87,7 @@ def write_gguf(
     assert model.overlay is not None
     changed = {i: model.overlay.get(i) for i in model.moe_layers}
     descriptions = {i: block[1] for i, block in changed.items() if block is not None}
-    config, _ = result_config(model, descriptions, GGUF)
+    config, _ = result_config(model, descriptions, GGUF, target)
     known = type(model.module.config).from_dict(config).to_dict()  # defaults filled in
     config["quantization_config"] = {"quant_method": GGUF, "file": GGUF_FILE}
     items = list(_items(model, laid_out, descriptions))

@@ -1,4 +1,5 @@
-"""A smaller top-k said by the config alone: what every runtime reads, where it means the same as a rule.
+"""A smaller top-k said by the config alone, and by a GGUF's metadata, made from it: what every runtime reads, where it
+means the same as a rule.
 
 It does where routers choose by the very weights that they hand on, so that the smallest weights are the last chosen,
 and where the family normalises the weights exactly if the rule does. Found by measurement, like all about families.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from moe_compress.errors import UnsupportedModelError
@@ -68,6 +70,6 @@ def _says(model: MoEModel, values: dict[str, Any], count: int) -> bool:
             parent = layer.get_submodule(block.parent_path)
             if families.top_k(layer.get_submodule(block.router_path), parent) != count:
                 return False
-    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, StrictDataclassError):
         return False  # the config's own validation refuses the key alone
     return True
