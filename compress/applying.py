@@ -76,13 +76,13 @@ class Applying:
         # What comes before the block is changed first: the block's inputs are then those that it will really read.
         first, then = linears.get("first", {}), linears.get("then", {})
         if first:
-            with LinearMoments(layer.module, first) as moments:
+            with LinearMoments(layer.module, first, at.token_weights) as moments:
                 at.run()
             with self.model.editing(layer):
                 report["beside"] = change_linears(self.model, self.step, layer, first, moments)
         inputs = BlockInputs()
         if then or layer.block is not None:
-            with LinearMoments(layer.module, then) as moments:
+            with LinearMoments(layer.module, then, at.token_weights) as moments:
                 at.run(inputs.observe, inputs_only=not then)  # `then` may read what the experts put out
             inputs.stored = self.model.stored_dtypes(at.index)
             if other is not None and layer.block is not None:

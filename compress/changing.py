@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compress.calib.linear_inputs import LinearMoments
 from moe_compress.model import Layer, MoEModel, beside
 from moe_compress.model.beside import OUTER
 from moe_compress.passes import Pass
 
 
 def change_linears(
-    model: MoEModel, step: Pass, layer: Layer, decision: dict[str, Any], moments: Mapping[str, Tensor] | None
+    model: MoEModel, step: Pass, layer: Layer, decision: dict[str, Any], moments: LinearMoments | None
 ) -> dict[str, Any]:
     """Pack linear layers of a live decoder layer. Returns module path → what was done and why.
 
@@ -31,7 +32,10 @@ def change_linears(
         dtype = model.weights.dtype if model.weights is not None else modules[path].weight.dtype
         beside.replace(layer.module, path, change.module(modules[path], dtype))
     tensors, _ = beside.packed_state(layer.module, frozenset(changed))
-    return {path: _entry(step, path, change, tensors) for path, change in changed.items()}
+    report = {path: _entry(step, path, change, tensors) for path, change in changed.items()}
+    for path in moments.unweighed & report.keys() if moments is not None else ():
+        report[path]["unweighed"] = True
+    return report
 
 
 def change_outer(

@@ -233,6 +233,11 @@ class Step:
         """What taps of a batch say of its tokens: sequence, modality, weight (see `observe`)."""
         return (self._sweep._sequences[number], *self._sweep._labels[number])
 
+    @property
+    def token_weights(self) -> list[Tensor | None]:
+        """What the tokens [T] of each batch count; None where all count 1."""
+        return [self.labels(number)[2] for number in range(len(self._sweep._calls))]
+
     @contextmanager
     def readable(self) -> Iterator[None]:
         """Within the context the layer's weights can be read outside its forward (offloaded ones are brought in)."""

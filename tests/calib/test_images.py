@@ -322,6 +322,20 @@ def test_a_run_leaves_the_tower_alone_and_quantizes_by_modality(checkpoint, file
     assert not alike(results["plain"], results["auto"])
 
 
+def test_weights_of_modalities_reach_attention(checkpoint, files, tmp_path):
+    """What GPTQ makes of the first layer's queries, which read the same whatever else is quantized."""
+    options = {"bits": 4, "group_size": 16, "allocation": "uniform", "include": ["experts", "attention"]}
+    codes = []
+    for name, weights in (("plain", None), ("text", {"image": 0.0})):
+        recipe = {"model": str(checkpoint), "output": str(tmp_path / name), "passes": [{"quantize.mixed": options}]}
+        report = moe_compress.run({**recipe, "calibration": settings(files, modality_weights=weights)}).report
+        assert not any("unweighed" in matrix for matrix in report["beside"])
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        codes.append({n: t for n, t in load_file(file).items() if "layers.0.self_attn.q_proj" in n and "codes" in n})
+    assert codes[0].keys() == codes[1].keys() != set()
+    assert not alike(*codes)
+
+
 def alike(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 

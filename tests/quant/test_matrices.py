@@ -10,7 +10,7 @@ from moe_compress.calib.collect import MemoryStore, collect
 from moe_compress.calib.linear_inputs import LinearMoments
 from moe_compress.model import MoEModel
 from moe_compress.model.beside import OUTER
-from moe_compress.model.sweep import Sweep
+from moe_compress.model.sweep import TOKEN_WEIGHT, Sweep
 from moe_compress.progress import Progress
 from moe_compress.quant.allocate import Choices, program
 from moe_compress.quant.beside import MatrixError, included, quantize_matrices
@@ -114,6 +114,60 @@ def test_moments_are_of_what_each_layer_reads_and_shared_where_it_is_the_same():
     shared |= {frozenset(f"mlp.shared_experts.{p}_proj" for p in ("gate", "up"))}
     assert {t for t in together if len(t) > 1} == shared
     assert len(layer.self_attn.q_a_proj._forward_pre_hooks) == 0
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "hy_v4", "qwen3_next"])
+def test_moments_count_tokens_as_much_as_they_weigh(name):
+    """Against a plain loop in float64; several rows of one token count alike."""
+    view = MoEModel.wrap(tiny_model(name))
+    batches = [{"input_ids": input_batch(view.module, seed=s)["input_ids"][:, : 9 + s]} for s in (1, 2)]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.rand(b["input_ids"].shape, generator=generator) for b in batches]
+    weights[1][:, :4] = 0
+    index = view.moe_layers[0]
+    paths = [m.path for m in view.matrices[index]]
+    layer = view.layers[index]
+    inputs = {p: [] for p in paths}
+
+    def keep(path):
+        return lambda _module, arguments: inputs[path].append(arguments[0].double())
+
+    handles = [layer.get_submodule(p).register_forward_pre_hook(keep(p)) for p in paths]
+    weighed = [{**b, TOKEN_WEIGHT: w} for b, w in zip(batches, weights, strict=True)]
+    with Sweep(view, weighed) as sweep:
+        for step in sweep:
+            if step.index == index:
+                with LinearMoments(layer, paths, step.token_weights) as moments:
+                    step.run()
+                for handle in handles:
+                    handle.remove()
+    assert set(moments) == set(paths)
+    for path in paths:
+        expected = torch.zeros(2 * (layer.get_submodule(path).in_features,), dtype=torch.float64)
+        for x, w in zip(inputs[path], weights, strict=True):
+            rows = x.reshape(w.numel(), -1, x.shape[-1])
+            for token, weight in enumerate(w.flatten().tolist()):
+                for row in rows[token]:
+                    expected += weight * torch.outer(row, row)
+        assert torch.allclose(moments[path].double(), expected, rtol=1e-4, atol=1e-5), path
+    assert moments.unweighed == set()
+
+
+class EveryOtherToken(torch.nn.Module):
+    def forward(self, hidden):
+        return hidden[:, ::2]
+
+
+@torch.no_grad()
+def test_inputs_that_are_no_rows_of_tokens_count_one_and_are_told():
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4), EveryOtherToken(), torch.nn.Linear(4, 4))
+    hidden, weight = torch.randn(2, 6, 4), torch.rand(12)
+    with LinearMoments(layer, ["0", "2"], [weight]) as moments:
+        layer(hidden)
+    assert moments.unweighed == {"2"}
+    rows, others = hidden.flatten(0, 1).double(), layer[:2](hidden).flatten(0, 1).double()
+    torch.testing.assert_close(moments["0"].double(), (rows.T * weight) @ rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments["2"].double(), others.T @ others, rtol=1e-5, atol=1e-5)
 
 
 def test_matrices_that_read_the_same_are_solved_as_one_and_alone_alike():
