@@ -84,15 +84,20 @@ class _MergeExperts(Pass):
                     f"{self.target.name!r} can't load; use scope: uniform, or target: native"
                 )
             self._floors(shape, {})
-        layers = {i: layer.with_experts(self._count(i, layer)) for i, layer in shape.layers.items()}
+        counts = {i: self._count(i, layer) for i, layer in shape.layers.items()}
         if self.options.router == "remap":
             if self.target.quantized_format != "native":
                 raise RecipeError(
                     f"{self.name}: the target {self.target.name!r} has no router whose rows lead to fewer experts: set "
                     "`target: native`, or another `router`"
                 )
-            layers = {i: replace(layer, rules=(*layer.rules, "remap")) for i, layer in layers.items()}
-        return shape.with_layers(layers)
+            return shape.with_layers(
+                {
+                    i: replace(layer.with_experts(counts[i]), rules=(*layer.rules, "remap"))
+                    for i, layer in shape.layers.items()
+                }
+            )
+        return shape.with_experts(counts)
 
     def plan(self, profile: Profile) -> Plan:
         """Group every layer's experts."""

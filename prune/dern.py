@@ -79,7 +79,7 @@ class PruneDern(Pass):
     def forecast(self, shape: ModelShape) -> ModelShape:
         """Counts after dropping."""
         counts = {i: kept_count(self.name, i, layer, self.options) for i, layer in shape.layers.items()}
-        return shape.with_layers({i: layer.with_experts(counts[i]) for i, layer in shape.layers.items()})
+        return shape.with_experts(counts)
 
     def plan(self, profile: Profile) -> Plan:
         """Keep the experts with the most routing weight."""

@@ -102,7 +102,7 @@ class PruneExperts(Pass):
             self._guards().floors(shape, sum(counts.values()), {})
         if self.options.replace == "mean":
             return shape.with_layers({i: with_novices(layer, counts[i]) for i, layer in shape.layers.items()})
-        return shape.with_layers({i: layer.with_experts(counts[i]) for i, layer in shape.layers.items()})
+        return shape.with_experts(counts)
 
     def learn(self, lesson: Lesson) -> dict[int, Result]:
         """What to keep: measured on part of the text and, where asked for, checked on the rest."""

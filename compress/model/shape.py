@@ -30,6 +30,7 @@ class LayerShape:
         kind: "fused" (dense weights) or what holds them now.
         rules: kinds of the rules between router and experts.
         neurons: of all experts together, where they differ in width; 0: E · I.
+        row_bytes: what lies beside the experts for each of them: router row, correction bias, scale.
     """
 
     num_experts: int
@@ -44,6 +45,7 @@ class LayerShape:
     kind: str = "fused"
     rules: tuple[str, ...] = ()
     neurons: int = 0
+    row_bytes: int = 0
 
     @property
     def routing_groups(self) -> int:
@@ -118,6 +120,12 @@ class ModelShape:
         """The same with some layers replaced."""
         return replace(self, layers={**self.layers, **layers})
 
+    def with_experts(self, counts: Mapping[int, int]) -> ModelShape:
+        """The same with other numbers of dense experts in some layers, and as many router rows."""
+        layers = {i: self.layers[i].with_experts(count) for i, count in counts.items()}
+        rows = sum((count - self.layers[i].num_experts) * self.layers[i].row_bytes for i, count in counts.items())
+        return replace(self.with_layers(layers), other_bytes=self.other_bytes + rows)
+
     @property
     def work_bytes(self) -> int:
         """Bytes of what passes have changed, or could have: all experts, and what is packed beside them."""
@@ -161,6 +169,11 @@ def model_shape(model: MoEModel) -> ModelShape:
             kind=block.kind,
             rules=tuple(rule.kind for rule in block.rules),
             neurons=sum(getattr(experts, "widths", ())),
+            row_bytes=sum(
+                tensors[n].numel() // tensors[n].shape[dim] * dtypes.get(n, tensors[n].dtype).itemsize
+                for n, (dim, _) in block.axes.tensors.items()
+                if n in tensors and not n.startswith(f"{block.path}.")
+            ),
         )
     others: dict[str, tuple[int, ...]] = {}
     if model.weights is not None:
