@@ -1,6 +1,7 @@
 """What `--dry-run` predicts where experts disappear is what the written file takes, router rows included."""
 
 import pytest
+from checkpoints import recipe
 from families import input_batch, tiny_model
 
 import moe_compress
@@ -51,8 +52,6 @@ def test_every_kind_of_router(name, tmp_path):
 
 @pytest.mark.parametrize("case", REMOVING)
 def test_a_dry_run(case, small, text, tmp_path):
-    from checkpoints import recipe
-
     values = recipe(small, tmp_path / "out", REMOVING[case], text, evaluate={})
     _, predicted = plan_run(make_recipe(values))
     report = moe_compress.run(values, monitor=Monitor(show=False)).report
