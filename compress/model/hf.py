@@ -165,6 +165,16 @@ def conversions(model: PreTrainedModel) -> list[Any] | None:
     return getattr(model, "_weight_conversions", None)
 
 
+def forget_decoding(model: PreTrainedModel) -> None:
+    """Where transformers decoded a quantized checkpoint into this model, let it be saved dense, in its family's layout.
+
+    The loader's mapping, run backwards, would write dense weights under the names of codes, or fail.
+    """
+    operations = [op for entry in conversions(model) or () for op in getattr(entry, "operations", ())]
+    if any(hasattr(operation, "hf_quantizer") for operation in operations):
+        model._weight_conversions = None
+
+
 def to_disk_by(
     entries: list[Any] | None, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:

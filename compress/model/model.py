@@ -167,6 +167,7 @@ class MoEModel:
                 f"this {type(module).__name__} is quantized already ({quantized.get('quant_method')}): start from the "
                 "model in full precision"
             )
+        hf.forget_decoding(module)
         plain = hf.meta_skeleton(module.config, type(module))  # layers of `module` may be others by now
         model = cls(module, {**values, "architectures": [type(module).__name__]}, plain)
         model.device = offload.execution_device(module.get_input_embeddings())

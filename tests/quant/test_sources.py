@@ -192,11 +192,9 @@ def test_mxfp4_by_the_formats_definition():
                 assert float(found[e, k, row]) == value
 
 
-def test_mxfp4_as_transformers_reads_it(tmp_path):
-    """gpt-oss's own layout, random bytes."""
-    folder = tmp_path / "m"
-    model = tiny_model("gpt_oss").to(torch.bfloat16)
-    model.save_pretrained(folder)
+def mxfp4_checkpoint(folder: Path) -> Path:
+    """gpt-oss's own layout, random bytes; sides are whole groups."""
+    tiny_model("gpt_oss", hidden_size=32, intermediate_size=64).to(torch.bfloat16).save_pretrained(folder)
 
     def packed(tensors):
         found = {}
@@ -206,18 +204,15 @@ def test_mxfp4_as_transformers_reads_it(tmp_path):
                 found[name] = tensor
                 continue
             experts, columns, rows = tensor.shape
-            columns = max(32, columns // 32 * 32)
             found[f"{name}_blocks"] = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
             found[f"{name}_scales"] = torch.randint(120, 127, (experts, rows, columns // 32), dtype=torch.uint8)
         return found
 
-    config = json.loads((folder / "config.json").read_text())
-    config["intermediate_size"] = 32  # whole groups
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    fitting = type(model)(type(model.config)(**{**model.config.to_dict(), "intermediate_size": 32})).to(torch.bfloat16)
-    fitting.save_pretrained(folder)
-    edit(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}, packed)
+    return edit(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}, packed)
+
+
+def test_mxfp4_as_transformers_reads_it(tmp_path):
+    folder = mxfp4_checkpoint(tmp_path / "m")
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
     )
@@ -231,7 +226,7 @@ def test_mxfp4_as_transformers_reads_it(tmp_path):
             layer.block.experts_module.gate_up_proj.bfloat16(), state["model.layers.1.mlp.experts.gate_up_proj"]
         )
     with torch.no_grad():
-        assert ours(**input_batch(fitting)).logits.isfinite().all()
+        assert ours(**input_batch(ours)).logits.isfinite().all()
 
 
 # --- compressed-tensors --------------------------------------------------------------------------------------------
@@ -325,6 +320,30 @@ def test_packed_scales_that_do_not_fit_are_refused(scales, values, tmp_path):
         CheckpointError, match=r"up_proj\.weight_scale' is \[.*\], and of \[32, 48\] one scale for every"
     ):
         decode(Checkpoint(folder))
+
+
+# --- decoded by transformers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_what_transformers_decoded_is_saved_dense(method, tmp_path):
+    """Its loader remembers the codes' names, and would write dense weights under them."""
+    if method == "mxfp4":
+        folder, how = mxfp4_checkpoint(tmp_path / "m"), Mxfp4Config(dequantize=True)
+    else:
+        folder = edit(small_checkpoint(tmp_path / "m"), fp8_config([16, 16]), lambda t: to_fp8(t, (16, 16)))
+        how = FineGrainedFP8Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
+    passes = {"prune.experts": {"experts": 6}}
+    compressed = moe_compress.compress(model, passes=passes, calibration=torch.arange(40).view(2, 20))
+    compressed.save(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "theirs")
+    for written in ("saved", "theirs"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / written)
+        assert again.dtype == torch.bfloat16
+        assert again.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    moe_compress.verify(tmp_path / "saved")
 
 
 # --- what isn't known ----------------------------------------------------------------------------------------------
