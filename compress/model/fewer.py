@@ -50,8 +50,13 @@ def top_k_path(model: MoEModel) -> ConfigPath:
 
 
 def with_top_k(model: MoEModel, values: dict[str, Any], count: int) -> dict[str, Any]:
-    """`values` of a config with that many experts per token. Raises like `top_k_path`."""
-    return with_count(values, [top_k_path(model)], count)
+    """`values` of a config with that many experts per token. Raises like `top_k_path`.
+
+    gpt-oss's published config.json says it twice, under a key that transformers doesn't read and other runtimes do.
+    """
+    path = top_k_path(model)
+    twin = (*path[:-1], "experts_per_token")
+    return with_count(values, [path, *(other for other, _ in numbers(values) if other == twin)], count)
 
 
 def renormalizes(weight_SK: Tensor) -> bool:

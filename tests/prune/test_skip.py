@@ -329,7 +329,8 @@ def test_what_else_decides_needs_no_average(step, given, calibration):
 @pytest.mark.parametrize("bits", [None, 4.5], ids=["dense", "quantized"])
 def test_a_smaller_top_k_is_a_number_for_servers(bits, tmp_path, text):
     """config.json says it; what is loaded from there computes what the rule computed (the run verifies logits)."""
-    source = small_checkpoint(tmp_path / "model", num_experts_per_tok=4, norm_topk_prob=True)
+    twin = {"experts_per_token": 4}  # gpt-oss's config.json says it twice
+    source = small_checkpoint(tmp_path / "model", num_experts_per_tok=4, norm_topk_prob=True, **twin)
     passes = [{"skip.top_k": {"experts_per_token": 3, "layers": "uniform"}}]
     if bits is not None:
         passes.append({"quantize.mixed": {"bits": 5, "method": "rtn", "allocation": "uniform", "group_size": 32}})
@@ -341,7 +342,8 @@ def test_a_smaller_top_k_is_a_number_for_servers(bits, tmp_path, text):
     assert config["num_experts_per_tok"] == 3
     assert config.get("quantization_config", {}).get("quant_method") != "moe_compress"
     if bits is None:
-        assert config == {**json.loads((source / "config.json").read_text()), "num_experts_per_tok": 3}
+        number = {"num_experts_per_tok": 3, "experts_per_token": 3}
+        assert config == {**json.loads((source / "config.json").read_text()), **number}
     assert report["verification"]["distance"] <= report["verification"]["tolerance"]
     again = MoEModel.open(tmp_path / "out")
     assert [again.block(i).top_k for i in again.moe_layers] == [3, 3, 3]
