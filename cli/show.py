@@ -185,11 +185,13 @@ def evaluated(model: str, against: str | None, tasks: str | None, device: str, *
         **sizes(model_shape(opened)),
         **{key: {} for key in ("perplexity", "tasks", "generation", "experts_per_token", "kl", "agreement")},
         **after,
+        "quantized_source": _quantized(opened),
     }
 
 
 def show_scores(scores: dict[str, Any]) -> None:
     """Scores as a table."""
+    _show_stored(scores["quantized_source"])
     table = Table("", "", box=None, pad_edge=False, show_header=False)
     blank = {"bytes": 0, "expert_bytes": 0, "bits_per_weight": 0, "perplexity": {}, "tasks": {}}
     for name, _, value in headline({"before": blank, "after": scores}):
