@@ -51,8 +51,8 @@ def decode(source: Checkpoint) -> DecodedCheckpoint:
     Raises UnsupportedModelError for a format, or a part of one, that isn't known; CheckpointError where tensors don't
     belong together.
     """
-    config = source.config["quantization_config"]
-    method = str(config.get("quant_method", "an unknown method"))
+    config = source.quantization
+    method = config["quant_method"]
     if method not in _METHODS:
         raise UnsupportedModelError(
             f"{source.folder} is already quantized ({method}); known are {', '.join(sorted(_METHODS))}: start from one "
@@ -61,9 +61,15 @@ def decode(source: Checkpoint) -> DecodedCheckpoint:
     decoded = _METHODS[method](source, config)
     used = {part for entry in decoded.values() for part in entry.parts}
     hidden = [n for n in source.tensors if n.rpartition(".")[2] in _OF_ACTIVATIONS and n not in used]
-    for name in source.tensors.keys() - used - set(hidden):
-        if source.tensors[name].dtype in FP8:
-            raise CheckpointError(f"{source.folder} holds {name!r} in 8-bit floats, and no scale for it")
+    for name in source.codes():
+        if name not in used and name not in hidden:
+            raise CheckpointError(
+                f"{source.folder} holds {name!r} ({source.tensors[name].dtype}), and not what {method} decodes it "
+                "with: start from the checkpoint in full precision"
+            )
+    for name, entry in decoded.items():
+        if name in source.tensors and name not in entry.parts:
+            raise CheckpointError(f"{source.folder} holds {name!r} twice: as it is, and as {entry.parts[0]!r}")
     return DecodedCheckpoint(source.folder, method, decoded, hidden)
 
 
@@ -77,6 +83,8 @@ def _dense_dtype(source: Checkpoint) -> torch.dtype:
 
 def _fp8(source: Checkpoint, config: Mapping[str, Any]) -> dict[str, Decoded]:
     block, dtype = config.get("weight_block_size"), _dense_dtype(source)
+    if block is not None and not _is_block(block):
+        raise CheckpointError(f"{source.folder}: weight_block_size is {block!r}, not rows and columns of a block")
     decoded = {}
     for scale, info in source.tensors.items():
         if not scale.endswith("_scale_inv"):
@@ -90,6 +98,10 @@ def _fp8(source: Checkpoint, config: Mapping[str, Any]) -> dict[str, Decoded]:
     return decoded
 
 
+def _is_block(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)
+
+
 def _block_size(
     source: Checkpoint, name: str, weight: tuple[int, ...], scale: tuple[int, ...], configured: Any
 ) -> tuple[int, int]:
@@ -97,7 +109,7 @@ def _block_size(
     rows, columns = weight[-2:]
     kinds = [(rows, columns), (1, columns)]
     if configured:
-        kinds.insert(0, (int(configured[0]), int(configured[1])))
+        kinds.insert(0, (configured[0], configured[1]))
     for height, width in kinds:
         grid = (-(-rows // height), -(-columns // width))
         if scale == (*weight[:-2], *grid) or (grid == (1, 1) and scale in ((), (1,), weight[:-2])):
@@ -138,9 +150,10 @@ def _mxfp4(source: Checkpoint, config: Mapping[str, Any]) -> dict[str, Decoded]:
         scales = source.tensors.get(f"{name}_scales")
         fits = info.dtype == torch.uint8 and len(info.shape) == 4 and info.shape[-1] == MX_BLOCK // 2
         if scales is None or not fits or scales.shape != info.shape[:-1] or scales.dtype != torch.uint8:
+            found = "missing" if scales is None else f"{scales.dtype} {list(scales.shape)}"
             raise CheckpointError(
-                f"{source.folder}: {blocks!r} is {info.dtype} {list(info.shape)}; bytes [experts, out, groups, 16] and "
-                f"{name + '_scales'!r}, one byte for each group, are expected"
+                f"{source.folder}: {blocks!r} is {info.dtype} {list(info.shape)}, and {name + '_scales'!r} is {found}; "
+                "torch.uint8 [experts, out, groups, 16], and one for each group, are expected"
             )
         experts, rows, groups = scales.shape
         shape = (experts, groups * MX_BLOCK, rows)
@@ -168,6 +181,9 @@ def mx_to_dense(blocks_EOGb: Tensor, scales_EOG: Tensor, *, dtype: torch.dtype) 
 # --- compressed-tensors --------------------------------------------------------------------------------------------
 
 
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+
+
 def _compressed_tensors(source: Checkpoint, config: Mapping[str, Any]) -> dict[str, Decoded]:
     from moe_compress.export.matching import ServerView
 
@@ -179,9 +195,16 @@ def _compressed_tensors(source: Checkpoint, config: Mapping[str, Any]) -> dict[s
                 f"{source.folder}: {module!r} has scales of scales (NVFP4), which isn't known: start from the "
                 "checkpoint in full precision"
             )
-        scheme = view.scheme(module)
+        group = view.group(module) or {}
+        scheme = group.get("weights")
         if scheme is None or "weight_scale" not in parts:
-            raise CheckpointError(f"{source.folder}: {module!r} is quantized, and config.json or its scale is missing")
+            lacking = "its scale" if scheme else "its group in config.json"
+            raise CheckpointError(f"{source.folder}: {module!r} is quantized, and {lacking} is missing")
+        if (form := group.get("format") or config.get("format")) not in _FORMATS:
+            raise UnsupportedModelError(
+                f"{source.folder}: {module!r} is in the format {form}, which isn't known ({', '.join(_FORMATS)} are): "
+                "start from the checkpoint in full precision"
+            )
         if scheme.get("actorder") in ("group", "dynamic") or f"{module}.weight_g_idx" in source.tensors:
             raise UnsupportedModelError(
                 f"{source.folder}: {module!r} is grouped by activation order, which isn't known: start from the "

@@ -28,6 +28,7 @@ from .gguf_file import read_gguf
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MODELOPT = "hf_quant_config.json"  # how ModelOpt says that the weights beside it are quantized
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -105,6 +106,24 @@ class Checkpoint:
         return read_json(self.folder / "config.json")
 
     @property
+    def quantization(self) -> dict[str, Any]:
+        """`quantization_config` of config.json, empty where there is none. Raises CheckpointError if it's no such."""
+        values = self.config.get("quantization_config")
+        if values is None:
+            return {}
+        if not isinstance(values, dict) or not isinstance(values.get("quant_method"), str):
+            raise CheckpointError(f"{self.folder / 'config.json'}: quantization_config names no quant_method")
+        return values
+
+    def codes(self) -> list[str]:
+        """Names of tensors that mean nothing without scales: 8-bit numbers, and words that codes are packed in."""
+        return [
+            name
+            for name, info in self.tensors.items()
+            if (info.dtype.itemsize == 1 and info.dtype != torch.bool) or name.endswith((".qweight", ".weight_packed"))
+        ]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -158,7 +177,7 @@ class Checkpoint:
     def _shards(self) -> dict[str, set[str] | None]:
         """Shard files → names that the index puts there (None: no index)."""
         index = self.folder / INDEX
-        if (self.config.get("quantization_config") or {}).get("quant_method") == GGUF:
+        if self.quantization.get("quant_method") == GGUF:
             if not (self.folder / GGUF_FILE).is_file():
                 raise CheckpointError(f"{self.folder} lacks {GGUF_FILE}")
             return {GGUF_FILE: None}
@@ -318,7 +337,7 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
 
 def sidecar_files(folder: Path) -> dict[str, Path]:
     """Name in the folder → file, of what isn't weights: config, tokenizer, generation config, chat templates, code."""
-    skip = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+    skip = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", MODELOPT)
     beside = sorted(n for n in os.listdir(folder) if not n.endswith(skip) and not n.startswith("."))
     templates = sorted(f"{CHAT_TEMPLATE_DIR}/{f.name}" for f in (folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))
     return {n: folder / n for n in (*beside, *templates) if (folder / n).is_file()}

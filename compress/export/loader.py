@@ -13,6 +13,7 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.constants import QUANT_METHOD
 from moe_compress.errors import InputError
 from moe_compress.model import MoEModel, hf
+from moe_compress.model.opening import refuse_codes
 
 from .registration import register
 from .write import result_config
@@ -52,7 +53,9 @@ def load(
         raise InputError("`keep` and `patterns` belong to a `task`: load(folder, task=…)")
     # Truncated or missing shards: one clear line instead of a loader's.
     with Checkpoint(folder) as checkpoint:
-        method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+        method = checkpoint.quantization.get("quant_method")
+        if method is None:
+            refuse_codes(checkpoint)
     if method is not None and method != QUANT_METHOD:
         return _of_others(Path(folder), options)
     config = AutoConfig.from_pretrained(folder)

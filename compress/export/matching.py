@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_compress.errors import CheckpointError
 from moe_compress.model.expert_names import ExpertNames
 
 from .rules import NAMES
 from .schemes import Scheme
+
+_LINEAR = "Linear"  # the class, as a target
 
 
 @dataclass(frozen=True)
@@ -32,22 +35,27 @@ class WrittenLayer:
 
 
 class ServerView:
-    """What a server makes of a `quantization_config`: `ignore` first, then the first group with a target."""
+    """What a server makes of a `quantization_config`: `ignore` first, then the first group with a target.
+
+    Raises CheckpointError for a config without groups of targets and weights.
+    """
 
     def __init__(self, config: Mapping[str, Any]):
         self._ignored = _Entries(config.get("ignore") or ())
-        self._groups = [(_Entries(group["targets"]), group) for group in config["config_groups"].values()]
+        try:
+            self._groups = [(_Entries(group["targets"]), group) for group in config["config_groups"].values()]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError("config.json names no config_groups with targets") from error
 
     def group(self, module: str) -> dict[str, Any] | None:
-        """The group that a module (path, as in the file) is in, or None where it stays dense."""
+        """The group that a module (path, as in the file) is in, or None where it stays dense.
+
+        Names and patterns come before a target that is the class of all linear layers, as llm-compressor writes it.
+        """
         if module in self._ignored:
             return None
-        return next((group for targets, group in self._groups if module in targets), None)
-
-    def scheme(self, module: str) -> dict[str, Any] | None:
-        """`weights` of that group."""
-        group = self.group(module)
-        return None if group is None else group["weights"]
+        named = [group for targets, group in self._groups if module in targets]
+        return next(iter(named or [group for targets, group in self._groups if _LINEAR in targets.names]), None)
 
 
 class _Entries:

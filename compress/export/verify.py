@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from moe_compress import probe
+from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.checkpoint.gguf_file import STORED
 from moe_compress.checkpoint.reader import Checkpoint, read_json
 from moe_compress.checkpoint.writer import MANIFEST, file_digest, manifest_digest, tensor_digest
-from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ
+from moe_compress.constants import COMPRESSED_TENSORS, GGUF, GPTQ, QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, VerificationError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.sweep import Sweep
@@ -132,7 +133,7 @@ def ask(folder: Path, kept: Mapping[str, Any], device: str, limit: int) -> tuple
 def _loader(folder: Path, module: Any, room: int) -> str:
     """What loaded a model, and what another loader made of the same folder where there is one."""
     with Checkpoint(folder) as checkpoint:
-        method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+        method = checkpoint.quantization.get("quant_method")
     if method == GPTQ:
         return "read by the format's description; transformers has no loader for experts in it"
     if method == GGUF:
@@ -145,7 +146,10 @@ def _loader(folder: Path, module: Any, room: int) -> str:
 def loaded_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Memory that the loaded model takes: quantized weights and their scales as they are, the rest in `dtype`."""
     with Checkpoint(folder) as checkpoint:
-        packed = checkpoint.config.get("quantization_config") is not None
+        if checkpoint.quantization.get("quant_method") not in (None, QUANT_METHOD):
+            seen = MoEModel.open(folder).source
+            checkpoint = seen if isinstance(seen, DecodedCheckpoint) else checkpoint  # what `load` makes dense
+        packed = bool(checkpoint.quantization)
         total = 0
         for name, info in checkpoint.tensors.items():
             count = info.nbytes // info.dtype.itemsize

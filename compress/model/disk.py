@@ -79,6 +79,8 @@ class DiskWeights:
         if wanted.is_floating_point() and not found.dtype.is_floating_point:
             model = type(self.module).__name__
             raise CheckpointError(f"{where} holds {found.dtype}, and {model} computes with real numbers there")
+        if found.dtype.itemsize == 1 and found.dtype.is_floating_point and found.dtype != wanted.dtype:
+            raise CheckpointError(f"{where} holds {found.dtype}, and config.json describes no scale for it")
         if name not in self.names.converted and found.shape != tuple(wanted.shape):
             raise CheckpointError(
                 f"{where} has shape {list(found.shape)}, but config.json asks for {list(wanted.shape)}: the checkpoint "

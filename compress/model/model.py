@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoint.reader import Checkpoint
-from moe_compress.constants import QUANT_METHOD
+from moe_compress.constants import COMPRESSED_TENSORS, QUANT_METHOD
 from moe_compress.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_compress.heap import release_freed
 
@@ -32,7 +32,7 @@ from .block import MoEBlock
 from .disk import DiskWeights, Overlay
 from .expert_names import ExpertNames, find_expert_names
 from .experts import FusedExperts
-from .opening import config_of, find_stack, one_per_layer, refuse
+from .opening import config_of, find_stack, one_per_layer, refuse, refuse_codes
 from .reading import Reads, follow
 from .saved import check_version
 from .tensors import to_meta
@@ -105,7 +105,8 @@ class MoEModel:
     ) -> MoEModel:
         """A checkpoint folder; reads headers and small tensors only.
 
-        A folder that others quantized is seen dense: tensors are decoded when they are read (quant/sources.py).
+        A folder that others quantized is seen packed if `PRESENTED` reads it as it stands, else dense: tensors are
+        decoded when they are read (quant/sources.py).
 
         Args:
             path: folder with config.json and safetensors.
@@ -121,15 +122,17 @@ class MoEModel:
         """
         source = source or Checkpoint(path)
         config = config_of(source)
-        method = (source.config.get("quantization_config") or {}).get("quant_method")
-        if method != QUANT_METHOD:
-            if "quantization_config" in source.config and (dequantize or method not in PRESENTED):
+        method = source.quantization.get("quant_method")
+        if method is None:
+            refuse_codes(source)
+        elif method != QUANT_METHOD:
+            if dequantize or method not in PRESENTED:
                 source = function_at(DECODER)(source)
             config.__dict__.pop("quantization_config", None)  # the skeleton is a dense one
         module = hf.skeleton(config, dtype)
         model = cls(module, source.config, module)
         model.device, model.dtype = torch.device(device), dtype
-        quantized = source.config.get("quantization_config") or {}
+        quantized = source.quantization
         if quantized.get("quant_method") == QUANT_METHOD:
             check_version(quantized.get("format_version"))
             model._restructure(quantized.get("matrices") or {}, dtype)
@@ -143,7 +146,13 @@ class MoEModel:
                 block.restructure(description)
         elif quantized.get("quant_method") in PRESENTED:
             present = function_at(PRESENTED[quantized["quant_method"]])
-            source, descriptions, matrices = present(model, source)
+            try:
+                source, descriptions, matrices = present(model, source)
+            except UnsupportedModelError:
+                if quantized["quant_method"] != COMPRESSED_TENSORS:
+                    raise
+                # Packed as nothing here is (zero points, rows, blocks): dense, as passes see it, or refused by name.
+                return cls.open(path, dtype=dtype, device=device, overlay=overlay, dequantize=True, source=source)
             for number, description in descriptions.items():
                 model.block(number).restructure(description)
             model._restructure(matrices, dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.reader import MODELOPT, Checkpoint, read_json
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 
 from . import families
@@ -29,7 +29,7 @@ def config_of(source: Checkpoint) -> PreTrainedConfig:
         raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
     try:
         config = AutoConfig.from_pretrained(source.folder)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(f"transformers can't read {source.folder / 'config.json'}: {reason}") from error
     refuse(config)
@@ -41,6 +41,22 @@ def refuse(config: PreTrainedConfig) -> None:
     for model_type in (config.model_type, config.get_text_config().model_type):
         if reason := families.refusal(model_type):
             raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
+
+
+def refuse_codes(source: Checkpoint) -> None:
+    """Raises UnsupportedModelError for quantized weights of which config.json says nothing: they would pass for plain
+    numbers."""
+    codes = source.codes()
+    if not codes:
+        return
+    how = f"{codes[0]!r} is {source.tensors[codes[0]].dtype}, and config.json has no quantization_config"
+    if (source.folder / MODELOPT).is_file():
+        stated = read_json(source.folder / MODELOPT).get("quantization")
+        how = f"by ModelOpt, {stated.get('quant_algo') if isinstance(stated, dict) else 'unknown'}"
+    raise UnsupportedModelError(
+        f"{source.folder} is already quantized ({how}): start from the checkpoint in full precision, or from one in a "
+        "format of docs/sources.md whose config.json is complete"
+    )
 
 
 def find_stack(module: PreTrainedModel) -> str:

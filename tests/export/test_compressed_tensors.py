@@ -329,8 +329,8 @@ def test_a_compressed_checkpoint_is_a_dense_source(written, tmp_path):
         ),
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=8), CheckpointError, "holds codes"),
         (lambda t, c: c["config_groups"]["group_0"].update(targets=["Other"]), CheckpointError, "no group"),
-        (lambda t, c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), UnsupportedModelError, "symm"),
-        (lambda t, c: c.update(format="nvfp4-pack-quantized"), UnsupportedModelError, "already quantized"),
+        (lambda t, c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), CheckpointError, "zero_point"),
+        (lambda t, c: c.update(format="nvfp4-pack-quantized"), UnsupportedModelError, "in the format nvfp4"),
         (
             lambda t, c: t.update({"model.layers.0.mlp.experts.1.up_proj.weight_g_idx": torch.zeros(1)}),
             CheckpointError,
@@ -340,8 +340,8 @@ def test_a_compressed_checkpoint_is_a_dense_source(written, tmp_path):
             lambda t, c: t.update(
                 {"model.layers.0.self_attn.q_proj.weight_packed": t.pop("model.layers.0.self_attn.q_proj.weight")}
             ),
-            UnsupportedModelError,
-            "isn't packed integers in groups",
+            CheckpointError,
+            r"q_proj' is quantized, and its group in config.json is missing",
         ),
     ],
 )

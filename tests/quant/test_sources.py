@@ -1,11 +1,10 @@
-"""Sources that others quantized: decoded as their own loaders decode them, or refused by name.
+"""Sources that others quantized: decoded as their own loaders decode them.
 
 References: transformers' loaders with `dequantize=True`, the compressed-tensors library, and plain loops where those
 can't read the file (blocks that are cut off at the edge).
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,67 +12,33 @@ from checkpoints import recipe, small_checkpoint
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
-from families import input_batch, tiny_model
-from safetensors.torch import load_file, save_file
+from families import input_batch
+from quantized_sources import dense_of, described, edit, fp8_config, is_linear, mxfp4_checkpoint, to_fp8
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import moe_compress
-from moe_compress.checkpoint.reader import Checkpoint
-from moe_compress.errors import CheckpointError, UnsupportedModelError
+from moe_compress.checkpoint.decoded import DecodedCheckpoint
+from moe_compress.export.matching import ServerView
+from moe_compress.export.verify import loaded_bytes
 from moe_compress.model import MoEModel
-from moe_compress.quant.sources import E2M1, blocks_to_dense, decode, mx_to_dense
+from moe_compress.quant.sources import E2M1, blocks_to_dense, mx_to_dense
 from moe_compress.report.text import headline
 from moe_compress.units import show_bytes
 
-
-def edit(folder: Path, quantization: dict, change) -> Path:
-    """Put a `quantization_config` into config.json, and what `change` makes of the tensors into one file."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= {n: t.clone() for n, t in load_file(file).items()}
-        file.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    save_file({n: t.contiguous() for n, t in change(tensors).items()}, folder / "model.safetensors")
-    return folder
-
-
-def dense_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor as the package sees it."""
-    source = MoEModel.open(folder, dequantize=True).source
-    return {name: source.get(name).clone() for name in source.tensors}
-
-
-def is_linear(name: str, tensor: torch.Tensor) -> bool:
-    return tensor.dim() == 2 and "embed" not in name and "lm_head" not in name and ".gate.weight" not in name
+ROUNDED = {
+    "quantize.mixed": {
+        "bits": 9.0,
+        "widths": [4],
+        "method": "rtn",
+        "allocation": "uniform",
+        "group_size": 32,
+        "protect_super_experts": False,
+    }
+}
 
 
 # --- fp8 -----------------------------------------------------------------------------------------------------------
-
-
-def to_fp8(tensors, size, scales="block"):
-    """Every linear layer in 8-bit floats with one scale per block, by plain loops."""
-    found = {}
-    for name, tensor in tensors.items():
-        if not is_linear(name, tensor):
-            found[name] = tensor
-            continue
-        rows, columns = tensor.shape
-        height, width = (rows, columns) if scales == "tensor" else size
-        grid = torch.empty(-(-rows // height), -(-columns // width))
-        coded = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
-        for i in range(grid.shape[0]):
-            for j in range(grid.shape[1]):
-                part = (slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width))
-                grid[i, j] = tensor[part].float().abs().max() / 448
-                coded[part] = (tensor[part].float() / grid[i, j]).to(torch.float8_e4m3fn)
-        found[name], found[f"{name}_scale_inv"] = coded, grid[0, 0].clone() if scales == "tensor" else grid
-    return found
-
-
-def fp8_config(size):
-    return {"quant_method": "fp8", "weight_block_size": size, "activation_scheme": "dynamic", "fmt": "e4m3"}
 
 
 def test_fp8_blocks_as_transformers_reads_them(tmp_path):
@@ -126,19 +91,9 @@ def test_a_run_on_fp8(tmp_path):
     config = json.loads((dense / "config.json").read_text())
     del config["quantization_config"]
     (dense / "config.json").write_text(json.dumps(config))
-    step = {
-        "quantize.mixed": {
-            "bits": 9.0,
-            "widths": [4],
-            "method": "rtn",
-            "allocation": "uniform",
-            "group_size": 32,
-            "protect_super_experts": False,
-        }
-    }
     results = {}
     for name, folder in (("q", quantized), ("d", dense)):
-        results[name] = moe_compress.run(recipe(folder, tmp_path / f"out-{name}", [step]))
+        results[name] = moe_compress.run(recipe(folder, tmp_path / f"out-{name}", [ROUNDED]))
     q, d = (load_file(results[name].output / "model.safetensors") for name in "qd")
     assert q.keys() == d.keys()
     assert all(torch.equal(q[name], d[name]) for name in q)
@@ -150,28 +105,6 @@ def test_a_run_on_fp8(tmp_path):
     stored = ("source as stored (fp8)", show_bytes(told["bytes"]), "")
     assert [stored in headline(results[name].report) for name in "qd"] == [True, False]
     assert results["d"].report["source"] == {"quantization": None, "bytes": results["d"].report["before"]["bytes"]}
-
-
-def test_floats_without_a_scale_are_refused(tmp_path):
-    def broken(tensors):
-        found = to_fp8(tensors, (16, 16))
-        del found["model.layers.1.self_attn.q_proj.weight_scale_inv"]
-        return found
-
-    folder = edit(small_checkpoint(tmp_path / "m"), fp8_config([16, 16]), broken)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight' in 8-bit floats, and no scale"):
-        MoEModel.open(folder)
-
-
-def test_scales_that_do_not_fit_are_refused(tmp_path):
-    def broken(tensors):
-        found = to_fp8(tensors, (16, 16))
-        found["model.layers.1.self_attn.q_proj.weight_scale_inv"] = torch.ones(3, 1)
-        return found
-
-    folder = edit(small_checkpoint(tmp_path / "m"), fp8_config([16, 16]), broken)
-    with pytest.raises(CheckpointError, match="neither one per block"):
-        MoEModel.open(folder)
 
 
 # --- mxfp4 ---------------------------------------------------------------------------------------------------------
@@ -192,23 +125,9 @@ def test_mxfp4_by_the_formats_definition():
                 assert float(found[e, k, row]) == value
 
 
-def mxfp4_checkpoint(folder: Path) -> Path:
-    """gpt-oss's own layout, random bytes; sides are whole groups."""
-    tiny_model("gpt_oss", hidden_size=32, intermediate_size=64).to(torch.bfloat16).save_pretrained(folder)
-
-    def packed(tensors):
-        found = {}
-        torch.manual_seed(1)
-        for name, tensor in tensors.items():
-            if not name.endswith(("gate_up_proj", "down_proj")):
-                found[name] = tensor
-                continue
-            experts, columns, rows = tensor.shape
-            found[f"{name}_blocks"] = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
-            found[f"{name}_scales"] = torch.randint(120, 127, (experts, rows, columns // 32), dtype=torch.uint8)
-        return found
-
-    return edit(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}, packed)
+def test_memory_of_a_loaded_model_is_that_of_its_dense_weights(tmp_path):
+    folder = mxfp4_checkpoint(tmp_path / "m")
+    assert loaded_bytes(folder, torch.bfloat16) == sum(t.nbytes for t in dense_of(folder).values())
 
 
 def test_mxfp4_as_transformers_reads_it(tmp_path):
@@ -288,38 +207,26 @@ def test_compressed_tensors_as_its_library_reads_it(name, tmp_path):
         "quant_method": "compressed-tensors",
         "format": form,
         "ignore": ["lm_head", r"re:.*mlp\.gate$"],
-        "config_groups": {"group_0": {"targets": ["re:.*proj"], "weights": arguments.model_dump(mode="json")}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": arguments.model_dump(mode="json")}},
     }
     folder = edit(small_checkpoint(tmp_path / "m"), config, compressed)
     assert len(expected) > 20
     found = dense_of(folder)
     for full, tensor in expected.items():
         assert torch.equal(found[full], tensor.to(found[full].dtype)), full
+    seen = MoEModel.open(folder).source  # dense too where nothing here computes with it as it stands
+    assert isinstance(seen, DecodedCheckpoint) == (name != "int4 in groups")
 
 
-@pytest.mark.parametrize(
-    ("scales", "values"),
-    [
-        ((32, 2), {"strategy": "group", "group_size": 32}),  # the library goes on with a last group of 16
-        ((32, 4), {"strategy": "group", "group_size": 16}),
-        ((1,), {"strategy": "tensor"}),
-    ],
-)
-def test_packed_scales_that_do_not_fit_are_refused(scales, values, tmp_path):
-    """Scales of 48 weights for 32, 12 for 16: as many groups as there are scales would be decoded wrongly."""
-    name = "model.layers.0.mlp.experts.0.up_proj.weight"
-    parts = {
-        f"{name}_packed": torch.zeros(32, 6, dtype=torch.int32),
-        f"{name}_scale": torch.ones(scales),
-        f"{name}_shape": torch.tensor([32, 48]),
+def test_names_come_before_the_class_of_all_linear_layers():
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}},
+        "group_1": {"targets": ["re:.*down_proj"], "weights": {"num_bits": 4}},
     }
-    group = {"targets": ["re:.*proj"], "weights": {"num_bits": 4, "symmetric": True, **values}}
-    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
-    folder = edit(small_checkpoint(tmp_path / "m"), config, lambda tensors: parts)
-    with pytest.raises(
-        CheckpointError, match=r"up_proj\.weight_scale' is \[.*\], and of \[32, 48\] one scale for every"
-    ):
-        decode(Checkpoint(folder))
+    view = ServerView({"ignore": ["lm_head"], "config_groups": groups})
+    assert view.group("layers.0.mlp.experts.0.up_proj") == groups["group_0"]
+    assert view.group("layers.0.mlp.experts.0.down_proj") == groups["group_1"]
+    assert view.group("lm_head") is None
 
 
 # --- decoded by transformers ---------------------------------------------------------------------------------------
@@ -346,13 +253,8 @@ def test_what_transformers_decoded_is_saved_dense(method, tmp_path):
     moe_compress.verify(tmp_path / "saved")
 
 
-# --- what isn't known ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "quark"])
-def test_unknown_methods_are_refused_by_name(method, tmp_path):
-    folder = edit(small_checkpoint(tmp_path / "m"), {"quant_method": method, "bits": 4}, dict)
-    with pytest.raises(
-        UnsupportedModelError, match=rf"already quantized \({method}\); known are compressed-tensors, fp8"
-    ):
-        decode(Checkpoint(folder))
+def test_a_dense_folder_may_say_that_it_is_not_quantized(tmp_path):
+    folder = described(small_checkpoint(tmp_path / "m"), None)
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": null}}')
+    result = moe_compress.run(recipe(folder, tmp_path / "out", [ROUNDED]))
+    assert not (result.output / "hf_quant_config.json").exists()  # servers would look for codes
