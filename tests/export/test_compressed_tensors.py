@@ -274,6 +274,8 @@ def test_experts_that_are_stored_together_have_no_names(name):
 
 # --- reading it back -------------------------------------------------------------------------------------------------
 
+NVFP4 = {"format": "nvfp4-pack-quantized"}
+
 
 @pytest.mark.parametrize("widths", [(4,), (2, 4, 8), (3, 5, 6)])
 def test_the_reader_holds_the_same_integers_and_verifies(written, widths):
@@ -330,7 +332,11 @@ def test_a_compressed_checkpoint_is_a_dense_source(written, tmp_path):
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=8), CheckpointError, "holds codes"),
         (lambda t, c: c["config_groups"]["group_0"].update(targets=["Other"]), CheckpointError, "no group"),
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), CheckpointError, "zero_point"),
-        (lambda t, c: c.update(format="nvfp4-pack-quantized"), UnsupportedModelError, "in the format nvfp4"),
+        (
+            lambda t, c: [c.update(NVFP4), c["config_groups"]["group_0"].update(NVFP4)],
+            UnsupportedModelError,
+            "in the format nvfp4",
+        ),
         (
             lambda t, c: t.update({"model.layers.0.mlp.experts.1.up_proj.weight_g_idx": torch.zeros(1)}),
             CheckpointError,
