@@ -49,7 +49,8 @@ def refuse_codes(source: Checkpoint) -> None:
     codes = source.codes()
     if not codes:
         return
-    how = f"{codes[0]!r} is {source.tensors[codes[0]].dtype}, and config.json has no quantization_config"
+    first = source.tensors[codes[0]]
+    how = f"{codes[0]!r} in {first.file} is {first.dtype}, and config.json has no quantization_config"
     if (source.folder / MODELOPT).is_file():
         stated = read_json(source.folder / MODELOPT).get("quantization")
         how = f"by ModelOpt, {stated.get('quant_algo') if isinstance(stated, dict) else 'unknown'}"
