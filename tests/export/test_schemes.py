@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moe_compress
-from moe_compress.errors import CheckpointError, UnsupportedModelError
+from moe_compress.errors import CheckpointError
 from moe_compress.export.schemes import SCALED, Scheme
 from moe_compress.model import FusedExperts, MoEModel, hf
 
@@ -236,13 +236,13 @@ def test_another_scheme_is_not_taken_for_one_of_ours(scheme, change):
         (lambda t, c, m: c["config_groups"]["group_0"].update(targets=["Other"]), CheckpointError, "no group"),
         (
             lambda t, c, m: c["config_groups"]["group_0"]["weights"].update(strategy="tensor"),
-            UnsupportedModelError,
-            "in no scheme that is known here",
+            CheckpointError,
+            r"weight_scale' is \[256, 1\], not \[1, 1\]",
         ),
         (
             lambda t, c, m: t.update({"model.layers.0.self_attn.q_proj.weight_scale": torch.ones(1)}),
-            UnsupportedModelError,
-            "isn't packed integers in groups",
+            CheckpointError,
+            "q_proj' is quantized, and its group in config.json is missing",
         ),
     ],
 )
