@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.calib.statistics import Accumulator, Statistic
-from moe_compress.model import FusedExperts, MoEBlock
+from moe_compress.model import MoEBlock
 from moe_compress.model.dispatch import Dispatch
 
 from .grid import Grid, dequantize
 from .rotation import Rotate, Rotations
 from .rtn import round_to_nearest
 from .scores import experts_of
+from .solver import SolverOptions
+from .space import Space, spaces_of
 
 if TYPE_CHECKING:
     from .options import MixedOptions
@@ -36,13 +38,15 @@ class AtWidths(Statistic):
     """A statistic with a result per width, of dense experts, on the grids that will be used.
 
     `bits`: the widths. `group_size`, `symmetric`: of their grids. `rotate`: how matrices are rotated before they are
-    rounded (see rotation.py).
+    rounded (see rotation.py). `smoothing`: the solver's options that factors follow from (see space.py), empty where
+    there are none.
     """
 
     bits: tuple[float, ...] = (1, 2, 3, 4, 8)
     group_size: int = 64
     symmetric: bool = True
     rotate: Rotate = "none"
+    smoothing: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, options: MixedOptions, **own: Any) -> Self:
@@ -52,18 +56,29 @@ class AtWidths(Statistic):
             group_size=options.group_size,
             symmetric=options.symmetric,
             rotate=options.rotate,
+            smoothing=options.smoothing,
             **own,
         )
 
     def start(self, block: MoEBlock, tokens: int) -> Accumulator:
         """See Statistic. Raises UnsupportedModelError for experts that aren't dense."""
-        experts = experts_of(block)
-        sizes = experts.hidden_size, experts.intermediate_size
-        return self.accumulator(experts, Rotations.of_layer(self.rotate, block.layer, *sizes))
+        experts_of(block)
+        return self.accumulator(block)
 
     @abstractmethod
-    def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
-        """A fresh accumulator for these experts, whose matrices will be rotated so."""
+    def accumulator(self, block: MoEBlock) -> Accumulator:
+        """A fresh accumulator for a block, whose experts are dense."""
+
+    def spaces(self, block: MoEBlock, inputs: BlockInputs) -> dict[str, list[Space]]:
+        """Projection → where its matrices will be rounded at each width, by what the block read."""
+        experts = experts_of(block)
+        rotations = Rotations.of_layer(self.rotate, block.layer, experts.hidden_size, experts.intermediate_size)
+        return spaces_of(block, self.bits, rotations, SolverOptions(**self.smoothing), inputs)
+
+    def rounded(self, matrix_EOK: Tensor, bits: float, space: Space) -> Tensor:
+        """Matrices rounded to nearest in a space, and back."""
+        turned = space.turned(matrix_EOK)
+        return space.back(dequantize(round_to_nearest(turned, self.grid(bits)), turned.dtype)).to(matrix_EOK.dtype)
 
     def grid(self, bits: float) -> Grid:
         """The grid of a width."""
@@ -96,8 +111,9 @@ class OutputChanges(AtWidths):
 
     per_matrix: bool = False
 
-    def changes(self, experts: FusedExperts, rotations: Rotations, inputs: BlockInputs) -> Iterator[Change]:
+    def changes(self, block: MoEBlock, inputs: BlockInputs) -> Iterator[Change]:
         """All changes on what the block read, a chunk of experts at a time, so that each is rounded once per width."""
+        experts, spaces = experts_of(block), self.spaces(block, inputs)
         weights = experts.weights()
         names = [name for name, _ in weights.matrices()]
         together = [[name] for name in names] if self.per_matrix else [names]
@@ -111,21 +127,15 @@ class OutputChanges(AtWidths):
             own, input_RH = weights.part(chunk), inputs.hidden_TH[part.token_R]
             exact_RH = experts.with_weights(own, input_RH, part)[1]
             for column, bits in enumerate(self.bits):
-                grid = self.grid(bits)
-                rounded = {n: self._rounded(n, m, grid, rotations) for n, m in own.matrices()}
+                rounded = {n: self.rounded(m, bits, spaces[n][column].part(chunk)) for n, m in own.matrices()}
                 for place, changed in enumerate(together):
                     mixed = replace(own, **{name: rounded[name] for name in changed})
                     change_RH = exact_RH - experts.with_weights(mixed, input_RH, part)[1]
                     yield Change(slice(chunk.start, chunk.stop), part, place, column, change_RH.float())
 
-    @staticmethod
-    def _rounded(name: str, matrix: Tensor, grid: Grid, rotations: Rotations) -> Tensor:
-        """A matrix rounded to nearest, as it is when rotated."""
-        turned = rotations.turned(name, matrix)
-        return rotations.back(name, dequantize(round_to_nearest(turned, grid), turned.dtype)).to(matrix.dtype)
-
-    def zeros(self, experts: FusedExperts, *more: int) -> Tensor:
+    def zeros(self, block: MoEBlock, *more: int) -> Tensor:
         """A sum per expert, matrix (one, where experts are rounded whole) and width, float64 on the CPU."""
+        experts = experts_of(block)
         matrices = len(experts.weights().matrices()) if self.per_matrix else 1
         return torch.zeros(experts.num_experts, matrices, len(self.bits), *more, dtype=torch.float64)
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Accumulator, Result
-from moe_compress.model import FusedExperts, Tap
+from moe_compress.model import MoEBlock, Tap
 
 from .at_widths import OutputChanges
-from .rotation import Rotations
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,16 @@ class QuantizationError(OutputChanges):
     name: ClassVar[str] = "quantization_error"
     weighs_tokens: ClassVar[bool] = True
 
-    def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
+    def accumulator(self, block: MoEBlock) -> Accumulator:
         """See AtWidths."""
-        return _Errors(self, experts, rotations)
+        return _Errors(self, block)
 
 
 class _Errors(Accumulator):
     """Keeps the block's inputs; errors are computed at the end, so that each expert is quantized once per width."""
 
-    def __init__(self, settings: QuantizationError, experts: FusedExperts, rotations: Rotations):
-        self.settings, self.experts, self.rotations = settings, experts, rotations
+    def __init__(self, settings: QuantizationError, block: MoEBlock):
+        self.settings, self.block = settings, block
         self.inputs = BlockInputs()
         self.sequences: list[Tensor] = []
         self.scales: list[Tensor] | None = []
@@ -66,8 +65,8 @@ class _Errors(Accumulator):
         sequence_T = torch.cat(self.sequences)
         number = int(sequence_T.max()) + 1
         scale_T = None if self.scales is None else torch.cat(self.scales)
-        squared_EMBQ, relative_EMB = own.zeros(self.experts, number), own.zeros(self.experts)
-        for experts, part, place, column, change_RH in own.changes(self.experts, self.rotations, self.inputs):
+        squared_EMBQ, relative_EMB = own.zeros(self.block, number), own.zeros(self.block)
+        for experts, part, place, column, change_RH in own.changes(self.block, self.inputs):
             squared_R = change_RH.square().sum(-1).double() * part.weight_R.double().square()
             squared_R = squared_R * self.inputs.counted(part)
             squared_R, token_R, expert_R = squared_R.cpu(), part.token_R.cpu(), part.expert_R.cpu()

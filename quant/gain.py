@@ -18,14 +18,14 @@ from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Accumulator, Result
-from moe_compress.model import FusedExperts, Tap
+from moe_compress.model import MoEBlock, Tap
 
 from .at_widths import AtWidths
 from .gptq import column_costs, foreseen_share, gptq, shrink_hessians
 from .grid import Grid, Quantized, dequantize
 from .low_rank import shares_left
-from .rotation import Rotations
 from .rtn import output_error, round_to_nearest
+from .scores import experts_of
 
 # Moments made at a time; solvers take about as much again.
 _CHUNK_BYTES = 512 << 20
@@ -50,41 +50,43 @@ class SolverGain(AtWidths):
     solve: bool = False
     ranks: tuple[int, ...] = ()
 
-    def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
+    def accumulator(self, block: MoEBlock) -> Accumulator:
         """See AtWidths."""
-        return _Shares(self, experts, rotations)
+        return _Shares(self, block)
 
 
 class _Shares(Accumulator):
-    def __init__(self, settings: SolverGain, experts: FusedExperts, rotations: Rotations):
-        self.settings, self.experts, self.rotations = settings, experts, rotations
+    def __init__(self, settings: SolverGain, block: MoEBlock):
+        self.settings, self.block = settings, block
         self.inputs = BlockInputs()
 
     def update(self, tap: Tap) -> None:
         self.inputs.observe(tap)
 
     def result(self) -> Result:
-        own, weights = self.settings, self.experts.weights()
-        matrices = weights.matrices()
-        share = torch.ones(self.experts.num_experts, len(matrices), len(own.bits), dtype=torch.float64)
+        own, experts = self.settings, experts_of(self.block)
+        matrices, spaces = dict(experts.weights().matrices()), own.spaces(self.block, self.inputs)
+        names = list(matrices)
+        inward = names[:-1]  # all read the same
+        share = torch.ones(experts.num_experts, len(matrices), len(own.bits), dtype=torch.float64)
         left = torch.ones(*share.shape, len(own.ranks), dtype=torch.float64)
-        for part in self.inputs.moments(self.experts, _CHUNK_BYTES):
+        for part in self.inputs.moments(experts, _CHUNK_BYTES):
             if not part.rows_C.any():
                 continue
             here = slice(part.experts.start, part.experts.stop)
-            seen_C1 = part.rows_C.gt(0).unsqueeze(1)
+            seen_C = part.rows_C.gt(0)
             rows_C = part.rows_C.to(part.input_CHH.device)
-            hessians = [
-                self.rotations.of_moment(name, shrink_hessians(moment, rows_C, own.shrinkage))
-                for name, moment in (("up", part.input_CHH), ("down", part.activation_CII))
-            ]
-            costs = [None if own.solve else column_costs(hessian, own.damping) for hessian in hessians]
-            for m, (name, stacked) in enumerate(matrices):
-                read = hessians[name == "down"], costs[name == "down"]
-                matrix = self.rotations.turned(name, stacked[here])
-                found, spectra = zip(*(self._share(matrix, *read, own.grid(b)) for b in own.bits), strict=True)
-                share[here, m] = torch.where(seen_C1, torch.stack(found, dim=1).cpu(), 1.0)
-                left[here, m] = torch.where(seen_C1.unsqueeze(1), torch.stack(spectra, dim=1).cpu(), 1.0)
+            for moment_CKK, read in ((part.input_CHH, inward), (part.activation_CII, ["down"])):
+                for whole in dict.fromkeys(spaces[read[0]]):
+                    space = whole.part(part.experts)
+                    hessian_CKK = shrink_hessians(space.of_moment(moment_CKK), rows_C, own.shrinkage)
+                    costs = None if own.solve else column_costs(hessian_CKK, own.damping)
+                    for name in read:
+                        matrix_COK, m = space.turned(matrices[name][here]), names.index(name)
+                        for column in (b for b, other in enumerate(spaces[name]) if other is whole):
+                            found_C, spectra = self._share(matrix_COK, hessian_CKK, costs, own.grid(own.bits[column]))
+                            share[here, m, column] = torch.where(seen_C, found_C.cpu(), 1.0)
+                            left[here, m, column] = torch.where(seen_C.unsqueeze(1), spectra.cpu(), 1.0)
         return {"share": share, **({"left": left} if own.ranks else {})}
 
     def _share(

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Accumulator, Result
-from moe_compress.model import FusedExperts, GradientTap, Tap
+from moe_compress.model import GradientTap, MoEBlock, Tap
 
 from .at_widths import OutputChanges
-from .rotation import Rotations
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,16 @@ class GradientError(OutputChanges):
     name: ClassVar[str] = "gradient_error"
     gradients: ClassVar[bool] = True
 
-    def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
+    def accumulator(self, block: MoEBlock) -> Accumulator:
         """See AtWidths."""
-        return _Errors(self, experts, rotations)
+        return _Errors(self, block)
 
 
 class _Errors(Accumulator):
     """Keeps inputs and gradients; errors are computed at the end, so that each expert is quantized once per width."""
 
-    def __init__(self, settings: GradientError, experts: FusedExperts, rotations: Rotations):
-        self.settings, self.experts, self.rotations = settings, experts, rotations
+    def __init__(self, settings: GradientError, block: MoEBlock):
+        self.settings, self.block = settings, block
         self.inputs = BlockInputs()
         self.gradients: list[Tensor] = []
 
@@ -63,8 +62,8 @@ class _Errors(Accumulator):
         own, tokens = self.settings, self.inputs.tokens
         # The sweep's loss is a mean: times T it is a sum over the text, of the size of one token's.
         gradient_TH = torch.cat(self.gradients).float() * tokens
-        sums = {"gradient": own.zeros(self.experts), "fisher": own.zeros(self.experts)}
-        for experts, part, place, column, change_RH in own.changes(self.experts, self.rotations, self.inputs):
+        sums = {"gradient": own.zeros(self.block), "fisher": own.zeros(self.block)}
+        for experts, part, place, column, change_RH in own.changes(self.block, self.inputs):
             effect_RH = change_RH * (gradient_TH[part.token_R] * part.weight_R.float().unsqueeze(-1))
             found = {
                 "gradient": effect_RH.square().sum(-1, dtype=torch.float64),

@@ -15,13 +15,12 @@ from torch import Tensor
 from moe_compress.calib.inputs import BlockInputs, chunks
 from moe_compress.calib.statistics import Accumulator, Result
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.model import FusedExperts, Tap
+from moe_compress.model import MoEBlock, Tap
 from moe_compress.model.dispatch import Dispatch, grouped_squares
 
 from .at_widths import AtWidths
-from .grid import dequantize
-from .rotation import Rotations
-from .rtn import output_error, round_to_nearest
+from .rtn import output_error
+from .scores import experts_of
 
 # Moments, rows and re-quantized weights made at a time.
 _CHUNK_BYTES = 512 << 20
@@ -43,16 +42,16 @@ class GramError(AtWidths):
     name: ClassVar[str] = "gram_error"
     weighs_tokens: ClassVar[bool] = True
 
-    def accumulator(self, experts: FusedExperts, rotations: Rotations) -> Accumulator:
+    def accumulator(self, block: MoEBlock) -> Accumulator:
         """See AtWidths."""
-        return _Traces(self, experts, rotations)
+        return _Traces(self, block)
 
 
 class _Traces(Accumulator):
     """Keeps the block's inputs, as a moment per expert takes far more; moments are made at the end, in chunks."""
 
-    def __init__(self, settings: GramError, experts: FusedExperts, rotations: Rotations):
-        self.settings, self.experts, self.rotations = settings, experts, rotations
+    def __init__(self, settings: GramError, block: MoEBlock):
+        self.settings, self.block = settings, block
         self.inputs = BlockInputs()
         self.scales: list[Tensor] = []
 
@@ -66,9 +65,10 @@ class _Traces(Accumulator):
         self.scales.append(tap.inverse_residual_T * tap.counted_T.cpu())
 
     def result(self) -> Result:
-        weights, count = self.experts.weights(), self.experts.num_experts
+        experts, spaces = experts_of(self.block), self.settings.spaces(self.block, self.inputs)
+        weights, count = experts.weights(), experts.num_experts
         names = [name for name, _ in weights.matrices()]
-        hidden, neurons = self.experts.hidden_size, weights.up.shape[1]
+        hidden, neurons = experts.hidden_size, weights.up.shape[1]
         dispatch = Dispatch.of(self.inputs.index_TK, self.inputs.weight_TK, count)
         scale_T = torch.cat(self.scales)
         error = torch.zeros(count, len(names), len(self.settings.bits), dtype=torch.float64)
@@ -81,19 +81,19 @@ class _Traces(Accumulator):
                 continue
             own, here = weights.part(chunk), slice(chunk.start, chunk.stop)
             input_RH = self.inputs.hidden_TH[part.token_R]
-            activation_RI, output_RH = self.experts.with_weights(own, input_RH, part)
+            activation_RI, output_RH = experts.with_weights(own, input_RH, part)
             scale_R = part.weight_R.double().square() * scale_T.to(part.weight_R.device)[part.token_R]
             weigh_R1 = scale_R.sqrt().float().unsqueeze(1)
             added_R = output_RH.float().mul(weigh_R1).square().sum(dim=1).double()
             output[here].index_add_(0, part.expert_R.cpu(), added_R.cpu())
             read = input_RH.float() * weigh_R1
-            moments = {False: self.rotations.of_moment("up", grouped_squares(read, part.offsets_E))}
+            moments = {False: grouped_squares(read, part.offsets_E)}
             read = activation_RI.float() * weigh_R1
-            moments[True] = self.rotations.of_moment("down", grouped_squares(read, part.offsets_E))
+            moments[True] = grouped_squares(read, part.offsets_E)
             for m, (name, matrix) in enumerate(own.matrices()):
-                hessian, matrix = moments[name == "down"], self.rotations.turned(name, matrix.float())
+                hessian, matrix = moments[name == "down"], matrix.float()
                 energy[here, m] = output_error(matrix, hessian).sum(1).cpu()
-                for column, bits in enumerate(self.settings.bits):
-                    rounded = dequantize(round_to_nearest(matrix, self.settings.grid(bits)), torch.float32)
+                for column, (bits, space) in enumerate(zip(self.settings.bits, spaces[name], strict=True)):
+                    rounded = self.settings.rounded(matrix, bits, space.part(chunk))
                     error[here, m, column] = output_error(matrix - rounded, hessian).sum(1).cpu()
         return {"error": error, "energy": energy, "output": output}

@@ -17,7 +17,7 @@ Letters: E experts, C experts of a chunk, R rows by expert, B branches, P factor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -45,14 +45,20 @@ Merge = Literal["max", "mean"]
 
 def unreachable(shape: ModelShape) -> dict[int, str]:
     """Layer → why factors can't move into the norm before its block; none of those where they can."""
-    found = {}
-    for index, layer in shape.layers.items():
-        reads = shape.reads[index]
-        if seeing := sorted(set(layer.rules) - _BLIND_RULES):
-            found[index] = f"its rule {seeing[0]} reads what its experts read"
-        elif isinstance(reads, str):
-            found[index] = reads
-    return found
+    why = {i: _obstacle(layer.rules, shape.reads[i]) for i, layer in shape.layers.items()}
+    return {index: reason for index, reason in why.items() if reason is not None}
+
+
+def unmovable(block: MoEBlock) -> str | None:
+    """Why factors can't move into the norm before a block, or None."""
+    return _obstacle([rule.kind for rule in block.rules], block.reads)
+
+
+def _obstacle(rules: Iterable[str], reads: Reads | str) -> str | None:
+    """Why factors can't move out of the norm before a block with rules of these kinds, or None."""
+    if seeing := sorted(set(rules) - _BLIND_RULES):
+        return f"its rule {seeing[0]} reads what its experts read"
+    return reads if isinstance(reads, str) else None
 
 
 def check_reachable(step: str, shape: ModelShape) -> None:
@@ -75,17 +81,12 @@ def left_out(shape: ModelShape) -> list[str]:
 
 
 def smooth_inputs(
-    block: MoEBlock,
-    shape: ModelShape,
-    options: InputSmoothing,
-    inputs: BlockInputs,
-    errors: Callable[[Tensor], Tensor],
+    block: MoEBlock, options: InputSmoothing, inputs: BlockInputs, errors: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
     """Move the best factors of those tried into a layer, in place: what `Pass.prepare` does and returns.
 
     Args:
         block: router and experts, dense, with the decoder layer live.
-        shape: of the model.
         options: how factors are found.
         inputs: what the block reads.
         errors: factors [P, H], the first all 1 → what quantizing the block with each leaves, [P].
@@ -93,22 +94,37 @@ def smooth_inputs(
     Returns `input_smoothing`: the `exponent` (None: factors of 1 were best), `factors`: the smallest and the largest,
     `error_before` and `error_after`; or why nothing was done.
     """
-    reads, why = shape.reads[block.layer], unreachable(shape).get(block.layer)
+    reads, why = block.reads, unmovable(block)
     if isinstance(reads, str) or why is not None:
         return {"input_smoothing": why}
-    read_BH, weight_BH = magnitudes(block, reads, inputs)
-    exponents = EXPONENTS if options.smooth_exponent is None else (options.smooth_exponent,)
-    tried = [merged(read_BH, weight_BH, a, options.smooth_merge) for a in exponents]
-    rounded = [movable(block, reads, factor_H, inputs.stored).to(factor_H) for factor_H in tried]
-    factor_PH = torch.stack([torch.ones_like(tried[0]), *rounded])
+    factor_PH = tried_factors(block, options, inputs)
     error_P = errors(factor_PH)
-    best = int(error_P.argmin()) if options.smooth_exponent is None else 1
+    best = best_factors(error_P, options)
     report = {"error_before": float(error_P[0]), "error_after": float(error_P[best])}
     if best == 0:
         return {"input_smoothing": {"exponent": None, "factors": [1.0, 1.0], **report}}
     moved_H = move_factors(block, reads, factor_PH[best], inputs.stored)
     factors = [float(moved_H.min()), float(moved_H.max())]
-    return {"input_smoothing": {"exponent": exponents[best - 1], "factors": factors, **report}}
+    return {"input_smoothing": {"exponent": _exponents(options)[best - 1], "factors": factors, **report}}
+
+
+def tried_factors(block: MoEBlock, options: InputSmoothing, inputs: BlockInputs) -> Tensor:
+    """All 1, and what each exponent gives, as the norm will be rounded: [P, H] float64; `unmovable` must be None."""
+    reads = block.reads
+    assert not isinstance(reads, str)
+    read_BH, weight_BH = magnitudes(block, reads, inputs)
+    tried = [merged(read_BH, weight_BH, a, options.smooth_merge) for a in _exponents(options)]
+    rounded = [movable(block, reads, factor_H, inputs.stored).to(factor_H) for factor_H in tried]
+    return torch.stack([torch.ones_like(tried[0]), *rounded])
+
+
+def best_factors(error_P: Tensor, options: InputSmoothing) -> int:
+    """Which of `tried_factors` to take, by what quantizing leaves with each."""
+    return int(error_P.argmin()) if options.smooth_exponent is None else 1
+
+
+def _exponents(options: InputSmoothing) -> tuple[float, ...]:
+    return EXPONENTS if options.smooth_exponent is None else (options.smooth_exponent,)
 
 
 def merged(read_BH: Tensor, weight_BH: Tensor, exponent: float, merge: Merge) -> Tensor:
@@ -158,12 +174,13 @@ def magnitudes(block: MoEBlock, reads: Reads, inputs: BlockInputs) -> tuple[Tens
 def input_errors(
     block: MoEBlock,
     factor_PH: Tensor,
-    widths: Mapping[str, Sequence[float]],
+    widths: Sequence[Mapping[str, Sequence[float]]],
     options: SolverOptions,
     inputs: BlockInputs,
     memory_limit: int,
 ) -> Tensor:
-    """What quantizing gate and up of all experts with each of these factors leaves, [P] float64.
+    """What quantizing gate and up of all experts leaves with each of these factors, for each of some assignments of
+    widths, [W, P] float64.
 
     Per expert it is what the solver minimises (its shrunk Hessian, GPTQ without its last sweeps), times the weight
     that all of its rows have together.
@@ -173,24 +190,25 @@ def input_errors(
     mean_HH, _ = layer.means()
     mass_E = torch.zeros(experts.num_experts, dtype=torch.float64, device=layer.weight_R.device)
     mass_E.index_add_(0, layer.dispatch.expert_R, layer.weight_R)
-    error_P = torch.zeros(len(factor_PH), dtype=torch.float64)
+    error_WP = torch.zeros(len(widths), len(factor_PH), dtype=torch.float64)
     inward = [name for name, _ in weights.matrices() if name != "down"]
     for rows in layer.parts(memory_limit):
         exact = weights.part(rows.experts)
         moment_CHH = shrink_hessians(rows.moment(rows.input_RH), rows.evidence_C, options.shrinkage, mean_KK=mean_HH)
         mass_C = mass_E[rows.experts.start : rows.experts.stop]
-        for chosen in sorted({tuple(widths[name][e] for name in inward) for e in rows.experts}):
-            local = [c for c, e in enumerate(rows.experts) if tuple(widths[name][e] for name in inward) == chosen]
-            # Matrices that read the same and get the same width are one matrix with more rows.
-            alike = [inward] if len(set(chosen)) == 1 else [[name] for name in inward]
-            for own in alike:
-                width = chosen[inward.index(own[0])]
-                value_CIH = torch.cat([getattr(exact, name)[local] for name in own], dim=1)
-                for number, factor_H in enumerate(factor_PH):
-                    factor_CH = factor_H.to(value_CIH.device, torch.float32).expand(len(local), -1)
-                    error_C = quantization_error(value_CIH, moment_CHH[local], factor_CH, width, options)
-                    error_P[number] += float((error_C * mass_C[local]).sum())
-    return error_P
+        for error_P, own_widths in zip(error_WP, widths, strict=True):
+            assigned = [tuple(own_widths[name][e] for name in inward) for e in rows.experts]
+            for chosen in sorted(set(assigned)):
+                local = [c for c, own in enumerate(assigned) if own == chosen]
+                # Matrices that read the same and get the same width are one matrix with more rows.
+                for own in [inward] if len(set(chosen)) == 1 else [[name] for name in inward]:
+                    width = chosen[inward.index(own[0])]
+                    value_CIH = torch.cat([getattr(exact, name)[local] for name in own], dim=1)
+                    for number, factor_H in enumerate(factor_PH):
+                        factor_CH = factor_H.to(value_CIH.device, torch.float32).expand(len(local), -1)
+                        error_C = quantization_error(value_CIH, moment_CHH[local], factor_CH, width, options)
+                        error_P[number] += float((error_C * mass_C[local]).sum())
+    return error_WP
 
 
 def scheme_errors(

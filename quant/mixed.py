@@ -194,14 +194,12 @@ class QuantizeMixed(Pass):
 
     def prepare(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs) -> dict[str, Any]:
         """Smooth what a block reads."""
-        assert self.profile is not None
-        widths, options = decision["bits"], self.options
+        widths, options = [decision["bits"]], self.options
         return smooth_inputs(
             block,
-            self.profile.shape,
             options,
             inputs,
-            lambda factor_PH: input_errors(block, factor_PH, widths, options, inputs, CHUNK_BYTES),
+            lambda factor_PH: input_errors(block, factor_PH, widths, options, inputs, CHUNK_BYTES)[0],
         )
 
     def apply(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs | None) -> dict[str, Any]:

@@ -122,7 +122,6 @@ class QuantizeScheme(Pass):
 
     def prepare(self, block: MoEBlock, decision: dict[str, Any], inputs: BlockInputs) -> dict[str, Any]:
         """Smooth what a block reads, by what the server will make of it and of rounded weights."""
-        assert self.profile is not None
         scheme = Scheme(**decision["scheme"])
 
         def read(input_RH: Tensor) -> Tensor:
@@ -130,7 +129,6 @@ class QuantizeScheme(Pass):
 
         return smooth_inputs(
             block,
-            self.profile.shape,
             self.options,
             inputs,
             lambda factor_PH: scheme_errors(block, factor_PH, inputs, self._rounded, read, CHUNK_BYTES),

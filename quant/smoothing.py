@@ -51,23 +51,41 @@ def smooth_neurons(
     """
     if reason := obstacle(experts):
         return reason
+    weights = experts.weights()
+    ((power_E, factor_EI),) = neuron_factors(experts, [width_E], options, inputs, memory_limit)
+    for expert, factor_I in enumerate(factor_EI):
+        up, down = weights.up[expert], weights.down[expert]
+        up.copy_(up.float() / factor_I.unsqueeze(1))
+        down.copy_(scaled(down, factor_I))
+        if weights.up_bias is not None:
+            weights.up_bias[expert].copy_(weights.up_bias[expert].float() / factor_I)
+    return power_E
+
+
+def neuron_factors(
+    experts: FusedExperts,
+    width_WE: Sequence[Sequence[float]],
+    options: SolverOptions,
+    inputs: BlockInputs,
+    memory_limit: int,
+) -> list[tuple[list[float], Tensor]]:
+    """For each assignment of widths to down projections: α of every expert, its neurons' factors [E, I], float32."""
     weights, layer = experts.weights(), LayerRows(experts, inputs, options.hessian)
     _, mean_II = layer.means()
-    power_E = [0.0] * experts.num_experts
+    ones_EI = torch.ones(weights.down.shape[::2], device=weights.down.device)
+    found = [([0.0] * experts.num_experts, ones_EI.clone()) for _ in width_WE]
     for rows in layer.parts(memory_limit):
         exact = weights.part(rows.experts)
         activation_RI = experts.activations_with(exact, rows.input_RH, rows.dispatch)
         moment_CII = shrink_hessians(rows.moment(activation_RI), rows.evidence_C, options.shrinkage, mean_KK=mean_II)
-        for width in sorted({width_E[e] for e in rows.experts}):
-            local = [c for c, e in enumerate(rows.experts) if width_E[e] == width]
-            power_C, factor_CI = factors(exact.down[local], moment_CII[local], width, options)
-            exact.up[local] = (exact.up[local].float() / factor_CI.unsqueeze(2)).to(exact.up.dtype)
-            exact.down[local] = _scaled(exact.down[local], factor_CI)
-            if exact.up_bias is not None:
-                exact.up_bias[local] = (exact.up_bias[local].float() / factor_CI).to(exact.up_bias.dtype)
-            for place, power in zip(local, power_C.tolist(), strict=True):
-                power_E[rows.experts.start + place] = power
-    return power_E
+        for width_E, (power_E, factor_EI) in zip(width_WE, found, strict=True):
+            for width in sorted({width_E[e] for e in rows.experts}):
+                local = [c for c, e in enumerate(rows.experts) if width_E[e] == width]
+                power_C, factor_CI = factors(exact.down[local], moment_CII[local], width, options)
+                for place, power, factor_I in zip(local, power_C.tolist(), factor_CI, strict=True):
+                    power_E[rows.experts.start + place] = power
+                    factor_EI[rows.experts.start + place] = factor_I
+    return found
 
 
 def obstacle(experts: FusedExperts) -> str | None:
@@ -108,9 +126,9 @@ def factors(down_EHI: Tensor, moment_EII: Tensor, width: float, options: SolverO
     return torch.tensor(POWERS)[best_E.cpu()], torch.stack(tried)[best_E, everyone_E]
 
 
-def _scaled(down_EHI: Tensor, factor_EI: Tensor) -> Tensor:
-    """Down projections with factors, in their own dtype: what that rounds counts as error where factors are chosen."""
-    return (down_EHI.float() * factor_EI.unsqueeze(1)).to(down_EHI.dtype)
+def scaled(weight_EOK: Tensor, factor_EK: Tensor) -> Tensor:
+    """Matrices with factors, in their own dtype: what that rounds counts as error where factors are chosen."""
+    return (weight_EOK.float() * factor_EK.unsqueeze(-2)).to(weight_EOK.dtype)
 
 
 def quantization_error(
@@ -118,7 +136,7 @@ def quantization_error(
 ) -> Tensor:
     """What quantizing leaves of matrices whose columns have these factors, Σ (ΔW x)², [E]; `moment_EKK` is of what
     they read without the factors. GPTQ without its last sweeps."""
-    value_EOK = _scaled(weight_EOK, factor_EK)
+    value_EOK = scaled(weight_EOK, factor_EK)
     scaled_EKK = moment_EKK / (factor_EK.unsqueeze(1) * factor_EK.unsqueeze(2))
     grid = options.grid(width)
     if options.method == "gptq":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,10 @@ from moe_compress.passes import PassOptions
 from .grid import Grid, GroupSize, Search
 from .layer_rows import Weighing
 from .rotation import Rotate, Rotations
+
+# What factors depend on.
+_SMOOTHING = {"method", "group_size", "symmetric", "search", "damping", "shrinkage", "hessian"}
+_SMOOTHING |= {"smooth", "smooth_exponent", "smooth_merge"}
 
 
 class InputSmoothing(PassOptions):
@@ -106,6 +110,11 @@ class SolverOptions(InputSmoothing):
     def smooths_input(self) -> bool:
         """Whether factors move out of the norm before the block."""
         return self.smooth in ("input", "both")
+
+    @property
+    def smoothing(self) -> dict[str, Any]:
+        """Those options that factors follow from, as plain data; empty where there are none."""
+        return {} if self.smooth == "none" else self.model_dump(include=_SMOOTHING)
 
     @property
     def low_rank_rounds(self) -> int:

@@ -8,9 +8,9 @@ stays as it is), given other experts (`replace_experts`), and turned into plain 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from .rules import Remap, RouteRule, make_rule
 from .saved import build_experts, check_classes
 from .tensors import get_tensor, set_tensor
 
+if TYPE_CHECKING:
+    from .reading import Reads
+
 # Attribute of a fused experts module whose number of neurons isn't the one that its config says.
 _NARROWED = "moe_compress_neurons"
 # Attribute of a decoder layer: names of tensors beside router and experts that were changed with them.
@@ -41,13 +44,23 @@ class MoEBlock:
         module: the decoder layer.
         path: path of the experts module relative to it ("mlp.experts").
         axes: which of its tensors and attributes count experts.
+
+    `reads`: finds what the experts read, when it is first asked for.
     """
 
-    def __init__(self, layer: int, module: nn.Module, path: str, axes: ExpertAxes):
+    def __init__(
+        self,
+        layer: int,
+        module: nn.Module,
+        path: str,
+        axes: ExpertAxes,
+        reads: Callable[[], Reads | str] = lambda: "it wasn't looked for",
+    ):
         self.layer = layer
         self.module = module
         self.path = path
         self.axes = axes
+        self._reads = reads
         self.parent_path, _, self.experts_name = path.rpartition(".")
         self.router_path = self._find_router()
 
@@ -79,6 +92,11 @@ class MoEBlock:
         """What holds the experts: "fused" for the family's own dense module, else the kind of what replaced it."""
         module = self.experts_module
         return "fused" if hf.is_fused_experts(module) else module.kind  # type: ignore[return-value]
+
+    @property
+    def reads(self) -> Reads | str:
+        """The norm and the matrices that what the experts read has to do with, or why that isn't known."""
+        return self._reads()
 
     @property
     def num_experts(self) -> int:

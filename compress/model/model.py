@@ -244,7 +244,8 @@ class MoEModel:
             raise InputError(f"decoder layer {index} has no experts")
         layer = f"{self.stack}.{index}"
         path = self._paths[index]
-        return MoEBlock(index, self.module.get_submodule(layer), path.removeprefix(layer + "."), self._axes[path])
+        module, own = self.module.get_submodule(layer), path.removeprefix(layer + ".")
+        return MoEBlock(index, module, own, self._axes[path], lambda: self.reads[index])
 
     def own_names(self, index: int) -> frozenset[str]:
         """Names, relative to the layer, that a block's tensors have in the source; none where there is no block."""

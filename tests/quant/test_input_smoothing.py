@@ -57,7 +57,7 @@ def plant(block, reads, inputs):
 
 def smoothed(view, block, options, inputs, widths):
     return smooth_inputs(
-        block, model_shape(view), options, inputs, lambda f: input_errors(block, f, widths, options, inputs, 1 << 15)
+        block, options, inputs, lambda f: input_errors(block, f, [widths], options, inputs, 1 << 15)[0]
     )["input_smoothing"]
 
 
@@ -114,7 +114,7 @@ def test_errors_by_hand():
                 for t, w in zip(token, weight_R, strict=True):
                     error += float(w**2 * (change @ inputs.hidden_TH[t].double()).square().sum())
         expected.append(error / float((gate_R**2).mean()))
-    found = input_errors(block, factor_PH, widths, RTN, inputs, 1 << 15)
+    found = input_errors(block, factor_PH, [widths], RTN, inputs, 1 << 15)[0]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
@@ -127,7 +127,7 @@ def test_takes_the_best_of_what_is_tried():
     alone = {}
     for exponent in EXPONENTS:
         factor_H = merged(*magnitudes(block, reads, inputs), exponent, "mean")
-        alone[exponent] = float(input_errors(block, factor_H[None], widths, RTN, inputs, 1 << 20))
+        alone[exponent] = float(input_errors(block, factor_H[None], [widths], RTN, inputs, 1 << 20))
     said = smoothed(view, block, RTN, inputs, widths)
     assert said["exponent"] == min(alone, key=alone.get)
     assert said["error_after"] == pytest.approx(min(alone.values()), rel=1e-3)

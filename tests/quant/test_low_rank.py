@@ -9,13 +9,11 @@ from packs import DENSE, mixture, pack_block, put
 from test_packed import ROUTINGS, expected, first_block, routing
 
 from moe_compress.errors import RunError
-from moe_compress.model import FusedExperts
 from moe_compress.quant.gain import SolverGain, _Shares
 from moe_compress.quant.gptq import column_costs, gptq
 from moe_compress.quant.grid import Grid, dequantize
 from moe_compress.quant.low_rank import Pair, SharedSums, correction, pair_bytes, shares_left
 from moe_compress.quant.packed import build_packed
-from moe_compress.quant.rotation import NO_ROTATIONS
 from moe_compress.quant.rtn import round_to_nearest
 from moe_compress.quant.run_low_rank import LowRank
 
@@ -103,8 +101,7 @@ def test_a_shared_pair_is_the_best_for_all():
 
 
 def shares(**settings):
-    experts = FusedExperts(first_block("qwen3_moe").experts_module)
-    return _Shares(SolverGain(bits=(2,), group_size=4, **settings), experts, NO_ROTATIONS)
+    return _Shares(SolverGain(bits=(2,), group_size=4, **settings), first_block("qwen3_moe"))
 
 
 def test_what_a_rank_is_foreseen_to_leave():

@@ -1,0 +1,169 @@
+"""Costs of matrices that will be smoothed: those of a model that is smoothed by hand and then costed plainly.
+
+Promise: factors are worked out by the same functions that the pass applies them with (tested in test_smoothing.py and
+test_input_smoothing.py); what they make of every cost is compared with explicit copies, and with float64 loops.
+"""
+
+import copy
+import functools
+
+import pytest
+import torch
+from families import input_batch
+from reference import build
+from test_cost import matrices, to_nearest, traced
+from test_gradient_cost import measure
+
+from moe_compress.calib.inputs import BlockInputs
+from moe_compress.export.targets import find_target
+from moe_compress.model import FusedExperts, MoEModel
+from moe_compress.model.reading import move_factors
+from moe_compress.model.sweep import Sweep
+from moe_compress.quant.costs import find_cost
+from moe_compress.quant.experts import CHUNK_BYTES
+from moe_compress.quant.mixed import QuantizeMixed
+from moe_compress.quant.options import MixedOptions
+from moe_compress.quant.rotation import Rotation
+from moe_compress.quant.smoothing import smooth_neurons
+from moe_compress.quant.space import Space
+
+GROUP, BITS = 4, [2, 4]
+
+
+@functools.cache
+def uneven_model():
+    """Neurons and channels that differ in strength, as those of trained models do."""
+    model = build("qwen3_moe")
+    view = MoEModel.wrap(model)
+    generator = torch.Generator().manual_seed(0)
+    for index in view.moe_layers:
+        block = view.block(index)
+        up = FusedExperts(block.experts_module).weights().up
+        up.mul_(torch.randn(up.shape[:2], generator=generator).mul(1.5).exp().unsqueeze(2))
+        factor_H = torch.ones(block.experts.hidden_size)
+        factor_H[[3, 17]] = 1 / 30
+        move_factors(block, view.reads[index], factor_H)
+    return model
+
+
+def batches():
+    return [input_batch(uneven_model(), *shape) for shape in ((2, 9, 1), (1, 6, 2))]
+
+
+def options_of(smooth, rotate="none", **more):
+    return MixedOptions(bits=4, widths=BITS, group_size=GROUP, smooth=smooth, rotate=rotate, **more)
+
+
+def inputs_of(view, layer):
+    inputs = BlockInputs()
+    with Sweep(view, batches()) as sweep:
+        for at in sweep:
+            at.advance(inputs.observe if at.index == layer else None)
+    return inputs
+
+
+@torch.no_grad()
+def smoothed_copy(options, width):
+    """The model with the factors of its first layer moved as `apply` does, for all matrices at one width."""
+    model = copy.deepcopy(uneven_model())
+    view = MoEModel.wrap(model)
+    layer = view.moe_layers[0]
+    block, step = view.block(layer), QuantizeMixed(options, find_target("native"))
+    width_E = [width] * block.num_experts
+    if options.smooths_input:
+        said = step.prepare(block, {"bits": dict.fromkeys(("gate", "up", "down"), width_E)}, inputs_of(view, layer))
+        assert said["input_smoothing"]["exponent"] is not None
+    if options.smooths_neurons:
+        experts = FusedExperts(block.experts_module)
+        powers = smooth_neurons(experts, width_E, options, inputs_of(view, layer), CHUNK_BYTES)
+        assert max(powers) > 0
+    return model
+
+
+def test_a_space_by_hand():
+    """A = D Q as a matrix, in float64."""
+    generator = torch.Generator().manual_seed(4)
+    weight_EOK, factor_EK = torch.randn(3, 5, 16, generator=generator), torch.rand(3, 16, generator=generator) + 0.5
+    rows_ETK = torch.randn(3, 40, 16, generator=generator)
+    rotation = Rotation.random(16, 7)
+    turn_KK = rotation(torch.eye(16, dtype=torch.float64))
+    for factors, turn in ((factor_EK, None), (factor_EK[:1], rotation), (None, rotation), (None, None)):
+        space = Space(turn, factors)
+        for part in (slice(0, 3), range(1, 3)):
+            here, own = slice(part.start, part.stop), space.part(part)
+            scale_EK = torch.ones(3, 16) if factors is None else factors.expand(3, 16)
+            a_EKK = scale_EK[here].double().diag_embed() @ (torch.eye(16).double() if turn is None else turn_KK)
+            weight, rows = weight_EOK[here].double(), rows_ETK[here].double()
+            found = own.turned(weight_EOK[here])
+            torch.testing.assert_close(found.double(), weight @ a_EKK, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(own.back(found).double(), weight, rtol=1e-5, atol=1e-5)
+            read = rows @ torch.linalg.inv(a_EKK).mT  # A⁻¹ x
+            moment = own.of_moment(rows_ETK[here].mT @ rows_ETK[here])
+            torch.testing.assert_close(moment.double(), read.mT @ read, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("smooth", "rotate", "method"), [("neurons", "none", "gptq"), ("input", "down", "gptq"), ("both", "none", "rtn")]
+)
+def test_every_cost_is_that_of_a_smoothed_copy(smooth, rotate, method):
+    """With GPTQ's share of it, and at each width that of the factors which that width gets."""
+    options = options_of(smooth, rotate, method=method)
+    layer = MoEModel.wrap(uneven_model()).moe_layers[0]
+    costs = [find_cost(name) for name in ("relative", "gram", "gradient")]
+    unsmooth = options.model_copy(update={"smooth": "none"})
+    plain = {b: unsmooth.model_copy(update={"widths": [b]}) for b in BITS}
+
+    def measured(model, own):
+        statistics = {s.key: s for c in costs for s in c.statistics(own, True)}.values()
+        profile = measure(MoEModel.wrap(copy.deepcopy(model).requires_grad_(True)), batches(), list(statistics))
+        return {s.name: profile.of(layer, s) for s in statistics}
+
+    found, unsmoothed = measured(uneven_model(), options), measured(uneven_model(), unsmooth)
+    assert ("solver_gain" in found) == (method == "gptq")
+    changed = set()
+    for column, width in enumerate(BITS):
+        expected = measured(smoothed_copy(options, width), plain[width])
+        for name, results in expected.items():
+            for key, value in results.items():
+                own, before = (r[name][key] for r in (found, unsmoothed))
+                if value.dim() == 3:
+                    own, before = own[..., column : column + 1], before[..., column : column + 1]
+                if options.smooths_neurons and name in ("gram_error", "solver_gain") and value.dim() > 1:
+                    # What up gives has another unit in each neuron, in which these count errors.
+                    own, before, value = (v[:, [0, 2]] for v in (own, before, value))
+                # Factors are rounded, so a code that was about to round one way rounds the other: in few matrices.
+                off = (own / value - 1).abs()[value > 0]
+                assert float(off.median()) < 1e-3, (name, key)
+                assert float(off.mean()) < 5e-2, (name, key)
+                if float((before / value - 1).abs()[value > 0].max()) > 0.1:
+                    changed.add((name, width))
+    assert changed >= {(s, b) for s in ("quantization_error", "gram_error", "gradient_error") for b in BITS}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("smooth", "rotate"), [("both", "none"), ("input", "down")])
+def test_relative_error_by_a_loop(smooth, rotate):
+    """A smoothed copy, of which one matrix is rounded in float64; the layer runs, errors are summed."""
+    options = options_of(smooth, rotate, method="rtn")
+    cost, model = find_cost("relative"), uneven_model()
+    layer = MoEModel.wrap(model).moe_layers[0]
+    (statistic,) = cost.statistics(options, True)
+    found = measure(MoEModel.wrap(copy.deepcopy(model)), batches(), [statistic]).of(layer, statistic)["relative"]
+    exact, rotations = traced(model, layer, batches()), options.rotations(layer, 32, 16)
+    used = 0
+    for column, width in enumerate(BITS):
+        smooth_one = smoothed_copy(options, width)
+        module = MoEModel.wrap(smooth_one).block(layer).experts_module
+        for expert in range(3):
+            for number, (name, matrix) in enumerate(matrices(module, expert)):
+                unit, turn = torch.eye(matrix.shape[1], dtype=torch.float64), rotations.of(name)
+                kept = matrix.clone()
+                matrix.copy_(to_nearest(matrix, width, unit if turn is None else turn(unit)))
+                expected = sum(
+                    float(((before - after).square().sum(-1) / hidden.square().sum(-1)).sum())
+                    for (before, hidden), (after, _) in zip(exact, traced(smooth_one, layer, batches()), strict=True)
+                )
+                matrix.copy_(kept)
+                used += expected > 0
+                assert float(found[expert, number, column]) == pytest.approx(expected, rel=1e-2, abs=1e-7)
+    assert used > 6
