@@ -57,15 +57,18 @@ def main() -> None:
     }
     mixed = [("quantize.mixed", {**options, "smooth": smooth}) for smooth in ("none", "input")]
     mixed.append(("quantize.mixed", {**options, "smooth": "input", "smooth_merge": "max"}))
+    program = {"bits": arguments.bits, "group_size": GROUP, "method": "rtn"}
+    mixed += [("quantize.mixed", {**program, "smooth": smooth}) for smooth in ("none", "input")]
     served = [("quantize.scheme", {"scheme": "w8a8", "smooth": smooth}) for smooth in ("none", "input")]
-    print(f"{'':10}{'pass':18}{'smooth':14}{'nats':>10}{'KL':>10}")
+    print(f"{'':10}{'pass':18}{'smooth':16}{'nats':>10}{'KL':>10}")
     for what, start in (("as it is", original), ("planted", model)):
         for name, values in [*mixed, *served]:
             yardstick.original = start
             found = yardstick.measure([{name: values}], text)
             smooth = values["smooth"] + (", largest" if "smooth_merge" in values else "")
+            smooth += ", program" if values.get("bits") == arguments.bits else ""
             nats = statistics.mean(found["lost"].values())
-            print(f"{what:10}{name:18}{smooth:14}{nats:>+10.4f}{found['kl']:>10.4f}", flush=True)
+            print(f"{what:10}{name:18}{smooth:16}{nats:>+10.4f}{found['kl']:>10.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ ALLOCATORS: dict[str, dict[str, Any]] = {
     "relative, per layer": {"scope": "layer"},
     "relative (default)": {},
     "relative (default), rotated": {"rotate": "down"},
+    "relative (default), smoothed": {"smooth": "neurons"},
     "relative, low rank": {"low_rank": {"ranks": [0, 2, 4, 8]}},
     "relative, low rank, one width": {"widths": [2], "low_rank": {"ranks": [0, 1, 2, 4, 8, 16]}},
     "relative, low rank, one width, two rounds": {

@@ -32,7 +32,7 @@ from moe_compress.model.shape import ModelShape
 
 from .gptq import shrink_hessians
 from .layer_rows import LayerRows
-from .smoothing import quantization_error
+from .smoothing import foreseen_costs, quantization_error
 from .solver import InputSmoothing, SolverOptions
 
 # Values of a. Of those that leave the same the first is taken, and before them s = 1.
@@ -178,12 +178,14 @@ def input_errors(
     options: SolverOptions,
     inputs: BlockInputs,
     memory_limit: int,
+    *,
+    foreseen: bool = False,
 ) -> Tensor:
     """What quantizing gate and up of all experts leaves with each of these factors, for each of some assignments of
     widths, [W, P] float64.
 
     Per expert it is what the solver minimises (its shrunk Hessian, GPTQ without its last sweeps), times the weight
-    that all of its rows have together.
+    that all of its rows have together. `foreseen`: what GPTQ is foreseen to leave, far less work than running it.
     """
     experts = FusedExperts(block.experts_module)
     weights, layer = experts.weights(), LayerRows(experts, inputs, options.hessian)
@@ -195,18 +197,20 @@ def input_errors(
     for rows in layer.parts(memory_limit):
         exact = weights.part(rows.experts)
         moment_CHH = shrink_hessians(rows.moment(rows.input_RH), rows.evidence_C, options.shrinkage, mean_KK=mean_HH)
+        costs_CH = foreseen_costs(moment_CHH, options) if foreseen else None
         mass_C = mass_E[rows.experts.start : rows.experts.stop]
         for error_P, own_widths in zip(error_WP, widths, strict=True):
             assigned = [tuple(own_widths[name][e] for name in inward) for e in rows.experts]
             for chosen in sorted(set(assigned)):
                 local = [c for c, own in enumerate(assigned) if own == chosen]
+                own_CH = None if costs_CH is None else costs_CH[local]
                 # Matrices that read the same and get the same width are one matrix with more rows.
                 for own in [inward] if len(set(chosen)) == 1 else [[name] for name in inward]:
                     width = chosen[inward.index(own[0])]
                     value_CIH = torch.cat([getattr(exact, name)[local] for name in own], dim=1)
                     for number, factor_H in enumerate(factor_PH):
                         factor_CH = factor_H.to(value_CIH.device, torch.float32).expand(len(local), -1)
-                        error_C = quantization_error(value_CIH, moment_CHH[local], factor_CH, width, options)
+                        error_C = quantization_error(value_CIH, moment_CHH[local], factor_CH, width, options, own_CH)
                         error_P[number] += float((error_C * mass_C[local]).sum())
     return error_WP
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.model import FusedExperts
 
-from .gptq import gptq, shrink_hessians
+from .gptq import column_costs, gptq, shrink_hessians
 from .grid import dequantize
 from .hqq import half_quadratic
 from .layer_rows import LayerRows
@@ -68,8 +68,13 @@ def neuron_factors(
     options: SolverOptions,
     inputs: BlockInputs,
     memory_limit: int,
+    *,
+    foreseen: bool = False,
 ) -> list[tuple[list[float], Tensor]]:
-    """For each assignment of widths to down projections: α of every expert, its neurons' factors [E, I], float32."""
+    """For each assignment of widths to down projections: α of every expert, its neurons' factors [E, I], float32.
+
+    `foreseen`: by what GPTQ is foreseen to leave, which takes far less than running it.
+    """
     weights, layer = experts.weights(), LayerRows(experts, inputs, options.hessian)
     _, mean_II = layer.means()
     ones_EI = torch.ones(weights.down.shape[::2], device=weights.down.device)
@@ -78,10 +83,12 @@ def neuron_factors(
         exact = weights.part(rows.experts)
         activation_RI = experts.activations_with(exact, rows.input_RH, rows.dispatch)
         moment_CII = shrink_hessians(rows.moment(activation_RI), rows.evidence_C, options.shrinkage, mean_KK=mean_II)
+        costs_CI = foreseen_costs(moment_CII, options) if foreseen else None
         for width_E, (power_E, factor_EI) in zip(width_WE, found, strict=True):
             for width in sorted({width_E[e] for e in rows.experts}):
                 local = [c for c, e in enumerate(rows.experts) if width_E[e] == width]
-                power_C, factor_CI = factors(exact.down[local], moment_CII[local], width, options)
+                own_CI = None if costs_CI is None else costs_CI[local]
+                power_C, factor_CI = factors(exact.down[local], moment_CII[local], width, options, own_CI)
                 for place, power, factor_I in zip(local, power_C.tolist(), factor_CI, strict=True):
                     power_E[rows.experts.start + place] = power
                     factor_EI[rows.experts.start + place] = factor_I
@@ -112,15 +119,19 @@ def obstacle(experts: FusedExperts) -> str | None:
     return None
 
 
-def factors(down_EHI: Tensor, moment_EII: Tensor, width: float, options: SolverOptions) -> tuple[Tensor, Tensor]:
-    """The best α of each expert [E], and its neurons' factors [E, I], float32."""
+def factors(
+    down_EHI: Tensor, moment_EII: Tensor, width: float, options: SolverOptions, costs_EI: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best α of each expert [E], and its neurons' factors [E, I], float32; `costs_EI`: see quantization_error."""
     strength_EI = moment_EII.diagonal(dim1=1, dim2=2).sqrt()
     log_EI = torch.where(strength_EI > 0, strength_EI, 1).log2()
     tried = []
     for power in POWERS:
         exponent_EI = (power * (log_EI - log_EI.mean(1, keepdim=True))).clamp(-12, 12)
         tried.append(torch.where(strength_EI > 0, exponent_EI, 0).exp2())
-    error_PE = torch.stack([quantization_error(down_EHI, moment_EII, factor_EI, width, options) for factor_EI in tried])
+    error_PE = torch.stack(
+        [quantization_error(down_EHI, moment_EII, factor_EI, width, options, costs_EI) for factor_EI in tried]
+    )
     best_E = error_PE.argmin(0)  # of equal ones the first
     everyone_E = torch.arange(len(best_E), device=best_E.device)
     return torch.tensor(POWERS)[best_E.cpu()], torch.stack(tried)[best_E, everyone_E]
@@ -131,14 +142,34 @@ def scaled(weight_EOK: Tensor, factor_EK: Tensor) -> Tensor:
     return (weight_EOK.float() * factor_EK.unsqueeze(-2)).to(weight_EOK.dtype)
 
 
+def foreseen_costs(moment_EKK: Tensor, options: SolverOptions) -> Tensor | None:
+    """What an error in each column will cost where GPTQ makes up for it, R_jj² [E, K]; None for methods without it."""
+    if options.method != "gptq":
+        return None
+    mean_E1 = moment_EKK.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    return column_costs(moment_EKK, options.damping)[1] * mean_E1
+
+
 def quantization_error(
-    weight_EOK: Tensor, moment_EKK: Tensor, factor_EK: Tensor, width: float, options: SolverOptions
+    weight_EOK: Tensor,
+    moment_EKK: Tensor,
+    factor_EK: Tensor,
+    width: float,
+    options: SolverOptions,
+    costs_EK: Tensor | None = None,
 ) -> Tensor:
-    """What quantizing leaves of matrices whose columns have these factors, Σ (ΔW x)², [E]; `moment_EKK` is of what
-    they read without the factors. GPTQ without its last sweeps."""
-    value_EOK = scaled(weight_EOK, factor_EK)
+    """What quantizing leaves of matrices whose columns have these factors, Σ (ΔW x)², [E].
+
+    `moment_EKK` is of what they read without the factors. GPTQ without its last sweeps; or what it is foreseen to
+    leave, with `costs_EK` from `foreseen_costs`: Σ_j R_jj² ‖ΔW_j‖², ΔW of rounding to nearest with factors, divided by
+    them again, for the Hessian with factors has R_jj divided by them.
+    """
+    value_EOK, grid = scaled(weight_EOK, factor_EK), options.grid(width)
+    if costs_EK is not None:
+        rounded_EOK = dequantize(round_to_nearest(value_EOK, grid, search=options.search))
+        change_EOK = rounded_EOK / factor_EK.unsqueeze(1) - weight_EOK.float()
+        return (change_EOK.square().sum(1) * costs_EK).sum(1, dtype=torch.float64)
     scaled_EKK = moment_EKK / (factor_EK.unsqueeze(1) * factor_EK.unsqueeze(2))
-    grid = options.grid(width)
     if options.method == "gptq":
         quantized = gptq(value_EOK, scaled_EKK, grid, damping=options.damping, search=options.search).quantized
     else:

@@ -2,12 +2,13 @@
 
 Contract: for invertible A, W x = (W A)(A⁻¹ x), and what is rounded is W A. With A = D Q, D factors of what a projection
 reads (smoothing.py, input_smoothing.py) and Q a rotation (rotation.py), rounding W to nearest is round(W D Q) Qᵀ D⁻¹,
-and the second moment of what is read is Qᵀ D⁻¹ M D⁻¹ Q. Factors per row, which up projections get beside those that
-down projections get, change nothing: scales are per row.
+and the second moment of what is read is Qᵀ D⁻¹ M D⁻¹ Q. That up projections have their rows divided by the factors of
+down projections changes nothing in what rounding does to the block's output: scales are per row.
 
-Factors depend on widths, so there is a space for each width: the factors that the pass would find if all matrices of
-the layer had it, on what the layer reads in the model as it is. Applied later, the layer reads what quantized layers
-before it put out, its matrices have several widths, and factors are chosen anew: about the same, not the very same.
+Factors depend on widths, so there is a space for each width: the factors that are best if all matrices of the layer
+have it, on what the layer reads in the model as it is, by what GPTQ is foreseen to leave where that is the method. Later,
+when the layer's matrices have several widths and it reads what quantized layers before it put out, the pass chooses
+factors anew, by running the method: about the same, not the very same.
 
 Letters: E experts, C experts of a chunk, H hidden, I neurons, O and K output and input features of a projection.
 """
@@ -77,11 +78,11 @@ def spaces_of(
     if options.smooths_input and unmovable(block) is None:
         assigned = [{name: [width] * experts.num_experts for name in names} for width in widths]
         factor_PH = tried_factors(block, options, inputs)
-        error_WP = input_errors(block, factor_PH, assigned, options, inputs, _CHUNK_BYTES)
+        error_WP = input_errors(block, factor_PH, assigned, options, inputs, _CHUNK_BYTES, foreseen=True)
         tried = [inward_W[0], *(replace(inward_W[0], factor_EK=factor_H[None].float()) for factor_H in factor_PH[1:])]
         inward_W = [tried[best_factors(error_P, options)] for error_P in error_WP]
     if options.smooths_neurons and obstacle(experts) is None:
         assigned_WE = [[width] * experts.num_experts for width in widths]
-        factors_W = neuron_factors(experts, assigned_WE, options, inputs, _CHUNK_BYTES)
+        factors_W = neuron_factors(experts, assigned_WE, options, inputs, _CHUNK_BYTES, foreseen=True)
         down_W = [replace(down_W[0], factor_EK=factor_EI) for _, factor_EI in factors_W]
     return {name: down_W if name == "down" else inward_W for name in names}

@@ -19,12 +19,17 @@ from moe_compress.export.targets import find_target
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.reading import move_factors
 from moe_compress.model.sweep import Sweep
+from moe_compress.quant import smoothing
 from moe_compress.quant.costs import find_cost
 from moe_compress.quant.experts import CHUNK_BYTES
+from moe_compress.quant.gptq import column_costs, foreseen_share
+from moe_compress.quant.grid import dequantize
 from moe_compress.quant.mixed import QuantizeMixed
 from moe_compress.quant.options import MixedOptions
 from moe_compress.quant.rotation import Rotation
-from moe_compress.quant.smoothing import smooth_neurons
+from moe_compress.quant.rtn import round_to_nearest
+from moe_compress.quant.smoothing import foreseen_costs, quantization_error, smooth_neurons
+from moe_compress.quant.solver import SolverOptions
 from moe_compress.quant.space import Space
 
 GROUP, BITS = 4, [2, 4]
@@ -80,6 +85,41 @@ def smoothed_copy(options, width):
     return model
 
 
+def test_what_gptq_is_foreseen_to_leave():
+    """Without factors the share that costs are scaled by; with them that of explicit matrices, in a loop of columns."""
+    generator = torch.Generator().manual_seed(5)
+    weight_EOK = torch.randn(2, 6, 8, generator=generator)
+    moment_EKK = (root := torch.randn(2, 8, 8, generator=generator)) @ root.mT + 3 * torch.eye(8)
+    factor_EK = torch.rand(2, 8, generator=generator) + 0.5
+    options = SolverOptions(group_size=4, damping=0.0, smooth="neurons")
+    costs_EK = foreseen_costs(moment_EKK, options)
+    assert foreseen_costs(moment_EKK, options.model_copy(update={"method": "rtn"})) is None
+
+    def change(factor):
+        value = (weight_EOK * factor.unsqueeze(1)).float()
+        return dequantize(round_to_nearest(value, options.grid(3))).double() - value.double()
+
+    ones = torch.ones_like(factor_EK)
+    found = quantization_error(weight_EOK, moment_EKK, ones, 3, options, costs_EK)
+    squares = change(ones).square().sum(1)
+    alone = (squares * moment_EKK.diagonal(dim1=1, dim2=2)).sum(1)
+    share = foreseen_share(squares, *column_costs(moment_EKK, 0.0))
+    torch.testing.assert_close(found, alone * share, rtol=1e-4, atol=0)
+    found = quantization_error(weight_EOK, moment_EKK, factor_EK, 3, options, costs_EK)
+    for expert, error in enumerate(found.tolist()):
+        hessian = moment_EKK[expert].double()
+        order = hessian.diagonal().argsort(descending=True).tolist()
+        scale = factor_EK[expert].double()
+        hessian, expected = hessian / torch.outer(scale, scale), 0.0
+        for position, j in enumerate(order):  # GPTQ's order without factors: with them it may be another
+            later = order[position + 1 :]
+            own = hessian[j, j]
+            if later:
+                own = own - hessian[j, later] @ torch.linalg.solve(hessian[later][:, later], hessian[later, j])
+            expected += float(own * change(factor_EK)[expert, :, j].square().sum())
+        assert error == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_space_by_hand():
     """A = D Q as a matrix, in float64."""
     generator = torch.Generator().manual_seed(4)
@@ -105,9 +145,15 @@ def test_a_space_by_hand():
 @pytest.mark.parametrize(
     ("smooth", "rotate", "method"), [("neurons", "none", "gptq"), ("input", "down", "gptq"), ("both", "none", "rtn")]
 )
-def test_every_cost_is_that_of_a_smoothed_copy(smooth, rotate, method):
-    """With GPTQ's share of it, and at each width that of the factors which that width gets."""
+def test_every_cost_is_that_of_a_smoothed_copy(smooth, rotate, method, monkeypatch):
+    """With GPTQ's share of it, and at each width that of the factors which that width gets.
+
+    Plans foresee which factors GPTQ will like best, so with GPTQ there is nothing to choose from here.
+    """
     options = options_of(smooth, rotate, method=method)
+    if method == "gptq":
+        monkeypatch.setattr(smoothing, "POWERS", (0.25,))
+        options = options.model_copy(update={"smooth_exponent": 0.5 if options.smooths_input else None})
     layer = MoEModel.wrap(uneven_model()).moe_layers[0]
     costs = [find_cost(name) for name in ("relative", "gram", "gradient")]
     unsmooth = options.model_copy(update={"smooth": "none"})
@@ -150,7 +196,7 @@ def test_relative_error_by_a_loop(smooth, rotate):
     (statistic,) = cost.statistics(options, True)
     found = measure(MoEModel.wrap(copy.deepcopy(model)), batches(), [statistic]).of(layer, statistic)["relative"]
     exact, rotations = traced(model, layer, batches()), options.rotations(layer, 32, 16)
-    used = 0
+    off = {"gate": [], "up": [], "down": []}
     for column, width in enumerate(BITS):
         smooth_one = smoothed_copy(options, width)
         module = MoEModel.wrap(smooth_one).block(layer).experts_module
@@ -164,6 +210,9 @@ def test_relative_error_by_a_loop(smooth, rotate):
                     for (before, hidden), (after, _) in zip(exact, traced(smooth_one, layer, batches()), strict=True)
                 )
                 matrix.copy_(kept)
-                used += expected > 0
-                assert float(found[expert, number, column]) == pytest.approx(expected, rel=1e-2, abs=1e-7)
-    assert used > 6
+                if expected:
+                    off[name].append(abs(float(found[expert, number, column]) / expected - 1))
+    assert min(map(len, off.values())) >= len(BITS)
+    # Scales of up projections with other rows are rounded (to bfloat16) to something else.
+    assert sum(off["up"]) / len(off["up"]) < 0.05
+    assert max(off["gate"] + off["down"]) < 0.01
