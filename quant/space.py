@@ -6,11 +6,12 @@ and the second moment of what is read is Qᵀ D⁻¹ M D⁻¹ Q. That up project
 down projections changes nothing in what rounding does to the block's output: scales are per row.
 
 Factors depend on widths, so there is a space for each width: the factors that are best if all matrices of the layer
-have it, on what the layer reads in the model as it is, by what GPTQ is foreseen to leave where that is the method. Later,
-when the layer's matrices have several widths and it reads what quantized layers before it put out, the pass chooses
+have it, on what the layer reads in the model as it is, by what GPTQ is foreseen to leave where that is the method.
+Later, when matrices have several widths and the layer reads what quantized layers before it put out, the pass chooses
 factors anew, by running the method: about the same, not the very same.
 
-Letters: E experts, C experts of a chunk, H hidden, I neurons, O and K output and input features of a projection.
+Letters: E experts (where a space is a part's, of the part), I neurons, O and K output and input features of a
+projection, P factors tried, W widths.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from moe_compress.calib.inputs import BlockInputs
@@ -79,7 +81,8 @@ def spaces_of(
         assigned = [{name: [width] * experts.num_experts for name in names} for width in widths]
         factor_PH = tried_factors(block, options, inputs)
         error_WP = input_errors(block, factor_PH, assigned, options, inputs, _CHUNK_BYTES, foreseen=True)
-        tried = [inward_W[0], *(replace(inward_W[0], factor_EK=factor_H[None].float()) for factor_H in factor_PH[1:])]
+        factor_P1H = factor_PH.unsqueeze(1).to(experts.weights().down.device, torch.float32)
+        tried = [inward_W[0], *(replace(inward_W[0], factor_EK=factor_1H) for factor_1H in factor_P1H[1:])]
         inward_W = [tried[best_factors(error_P, options)] for error_P in error_WP]
     if options.smooths_neurons and obstacle(experts) is None:
         assigned_WE = [[width] * experts.num_experts for width in widths]
