@@ -55,7 +55,7 @@ def plant(block, reads, inputs):
     inputs._parts = [((hidden * OUTLIERS).float(), *rest) for hidden, *rest in inputs._parts]
 
 
-def smoothed(view, block, options, inputs, widths):
+def smoothed(block, options, inputs, widths):
     return smooth_inputs(
         block, options, inputs, lambda f: input_errors(block, f, [widths], options, inputs, 1 << 15)[0]
     )["input_smoothing"]
@@ -128,7 +128,7 @@ def test_takes_the_best_of_what_is_tried():
     for exponent in EXPONENTS:
         factor_H = merged(*magnitudes(block, reads, inputs), exponent, "mean")
         alone[exponent] = float(input_errors(block, factor_H[None], [widths], RTN, inputs, 1 << 20))
-    said = smoothed(view, block, RTN, inputs, widths)
+    said = smoothed(block, RTN, inputs, widths)
     assert said["exponent"] == min(alone, key=alone.get)
     assert said["error_after"] == pytest.approx(min(alone.values()), rel=1e-3)
     assert said["error_after"] < 0.5 * said["error_before"]
@@ -141,13 +141,12 @@ def test_does_nothing_where_nothing_is_gained_and_what_it_is_told():
     view, block, _ = block_of()
     inputs = read(block)
     before = {n: v.clone() for n, v in block.module.state_dict().items()}
-    shape = model_shape(view)
-    said = smooth_inputs(block, shape, RTN, inputs, lambda f: torch.arange(len(f)))["input_smoothing"]
+    said = smooth_inputs(block, RTN, inputs, lambda f: torch.arange(len(f)))["input_smoothing"]
     assert said == {"exponent": None, "factors": [1.0, 1.0], "error_before": 0.0, "error_after": 0.0}
     assert all(torch.equal(v, before[n]) for n, v in block.module.state_dict().items())
     assert block.changed_beside == []
     fixed = RTN.model_copy(update={"smooth_exponent": 0.6})
-    said = smooth_inputs(block, shape, fixed, inputs, lambda f: torch.arange(len(f)))["input_smoothing"]
+    said = smooth_inputs(block, fixed, inputs, lambda f: torch.arange(len(f)))["input_smoothing"]
     assert (said["exponent"], said["error_before"], said["error_after"]) == (0.6, 0.0, 1.0)
     assert not torch.equal(block.router.weight, before["mlp.gate.weight"])
 
@@ -169,7 +168,7 @@ def test_outliers_cost_nothing_any_more(merge):
             hidden_TH = (hidden_TH * OUTLIERS).float()
         if how == "smoothed":
             moved = block.module.post_attention_layernorm.weight.clone()
-            smoothed(view, block, options, inputs, widths)
+            smoothed(block, options, inputs, widths)
             hidden_TH = hidden_TH * block.module.post_attention_layernorm.weight / moved
         quantize_experts(block, widths, options, None)
         lost[how] = float((block.experts_module(hidden_TH, other.index_TK, other.weight_TK) - exact).norm())
@@ -324,7 +323,8 @@ def test_a_layer_where_it_cannot_be_stays_and_is_noted():
     assert left_out(shape) == [f"what experts of layers [{block.layer}] read isn't smoothed: its norm is another's"]
     input_smoothing.check_reachable("quantize.mixed", shape)
     norm = block.module.post_attention_layernorm.weight.clone()
-    said = smooth_inputs(block, shape, RTN, read(block), lambda f: pytest.fail("nothing is to be tried"))
+    block._reads = lambda: shape.reads[block.layer]
+    said = smooth_inputs(block, RTN, read(block), lambda f: pytest.fail("nothing is to be tried"))
     assert said == {"input_smoothing": "its norm is another's"}
     assert torch.equal(norm, block.module.post_attention_layernorm.weight)
     layers = {i: layer.__class__(**{**vars(layer), "rules": ("learned",)}) for i, layer in shape.layers.items()}
