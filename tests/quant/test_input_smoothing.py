@@ -120,7 +120,7 @@ def test_errors_by_hand():
 
 @torch.no_grad()
 def test_takes_the_best_of_what_is_tried():
-    view, block, reads = block_of()
+    _, block, reads = block_of()
     inputs = read(block)
     plant(block, reads, inputs)
     widths = {n: [3] * block.num_experts for n in ("gate", "up", "down")}
@@ -138,7 +138,7 @@ def test_takes_the_best_of_what_is_tried():
 
 @torch.no_grad()
 def test_does_nothing_where_nothing_is_gained_and_what_it_is_told():
-    view, block, _ = block_of()
+    _, block, _ = block_of()
     inputs = read(block)
     before = {n: v.clone() for n, v in block.module.state_dict().items()}
     said = smooth_inputs(block, RTN, inputs, lambda f: torch.arange(len(f)))["input_smoothing"]
@@ -157,7 +157,7 @@ def test_outliers_cost_nothing_any_more(merge):
     """What experts put out on other tokens, at 4 bits: planted outliers lose much, smoothed about what there was."""
     lost = {}
     for how in ("none", "planted", "smoothed"):
-        view, block, reads = block_of()
+        _, block, reads = block_of()
         inputs, other = read(block, tokens=300), read(block, tokens=200, seed=5)
         exact = block.experts_module(other.hidden_TH, other.index_TK, other.weight_TK)
         widths = {n: [8 if n == "down" else 4] * block.num_experts for n in ("gate", "up", "down")}
