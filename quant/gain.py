@@ -10,6 +10,7 @@ features of a matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ from .grid import Grid, Quantized, dequantize
 from .low_rank import shares_left
 from .rtn import output_error, round_to_nearest
 from .scores import experts_of
+from .space import Space
 
 # Moments made at a time; solvers take about as much again.
 _CHUNK_BYTES = 512 << 20
@@ -65,29 +67,35 @@ class _Shares(Accumulator):
 
     def result(self) -> Result:
         own, experts = self.settings, experts_of(self.block)
-        matrices, spaces = dict(experts.weights().matrices()), own.spaces(self.block, self.inputs)
-        names = list(matrices)
-        inward = names[:-1]  # all read the same
-        share = torch.ones(experts.num_experts, len(matrices), len(own.bits), dtype=torch.float64)
+        spaces, weights = own.spaces(self.block, self.inputs), experts.weights()
+        names = [name for name, _ in weights.matrices()]
+        share = torch.ones(experts.num_experts, len(names), len(own.bits), dtype=torch.float64)
         left = torch.ones(*share.shape, len(own.ranks), dtype=torch.float64)
-        for part in self.inputs.moments(experts, _CHUNK_BYTES):
-            if not part.rows_C.any():
+        for moments in self.inputs.moments(experts, _CHUNK_BYTES):
+            if not moments.rows_C.any():
                 continue
-            here = slice(part.experts.start, part.experts.stop)
-            seen_C = part.rows_C.gt(0)
-            rows_C = part.rows_C.to(part.input_CHH.device)
-            for moment_CKK, read in ((part.input_CHH, inward), (part.activation_CII, ["down"])):
-                for whole in dict.fromkeys(spaces[read[0]]):
-                    space = whole.part(part.experts)
-                    hessian_CKK = shrink_hessians(space.of_moment(moment_CKK), rows_C, own.shrinkage)
-                    costs = None if own.solve else column_costs(hessian_CKK, own.damping)
-                    for name in read:
-                        matrix_COK, m = space.turned(matrices[name][here]), names.index(name)
-                        for column in (b for b, other in enumerate(spaces[name]) if other is whole):
-                            found_C, spectra = self._share(matrix_COK, hessian_CKK, costs, own.grid(own.bits[column]))
-                            share[here, m, column] = torch.where(seen_C, found_C.cpu(), 1.0)
-                            left[here, m, column] = torch.where(seen_C.unsqueeze(1), spectra.cpu(), 1.0)
+            here, seen_C = slice(moments.experts.start, moments.experts.stop), moments.rows_C > 0
+            part = dict(weights.part(moments.experts).matrices())
+            for read_CKK, readers in ((moments.input_CHH, names[:-1]), (moments.activation_CII, names[-1:])):
+                matrices = {name: part[name] for name in readers}
+                spaces_B = [space.part(moments.experts) for space in spaces[readers[0]]]
+                for name, column, share_C, left_CR in self._shares(matrices, read_CKK, moments.rows_C, spaces_B):
+                    share[here, names.index(name), column] = torch.where(seen_C, share_C.cpu(), 1.0)
+                    left[here, names.index(name), column] = torch.where(seen_C.unsqueeze(1), left_CR.cpu(), 1.0)
         return {"share": share, **({"left": left} if own.ranks else {})}
+
+    def _shares(
+        self, matrices: Mapping[str, Tensor], moment_CKK: Tensor, rows_C: Tensor, spaces_B: Sequence[Space]
+    ) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+        """Projection, place of a width, and `_share`, of all that read what the moments are of."""
+        own = self.settings
+        for space in dict.fromkeys(spaces_B):
+            hessian_CKK = shrink_hessians(space.of_moment(moment_CKK), rows_C.to(moment_CKK.device), own.shrinkage)
+            costs = None if own.solve else column_costs(hessian_CKK, own.damping)
+            for name, matrix_COK in matrices.items():
+                turned_COK = space.turned(matrix_COK)
+                for column in (b for b, other in enumerate(spaces_B) if other is space):
+                    yield name, column, *self._share(turned_COK, hessian_CKK, costs, own.grid(own.bits[column]))
 
     def _share(
         self, weight_COK: Tensor, hessian_CKK: Tensor, costs: tuple[Tensor, Tensor] | None, grid: Grid
