@@ -157,7 +157,7 @@ def _runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]
 
 
 def evaluated(model: str, against: str | None, tasks: str | None, device: str, **wanted: Any) -> dict[str, Any]:
-    """Scores of a checkpoint in the shape of a report's `after`."""
+    """Scores of a checkpoint in the shape of a report's `after`; of a quantized one seen dense, how it is stored."""
     import tempfile
 
     from moe_compress.evaluate.score import check_scoring, score_folders
@@ -185,13 +185,13 @@ def evaluated(model: str, against: str | None, tasks: str | None, device: str, *
         **sizes(model_shape(opened)),
         **{key: {} for key in ("perplexity", "tasks", "generation", "experts_per_token", "kl", "agreement")},
         **after,
-        "quantized_source": _quantized(opened),
+        **({"quantized_source": quantized} if (quantized := _quantized(opened)) else {}),
     }
 
 
 def show_scores(scores: dict[str, Any]) -> None:
     """Scores as a table."""
-    _show_stored(scores["quantized_source"])
+    _show_stored(scores.get("quantized_source"))
     table = Table("", "", box=None, pad_edge=False, show_header=False)
     blank = {"bytes": 0, "expert_bytes": 0, "bits_per_weight": 0, "perplexity": {}, "tasks": {}}
     for name, _, value in headline({"before": blank, "after": scores}):
