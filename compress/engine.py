@@ -262,8 +262,9 @@ def _plan(
         note = f"measured on {len(calibrated.text)} of {len(whole.text)} calibration sequences: {which}"
         plan = replace(plan, notes=[*plan.notes, note])
     plan = replace(plan, notes=[*plan.notes, *_left_behind(model, shape, step)])
-    commits.save_plan(plan.to_json())
-    return plan
+    values = plan.to_json()
+    commits.save_plan(values)
+    return Plan.from_json(json.loads(json.dumps(values)))  # as a resumed run reads it: keys of decisions are text
 
 
 def _left_behind(model: MoEModel, shape: ModelShape, step: Pass) -> list[str]:

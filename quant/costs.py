@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.calib.statistics import Result, Routing, Statistic
-from moe_compress.errors import UnsupportedModelError, named
+from moe_compress.errors import UnsupportedModelError, check_new, named
 from moe_compress.model.shape import LayerShape
 
 from .cost import QuantizationError
@@ -108,6 +108,8 @@ def cost(
     """Register a cost under a name; see Cost."""
 
     def add(evaluate: Evaluate) -> Evaluate:
+        before = COSTS.get(name)
+        check_new(name, before and before.evaluate, evaluate, "costs")
         COSTS[name] = Cost(name, source, needs, evaluate, per_matrix, rounding)
         return evaluate
 

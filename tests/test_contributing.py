@@ -66,6 +66,14 @@ from moe_compress.prune.criteria import criterion
 def score(measured, asked):
     return measured["routing"]["counts"]
 """,
+    "costs": """
+from moe_compress.quant.costs import cost
+
+
+@cost("gram", "not the Gram proxy")
+def price(measured, asked):
+    return measured
+""",
 }
 
 
@@ -139,3 +147,20 @@ def test_a_criterion_scores_every_expert(tmp_path):
     )
     with pytest.raises(RunError, match=re.escape("short gives a tensor [5] for the 16 experts of layer 0")):
         run(recipe, monitor=Monitor(show=False))
+
+
+def test_decisions_are_what_a_resumed_run_reads(tmp_path):
+    """Keys that aren't text become text in a file of JSON: a run that isn't killed gets them so too."""
+    path = tmp_path / "numbered.py"
+    numbered = """
+    def plan(self, profile):
+        return Plan(self.name, {i: {"width of": {0: (4, 8)}} for i in profile.shape.layers})
+
+    def apply(self, block, decision, inputs):
+        return {"read": decision}
+"""
+    path.write_text(PASS.replace("prune.broken", "prune.numbered") + numbered)
+    recipe = {"model": str(DEMO / "moe-demo"), "output": str(tmp_path / "out"), "plugins": [str(path)]}
+    finished = run(make_recipe({**recipe, "passes": ["prune.numbered"]}), monitor=Monitor(show=False))
+    for layer in finished.report["layers"]:
+        assert layer["passes"][0]["read"] == {"width of": {"0": [4, 8]}}
