@@ -17,7 +17,6 @@ from moe_compress import feasibility, probe
 from moe_compress.calib.draft import finish
 from moe_compress.calib.routing import RoutingLog, routing_drift
 from moe_compress.calib.text import Calibration, TokenBatches, read_draft
-from moe_compress.checkpoint.atomic import write_json, write_text
 from moe_compress.checkpoint.writer import check_output
 from moe_compress.engine import Calibrated, Outcome, run_passes, slots_after
 from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
@@ -40,7 +39,7 @@ from moe_compress.passes import Pass
 from moe_compress.progress import Monitor
 from moe_compress.recipe import Evaluation, make_part, make_passes
 from moe_compress.report.build import build, versions
-from moe_compress.report.text import headline, markdown
+from moe_compress.report.text import headline, write_reports
 from moe_compress.resources import holding_all
 from moe_compress.storage import MemoryStorage
 
@@ -83,9 +82,7 @@ class CompressedModel:
             self._tokenizer.save_pretrained(folder)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
-        report = {**self.report, "recipe": recipe}
-        write_text(folder / "report.md", markdown(report))
-        write_json(folder / "report.json", report)
+        write_reports(folder, {**self.report, "recipe": recipe})
 
     def score(self, text: Sequence[str] | str, *, length: int = 2048, batch_size: int = 8) -> dict[str, float]:
         """Perplexity per file stem, of text files or globs."""

@@ -16,7 +16,6 @@ from moe_compress.calib.draft import finish
 from moe_compress.calib.images import find_processor
 from moe_compress.calib.text import Draft, read_draft
 from moe_compress.calib.tokenizer import find_tokenizer
-from moe_compress.checkpoint.atomic import write_json, write_text
 from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.checkpoint.reader import read_json
 from moe_compress.checkpoint.workspace import Workspace, clear, short_digest
@@ -36,7 +35,7 @@ from moe_compress.progress import Monitor
 from moe_compress.quant.gguf import QuantizeGGUF
 from moe_compress.recipe import Recipe, make_recipe, read_recipe
 from moe_compress.report.build import build, versions
-from moe_compress.report.text import markdown
+from moe_compress.report.text import write_reports
 from moe_compress.resources import device_and_dtype, holding, holding_all, memory_limit
 from moe_compress.storage import CommittedBlocks
 
@@ -179,8 +178,7 @@ def run(
         slots = slots_after(outcomes, before)
         scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, held, monitor, memory, slots)
         report = _report(model, recipe, expected, outcomes, calibrated, scores, verified, monitor)
-        write_text(output / "report.md", markdown(report))
-        write_json(output / "report.json", report)  # last: where it is, nothing is left to do
+        write_reports(output, report)
         if not recipe.keep_workspace:
             workspace.remove()
     return Finished(output, report)

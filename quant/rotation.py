@@ -84,11 +84,6 @@ class Rotations:
         rotation = self.of(projection)
         return value if rotation is None else rotation(value.float())
 
-    def back(self, projection: str, value: Tensor) -> Tensor:
-        """Undo `turned`."""
-        rotation = self.of(projection)
-        return value if rotation is None else rotation.back(value)
-
     def of_moment(self, projection: str, moment: Tensor) -> Tensor:
         """The second moment [..., K, K] of what a projection reads, of that rotated."""
         rotation = self.of(projection)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from moe_compress.checkpoint.atomic import write_json, write_text
 from moe_compress.units import show_bytes
 
 Rows = list[tuple[str, str, str]]
@@ -52,6 +54,12 @@ def headline(report: dict[str, Any]) -> Rows:
             old = before["tasks"].get(task, {}).get(metric)
             rows.append((f"{task} {metric}", "" if old is None else f"{old:.3f}", f"{value:.3f}"))
     return rows
+
+
+def write_reports(folder: Path, report: dict[str, Any]) -> None:
+    """report.md and report.json of a result, in its folder."""
+    write_text(folder / "report.md", markdown(report))
+    write_json(folder / "report.json", report)  # last: where it is, nothing is left to do
 
 
 def markdown(report: dict[str, Any]) -> str:
