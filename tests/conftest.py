@@ -44,6 +44,12 @@ def tokenizer(demo_model) -> Any:
 
 
 @pytest.fixture(scope="session")
+def calibration() -> dict[str, Any]:
+    """Settings for a little of the demo's text, for tiny models that have its vocabulary."""
+    return {"sources": str(DEMO / "calibration.jsonl"), "sequences": 6, "length": 32, "batch_size": 3}
+
+
+@pytest.fixture(scope="session")
 def commands():
     """Runs `moe-compress ARGUMENTS` in a process of its own (tests/running.py)."""
     from running import Commands

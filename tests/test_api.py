@@ -35,15 +35,10 @@ def source(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def text(demo):
-    return {"sources": str(demo / "calibration.jsonl"), "sequences": 6, "length": 32, "batch_size": 3}
-
-
-@pytest.fixture(scope="module")
-def from_disk(source, text, tmp_path_factory):
+def from_disk(source, calibration, tmp_path_factory):
     """The same recipe carried out from disk to disk."""
     output = tmp_path_factory.mktemp("disk") / "out"
-    return moe_compress.run({"model": str(source), "output": str(output), "passes": BOTH, "calibration": text})
+    return moe_compress.run({"model": str(source), "output": str(output), "passes": BOTH, "calibration": calibration})
 
 
 def loaded(folder, **options):
@@ -83,11 +78,11 @@ def offloaded_by(way, folder, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["plain", "one device", "disk", "memory"])
-def test_same_as_from_disk(way, source, text, tokenizer, from_disk, tmp_path):
+def test_same_as_from_disk(way, source, calibration, tokenizer, from_disk, tmp_path):
     """Plans, report, tensors: the same as of the run from disk; saved, loaded, asked: the same logits."""
     model = offloaded_by(way, source, tmp_path)
     before = logits(model)
-    result = moe_compress.compress(model, tokenizer=tokenizer, passes=BOTH, calibration=text)
+    result = moe_compress.compress(model, tokenizer=tokenizer, passes=BOTH, calibration=calibration)
     assert result.model is model
     assert result.report["passes"] == from_disk.report["passes"]
     assert result.report["layers"] == from_disk.report["layers"]
@@ -106,14 +101,14 @@ def test_same_as_from_disk(way, source, text, tokenizer, from_disk, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_result_is_verified_in_the_dtype_of_its_model(dtype, source, text, tokenizer, tmp_path):
+def test_a_result_is_verified_in_the_dtype_of_its_model(dtype, source, calibration, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     packed = {"quantize.mixed": {"bits": 7, "group_size": 8, "include": ["experts", "embeddings"], **PROTECT}}
-    moe_compress.compress(model, tokenizer=tokenizer, passes=[packed], calibration=text).save(tmp_path / "out")
+    moe_compress.compress(model, tokenizer=tokenizer, passes=[packed], calibration=calibration).save(tmp_path / "out")
     assert moe_compress.verify(tmp_path / "out").tolerance == TOLERANCE[dtype]
 
 
-def test_result_speaks(source, text, tokenizer, demo, tmp_path):
+def test_result_speaks(source, calibration, tokenizer, demo, tmp_path):
     """`print` and `.report` say sizes and scores before and after; `.score` agrees with the report."""
     (tmp_path / "held.txt").write_text((demo / "calibration.jsonl").read_text()[:4000])
     wanted = {"text": [str(tmp_path / "held.txt")], "length": 32, "max_tokens": 256}
@@ -139,10 +134,10 @@ def test_result_speaks(source, text, tokenizer, demo, tmp_path):
     moe_compress.verify(tmp_path / "saved")
 
 
-def test_calibration_in_every_form(source, text, tokenizer):
+def test_calibration_in_every_form(source, calibration, tokenizer):
     """A mapping, a Calibration, token batches, tensors: the same tokens give the same result."""
-    ids = load_batches(Calibration(**text), tokenizer, ".", vocab_size=len(tokenizer))
-    forms = [text, Calibration(**text), ids, [ids.ids[:3], ids.ids[3:]], ids.ids]
+    ids = load_batches(Calibration(**calibration), tokenizer, ".", vocab_size=len(tokenizer))
+    forms = [calibration, Calibration(**calibration), ids, [ids.ids[:3], ids.ids[3:]], ids.ids]
     found = []
     for form in forms:
         needs = tokenizer if isinstance(form, dict | Calibration) else None
@@ -176,30 +171,30 @@ def test_passes_in_every_form(source):
         moe_compress.compress(loaded(source), passes=["prune.experts"], calibration=IDS)
 
 
-def test_one_after_the_other(source, text, tokenizer, from_disk, tmp_path):
+def test_one_after_the_other(source, calibration, tokenizer, from_disk, tmp_path):
     """Two calls do what one with both passes does: the model says what it became."""
     model = loaded(source)
-    first = moe_compress.compress(model, tokenizer=tokenizer, passes=[PRUNE], calibration=text)
+    first = moe_compress.compress(model, tokenizer=tokenizer, passes=[PRUNE], calibration=calibration)
     assert model.config.num_experts == 6
     model.save_pretrained(tmp_path / "pruned")
     assert torch.equal(logits(loaded(tmp_path / "pruned")), logits(model))
     first.save(tmp_path / "saved")
     same_tensors(tmp_path / "saved", tmp_path / "pruned")
-    second = moe_compress.compress(model, tokenizer=tokenizer, passes=[QUANTIZE], calibration=text)
+    second = moe_compress.compress(model, tokenizer=tokenizer, passes=[QUANTIZE], calibration=calibration)
     second.save(tmp_path / "both")
     same_tensors(tmp_path / "both", from_disk.output)
     with pytest.raises(MoeCompressError, match="the experts of layer 0 are packed already"):
-        moe_compress.compress(model, tokenizer=tokenizer, passes=[QUANTIZE], calibration=text)
+        moe_compress.compress(model, tokenizer=tokenizer, passes=[QUANTIZE], calibration=calibration)
 
 
-def test_unequal_layers_and_back(source, text, tokenizer, tmp_path):
+def test_unequal_layers_and_back(source, calibration, tokenizer, tmp_path):
     """Pruned globally the layers differ: native with dense experts; made equal again it is plain transformers."""
     model = loaded(source)
     moe_compress.compress(
         model,
         tokenizer=tokenizer,
         passes=[{"prune.experts": {"keep": 0.8, "scope": "global", "criterion": "frequency", **PROTECT}}],
-        calibration=text,
+        calibration=calibration,
     )
     counts = [layer.mlp.experts.num_experts for layer in model.model.layers]
     assert len(set(counts)) > 1
@@ -209,7 +204,7 @@ def test_unequal_layers_and_back(source, text, tokenizer, tmp_path):
     assert [layer.mlp.experts.num_experts for layer in again.model.layers] == counts
     for one in (model, again):
         moe_compress.compress(
-            one, tokenizer=tokenizer, passes=[{"prune.experts": {"experts": 4, **PROTECT}}], calibration=text
+            one, tokenizer=tokenizer, passes=[{"prune.experts": {"experts": 4, **PROTECT}}], calibration=calibration
         )
         one.save_pretrained(tmp_path / "equal")
         config = json.loads((tmp_path / "equal" / "config.json").read_text())
@@ -259,8 +254,8 @@ def test_wrong_arguments(case, source, tokenizer):
     assert model.config.to_dict() == config
 
 
-def test_text_without_a_tokenizer(source, text):
-    for arguments in ({"calibration": text}, {"calibration": IDS, "evaluate": {"text": ["x.txt"]}}):
+def test_text_without_a_tokenizer(source, calibration):
+    for arguments in ({"calibration": calibration}, {"calibration": IDS, "evaluate": {"text": ["x.txt"]}}):
         with pytest.raises(MoeCompressError, match="tokenizer="):
             moe_compress.compress(loaded(source), passes=[PRUNE], **arguments)
 
@@ -332,8 +327,8 @@ def test_saving_over_something(source, tmp_path):
 # ---- Recipes ----
 
 
-def test_run_takes_a_dict_or_a_file(source, from_disk, tmp_path, text):
-    recipe = {"model": str(source), "output": str(tmp_path / "out"), "passes": BOTH, "calibration": text}
+def test_run_takes_a_dict_or_a_file(source, from_disk, tmp_path, calibration):
+    recipe = {"model": str(source), "output": str(tmp_path / "out"), "passes": BOTH, "calibration": calibration}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     finished = moe_compress.run(tmp_path / "recipe.yaml")
     same_tensors(finished.output, from_disk.output)

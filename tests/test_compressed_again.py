@@ -35,19 +35,19 @@ def source(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def text(demo):
-    return {"sources": str(demo / "calibration.jsonl"), "sequences": 6, "length": 32, "batch_size": 3}
-
-
-@pytest.fixture(scope="module")
-def made(source, text, tmp_path_factory):
+def made(source, calibration, tmp_path_factory):
     """The folder of a native result, by name; each made once."""
     folders = {}
 
     def make(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name) / "out"
-            recipe = {"model": str(source), "output": str(folders[name]), "passes": [MADE[name]], "calibration": text}
+            recipe = {
+                "model": str(source),
+                "output": str(folders[name]),
+                "passes": [MADE[name]],
+                "calibration": calibration,
+            }
             moe_compress.run(recipe)
         return folders[name]
 
@@ -69,13 +69,13 @@ def made(source, text, tmp_path_factory):
         ("narrowed", HEAL),
     ],
 )
-def test_same_as_from_disk(name, step, made, text, tokenizer, tmp_path):
+def test_same_as_from_disk(name, step, made, calibration, tokenizer, tmp_path):
     """Report, tensors and description of the run from disk; saved and loaded, the logits of the model in memory."""
     folder = made(name)
-    recipe = {"model": str(folder), "output": str(tmp_path / "run"), "passes": [step], "calibration": text}
+    recipe = {"model": str(folder), "output": str(tmp_path / "run"), "passes": [step], "calibration": calibration}
     ran = moe_compress.run(recipe)
     model = moe_compress.load(folder, dtype=torch.float32)
-    result = moe_compress.compress(model, tokenizer=tokenizer, passes=[step], calibration=text, original=folder)
+    result = moe_compress.compress(model, tokenizer=tokenizer, passes=[step], calibration=calibration, original=folder)
     for key in ("before", "after", "layers", "beside", "passes"):
         assert result.report[key] == ran.report[key]
     result.save(tmp_path / "saved")
@@ -92,31 +92,31 @@ def test_same_as_from_disk(name, step, made, text, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["packed", "everything"])
-def test_offloaded(name, made, text, tokenizer, tmp_path):
+def test_offloaded(name, made, calibration, tokenizer, tmp_path):
     """Where weights wait elsewhere between calls, the same tensors."""
     for way in ("here", "offloaded"):
         model = moe_compress.load(made(name), dtype=torch.float32)
         if way == "offloaded":
             model = cpu_offload(model, execution_device="cpu")
-        result = moe_compress.compress(model, tokenizer=tokenizer, passes=[SKIP], calibration=text)
+        result = moe_compress.compress(model, tokenizer=tokenizer, passes=[SKIP], calibration=calibration)
         result.save(tmp_path / way)
     with Checkpoint(tmp_path / "here") as one, Checkpoint(tmp_path / "offloaded") as two:
         assert all(torch.equal(one.get(name), two.get(name)) for name in one.tensors)
 
 
-def test_verified_in_the_dtype_that_it_computes_in(made, text, tokenizer, tmp_path):
+def test_verified_in_the_dtype_that_it_computes_in(made, calibration, tokenizer, tmp_path):
     """Not in that of the packed embeddings' scales, which are in bfloat16."""
     model = moe_compress.load(made("everything"), dtype=torch.float32)
-    moe_compress.compress(model, tokenizer=tokenizer, passes=[SKIP], calibration=text).save(tmp_path / "out")
+    moe_compress.compress(model, tokenizer=tokenizer, passes=[SKIP], calibration=calibration).save(tmp_path / "out")
     assert read_json(tmp_path / "out" / "moe_compress.json")["probe"]["dtype"] == "float32"
 
 
-def test_one_after_the_other(source, text, tokenizer, tmp_path):
+def test_one_after_the_other(source, calibration, tokenizer, tmp_path):
     """Packed and then skipped in memory: the tensors of one call with both."""
     for way, calls in (("two calls", [[MADE["packed"]], [SKIP]]), ("one call", [[MADE["packed"], SKIP]])):
         model = moe_compress.load(source, dtype=torch.float32)
         for passes in calls:
-            result = moe_compress.compress(model, tokenizer=tokenizer, passes=passes, calibration=text)
+            result = moe_compress.compress(model, tokenizer=tokenizer, passes=passes, calibration=calibration)
         result.save(tmp_path / way)
     with Checkpoint(tmp_path / "two calls") as two, Checkpoint(tmp_path / "one call") as one:
         assert two.tensors.keys() == one.tensors.keys()
@@ -125,13 +125,13 @@ def test_one_after_the_other(source, text, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["packed", "factored", "ragged", "scaled"])
 @pytest.mark.parametrize("step", [{"prune.experts": {"experts": 4}}, MADE["packed"], MADE["scaled"]])
-def test_what_changes_experts_is_refused_as_from_disk(name, step, made, text, tokenizer, tmp_path):
-    recipe = {"model": str(made(name)), "output": str(tmp_path / "out"), "passes": [step], "calibration": text}
+def test_what_changes_experts_is_refused_as_from_disk(name, step, made, calibration, tokenizer, tmp_path):
+    recipe = {"model": str(made(name)), "output": str(tmp_path / "out"), "passes": [step], "calibration": calibration}
     with pytest.raises(MoeCompressError, match="can't change this model") as from_disk:
         moe_compress.run(recipe)
     model = moe_compress.load(made(name), dtype=torch.float32)
     with pytest.raises(MoeCompressError) as in_memory:
-        moe_compress.compress(model, tokenizer=tokenizer, passes=[step], calibration=text)
+        moe_compress.compress(model, tokenizer=tokenizer, passes=[step], calibration=calibration)
     assert str(in_memory.value) == str(from_disk.value)
 
 

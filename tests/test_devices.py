@@ -13,7 +13,7 @@ TOUCH = """
 import torch
 from pretended import DEVICE, pretended
 
-def refused(work):
+def assert_refused(work):
     try:
         work()
     except RuntimeError:
@@ -27,12 +27,12 @@ with pretended():
     print(there.tolist(), (there @ here.T.to(DEVICE)).sum().item(), there.device.type, here.device.type)
     print((there * 2).device == (there * torch.tensor(2.0)).device == there[:, torch.tensor([0, 2])].device == DEVICE)
     print(
-        refused(lambda: there + here),
-        refused(lambda: here @ there.T),
-        refused(lambda: here[torch.tensor([0], device=DEVICE)]),
-        refused(lambda: torch.where(there > 0, there, here)),
-        refused(lambda: there.index_add_(0, torch.tensor([0]), there[:1])),
-        refused(lambda: here.copy_(there)),
+        assert_refused(lambda: there + here),
+        assert_refused(lambda: here @ there.T),
+        assert_refused(lambda: here[torch.tensor([0], device=DEVICE)]),
+        assert_refused(lambda: torch.where(there > 0, there, here)),
+        assert_refused(lambda: there.index_add_(0, torch.tensor([0]), there[:1])),
+        assert_refused(lambda: here.copy_(there)),
     )
 """
 

@@ -18,7 +18,7 @@ from moe_compress.probe import streamed
 from moe_compress.progress import Progress
 
 
-def refused(folder, message, error=MoeCompressError, streamed_too=True):
+def assert_refused(folder, message, error=MoeCompressError, streamed_too=True):
     """By plain from_pretrained, by `load`, and streamed."""
     readers = [from_pretrained, moe_compress.load]
     for read in readers:
@@ -40,7 +40,7 @@ ROUTER = "model.layers.1.mlp.gate.weight"
 
 @pytest.mark.parametrize("name", [PACKED, PACKED.replace("codes", "scale"), ATTENTION, ROUTER, "model.norm.weight"])
 def test_missing_tensors(name, damaged):
-    refused(damaged(lambda tensors, _: tensors.pop(name)), rf"holds nothing for '{name}'")
+    assert_refused(damaged(lambda tensors, _: tensors.pop(name)), rf"holds nothing for '{name}'")
 
 
 def test_missing_dense_experts_of_a_fused_layer(native, tmp_path):
@@ -66,7 +66,7 @@ def test_extra_tensors_among_the_packed(name, damaged):
     def add(tensors, _):
         tensors[name] = torch.zeros(1, dtype=torch.int32)
 
-    refused(damaged(add), "doesn't describe", streamed_too=False)
+    assert_refused(damaged(add), "doesn't describe", streamed_too=False)
 
 
 @pytest.mark.parametrize("name", [PACKED, PACKED.replace("codes", "scale"), ATTENTION, ROUTER])
@@ -74,7 +74,7 @@ def test_misshaped_tensors(name, damaged):
     def cut(tensors, _):
         tensors[name] = tensors[name][:-1].clone()
 
-    refused(damaged(cut), "(?s)mismatch|shape", (MoeCompressError, RuntimeError))
+    assert_refused(damaged(cut), "(?s)mismatch|shape", (MoeCompressError, RuntimeError))
 
 
 def _newer(_, config):
@@ -109,7 +109,7 @@ def _no_such_module(_, config):
     ],
 )
 def test_descriptions_that_do_not_fit(change, message, damaged):
-    refused(damaged(change), message, (MoeCompressError, RuntimeError))
+    assert_refused(damaged(change), message, (MoeCompressError, RuntimeError))
 
 
 def test_another_architecture(native):

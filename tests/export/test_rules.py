@@ -70,7 +70,7 @@ def write(folder, output, layers, form=CT, target=None, change=None, keep=None):
 W4, W8, W3 = (4, 32, True), (8, 32, True), (3, 32, True)
 
 
-def broken(number, name, message=""):
+def assert_breaks(number, name, message=""):
     rule = next(r for r in rules.RULES if r.number == number)
     assert rule.name == name
     return pytest.raises(RunError, match=f"{message}.*{re.escape(f'[export rule {number}: {name}]')}")
@@ -97,7 +97,7 @@ def test_rules_are_numbered_from_one():
     ],
 )
 def test_descriptions_that_servers_would_misread(source, tmp_path, layers, rule, message):
-    with broken(*rule, message):
+    with assert_breaks(*rule, message):
         write(source, tmp_path / "out", layers)
     assert not list(tmp_path.iterdir())  # nothing was begun
 
@@ -113,7 +113,7 @@ def test_descriptions_that_servers_would_misread(source, tmp_path, layers, rule,
     ],
 )
 def test_sizes_that_do_not_divide(described, message):
-    with broken(*WHOLE, message):
+    with assert_breaks(*WHOLE, message):
         layer_scheme(0, described)
 
 
@@ -127,9 +127,9 @@ def test_an_expert_that_isnt_like_expert_0(what):
         del odd[2]["weight_scale"]
     else:
         odd[2]["weight"] = torch.zeros(4, 4) if what == "shape" else torch.zeros(4, 8).half()
-    with broken(*ONE, "layer 0, down: expert 2 holds"):
+    with assert_breaks(*ONE, "layer 0, down: expert 2 holds"):
         rules.check_alike(0, {"up": experts, "down": odd})
-    with broken(*ONE, "different numbers of experts"):
+    with assert_breaks(*ONE, "different numbers of experts"):
         rules.check_alike(0, {"up": experts, "down": experts[:2]})
 
 
@@ -142,9 +142,11 @@ EXPERTS = ExpertNames("model.layers.0.mlp.experts", {"gate": "gate_proj", "up": 
 def test_modules_that_would_be_read_otherwise(form):
     layer = WrittenLayer(Scheme(4, 32), EXPERTS, 2)
     form({0: layer}, ["lm_head", "model.layers.0.mlp.gate", "mtp.layers.0.mlp.experts.0.up_proj"])
-    with broken(*NAMES, "'model.layers.0.mlp.experts.0.up_proj' (would be read with another|is dense, and nothing)"):
+    with assert_breaks(
+        *NAMES, "'model.layers.0.mlp.experts.0.up_proj' (would be read with another|is dense, and nothing)"
+    ):
         form({0: layer}, [EXPERTS.linear(0, "up")])
-    with broken(*NAMES, "doesn't name decoder layer 7"):
+    with assert_breaks(*NAMES, "doesn't name decoder layer 7"):
         form({7: layer}, [])
 
 
@@ -152,7 +154,7 @@ def test_two_stacks_that_no_pattern_tells_apart():
     """Experts of a second tower under names that the first one's target matches too."""
     again = ExpertNames("vision.layers.0.1.layers.1.mlp.experts", EXPERTS.leaves)
     layers = {0: WrittenLayer(Scheme(4, 32), EXPERTS, 2), 1: WrittenLayer(Scheme(8, 32), again, 2)}
-    with broken(*NAMES, "would be read with another scheme"):
+    with assert_breaks(*NAMES, "would be read with another scheme"):
         quantization_config(layers, [])
 
 
@@ -160,13 +162,13 @@ def test_two_stacks_that_no_pattern_tells_apart():
 
 
 def test_unequal_layers(source, tmp_path):
-    with broken(*ROUTING, r"different numbers of experts \(\[6, 8\]\)"):
+    with assert_breaks(*ROUTING, r"different numbers of experts \(\[6, 8\]\)"):
         write(source, tmp_path / "out", [W4, W4, W4], keep={1: [0, 1, 2, 3, 4, 5]})
 
 
 def test_a_config_with_another_number(source, tmp_path, monkeypatch):
     monkeypatch.setattr("moe_compress.export.write.with_count", lambda config, *_: config)  # forgotten
-    with broken(*ROUTING, r"layers have \[6\] experts, the config says \[8\]"):
+    with assert_breaks(*ROUTING, r"layers have \[6\] experts, the config says \[8\]"):
         write(source, tmp_path / "out", [W4, W4, W4], keep={i: [0, 1, 2, 3, 4, 5] for i in range(3)})
 
 
@@ -175,7 +177,7 @@ def test_a_count_that_routing_cannot_work_with(source, tmp_path):
         for _, description in states.values():
             description["num_experts"] = 1
 
-    with broken(*ROUTING, "layer 0 "):
+    with assert_breaks(*ROUTING, "layer 0 "):
         write(source, tmp_path / "out", [W4, W4, W4], change=fewer)
 
 
@@ -183,7 +185,7 @@ def test_a_router_in_another_dtype(source, tmp_path):
     def rounded(_, states):
         states[1][0]["mlp.gate.weight"] = states[1][0]["mlp.gate.weight"].float()
 
-    with broken(*ROUTING, r"'model\.layers\.1\.mlp\.gate\.weight' is torch\.bfloat16 .* as torch\.float32"):
+    with assert_breaks(*ROUTING, r"'model\.layers\.1\.mlp\.gate\.weight' is torch\.bfloat16 .* as torch\.float32"):
         write(source, tmp_path / "out", [W4, W4, W4], change=rounded)
     assert not (tmp_path / "out").exists()
 
@@ -192,7 +194,9 @@ def test_a_tensor_that_is_lost(source, tmp_path):
     def forget(_, states):
         del states[2][0]["mlp.gate.weight"]
 
-    with broken(*COMPLETE, r"'model\.layers\.2\.mlp\.gate\.weight' is in the source and wasn't written \(1 such"):
+    with assert_breaks(
+        *COMPLETE, r"'model\.layers\.2\.mlp\.gate\.weight' is in the source and wasn't written \(1 such"
+    ):
         write(source, tmp_path / "out", [W4, W4, W4], change=forget)
     assert not (tmp_path / "out").exists()
     assert write(source, tmp_path / "out", [W4, W4, W4]) == CT
@@ -221,7 +225,7 @@ def test_removed_experts_are_not_lost(source, tmp_path):
     ],
 )
 def test_what_a_target_would_load_wrongly(source, tmp_path, target, form, layers, rule, message):
-    with broken(*rule, message):
+    with assert_breaks(*rule, message):
         write(source, tmp_path / "out", layers, form, target)
     assert not list(tmp_path.iterdir())
 
@@ -254,7 +258,7 @@ def test_mixtures_that_it_loads_are_written_and_read_back(source, tmp_path, targ
 def test_a_format_that_isnt_the_groups():
     config = quantization_config({0: WrittenLayer(Scheme(4, 32), EXPERTS, 2)}, [])
     rules.check_format(config, "sglang")
-    with broken(*FORMAT, "the config's format is 'mixed-precision', its groups make it 'pack-quantized'"):
+    with assert_breaks(*FORMAT, "the config's format is 'mixed-precision', its groups make it 'pack-quantized'"):
         rules.check_format({**config, "format": "mixed-precision"}, None)
     two = WrittenLayer(Scheme.served("fp8"), ExpertNames("model.layers.1.mlp.experts", EXPERTS.leaves), 2)
     mixed = quantization_config({0: WrittenLayer(Scheme(4, 32), EXPERTS, 2), 1: two}, [], "vllm")

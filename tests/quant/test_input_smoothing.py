@@ -230,11 +230,6 @@ def source(tmp_path_factory, demo_model):
     return folder
 
 
-@pytest.fixture(scope="module")
-def text(demo):
-    return {"sources": str(demo / "calibration.jsonl"), "sequences": 6, "length": 32, "batch_size": 3}
-
-
 def tensors_of(folder):
     with Checkpoint(folder) as checkpoint:
         return {name: checkpoint.get(name) for name in checkpoint.tensors}
@@ -259,9 +254,9 @@ SHARED = "mlp.shared_expert.gate_proj"
         ("vllm", [{"quantize.scheme": {"scheme": "w8a8", "smooth": "input"}}]),
     ],
 )
-def test_from_disk_as_in_memory_and_what_the_file_holds(target, passes, source, text, tmp_path):
+def test_from_disk_as_in_memory_and_what_the_file_holds(target, passes, source, calibration, tmp_path):
     """Norms are divided by what routers and shared experts, dense or packed, are multiplied with; the rest stays."""
-    values = {"model": str(source), "output": str(tmp_path / "disk"), "passes": passes, "calibration": text}
+    values = {"model": str(source), "output": str(tmp_path / "disk"), "passes": passes, "calibration": calibration}
     report = moe_compress.run({**values, "target": target}).report
     assert report["verification"]["distance"] < 1e-3
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -269,7 +264,7 @@ def test_from_disk_as_in_memory_and_what_the_file_holds(target, passes, source, 
         model,
         tokenizer=AutoTokenizer.from_pretrained(source),
         passes=passes,
-        calibration=text,
+        calibration=calibration,
         target=target,
         original=source,
     )
