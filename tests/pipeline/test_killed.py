@@ -39,8 +39,8 @@ STAGES = {
     "publishing": ("checkpoint.writer", "CheckpointWriter._publish", 1),
     "verification": ("export.verify", "ask", 1),
     "scoring": ("evaluate.score", "score_text", 1),
-    "report": ("pipeline", "write_text", 1),
-    "end of the report": ("pipeline", "write_json", 1),
+    "report": ("report.text", "write_text", 1),
+    "end of the report": ("report.text", "write_json", 1),
     "clearing up": ("checkpoint.workspace", "clear", 1),
 }
 
