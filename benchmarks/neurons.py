@@ -23,7 +23,7 @@ import torch
 from demo_model import block_inputs, calibration_text, load_demo, six_texts
 from scipy.stats import spearmanr
 
-from moe_compress.engine import Calibrated, run_passes
+from moe_compress.engine import Calibrated, Work, run_passes
 from moe_compress.evaluate.text import Evaluation, load_text, score_batches
 from moe_compress.export.targets import find_target
 from moe_compress.model import FusedExperts, MoEModel
@@ -64,7 +64,8 @@ class Bench:
         cls = find_pass(name)
         step = cls(cls.Options(**options), find_target("native"))
         storage = MemoryStorage(stores=self.stores)
-        run_passes(view, [step], model_shape(view), Calibrated(self.text, 8), storage, "original", Monitor(show=False))
+        work = Work(view, Calibrated(self.text, 8), storage, Monitor(show=False))
+        run_passes(work, [step], model_shape(view), "original")
         return model
 
     def scores(self, criterion: str) -> dict[int, torch.Tensor]:

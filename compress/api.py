@@ -18,7 +18,7 @@ from moe_compress.calib.draft import finish
 from moe_compress.calib.routing import RoutingLog, routing_drift
 from moe_compress.calib.text import Calibration, TokenBatches, read_draft
 from moe_compress.checkpoint.writer import check_output
-from moe_compress.engine import Calibrated, Outcome, run_passes, slots_after
+from moe_compress.engine import Calibrated, Outcome, Work, run_passes, slots_after
 from moe_compress.errors import DataError, InputError, MoeCompressError, RunError
 from moe_compress.evaluate.generation import choose_prompts, continued
 from moe_compress.evaluate.text import (
@@ -163,7 +163,7 @@ def compress(
             with monitor.stage("score: generation, original"):
                 written = continued(model, prompts, wanted.generation)
         with _saying_what_is_left(storage):
-            outcomes = run_passes(view, steps, before, calibrated, storage, _STATE, monitor, source)
+            outcomes = run_passes(Work(view, calibrated, storage, monitor, source), steps, before, _STATE)
         _settle(view)
         scores = TextScores()
         if scored is not None:

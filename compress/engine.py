@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress.applying import Applying
-from moe_compress.calib.collect import Profile, collect, collect_from_weights, missing
+from moe_compress.calib.collect import Profile, StatisticStore, collect, collect_from_weights, missing
 from moe_compress.calib.statistics import Result
 from moe_compress.calib.text import TokenBatches
 from moe_compress.checkpoint.workspace import short_digest
@@ -88,62 +88,57 @@ class Outcome:
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
-def run_passes(
-    model: MoEModel,
-    passes: Sequence[Pass],
-    shape: ModelShape,
-    calibrated: Calibrated,
-    storage: Storage,
-    fingerprint: str,
-    monitor: Monitor,
-    source: Callable[[], MoEModel] | None = None,
-) -> list[Outcome]:
-    """Carry out passes in order; what `storage` already holds is not done again.
+@dataclass(frozen=True)
+class Work:
+    """What passes work on and with.
+
+    Attributes:
+        model: changed in place; its overlay shows what `storage` holds.
+        calibrated: calibration text.
+        storage: statistics and commits; what it already holds is not done again.
+        monitor: stages.
+        opens_original: opens the original once more, for passes that learn from it. None: there is none.
+    """
+
+    model: MoEModel
+    calibrated: Calibrated
+    storage: Storage
+    monitor: Monitor
+    opens_original: Callable[[], MoEModel] | None = None
+
+    def original(self, step: Pass) -> MoEModel:
+        """The original, opened for a pass. Raises InputError where there is none."""
+        if self.opens_original is None:
+            raise InputError(f"{step.name} learns from the original, and that is missing")
+        return self.opens_original()
+
+
+def run_passes(work: Work, passes: Sequence[Pass], before: ModelShape, fingerprint: str) -> list[Outcome]:
+    """Carry out passes in order.
 
     Args:
-        model: the model; its overlay shows what `storage` holds.
+        work: what they work on and with.
         passes: checked against the shapes already (feasibility).
-        shape: of the model before.
-        calibrated: calibration text.
-        storage: statistics and commits.
-        fingerprint: identifies the model before.
-        monitor: stages.
-        source: opens the original once more, for passes that learn from it.
+        before: the model's shape before the first.
+        fingerprint: identifies the model before the first.
     """
-    outcomes: list[Outcome] = []
-    state, before, shapes = fingerprint, shape, [shape]
+    model, outcomes, state, shapes = work.model, list[Outcome](), fingerprint, [before]
     for number, step in enumerate(passes):
-        step.start = shapes[number - step.round]
-        commits = storage.pass_store(number, step.name)
-        own = calibrated.of(step.domains())
+        shape, step.start = shapes[-1], shapes[number - step.round]
+        commits = work.storage.pass_store(number, step.name)
+        own = replace(work, calibrated=work.calibrated.of(step.domains()))
         if step.learns() and not all(commits.has(i) for i in model.moe_layers):
-            slots = slots_after(outcomes, before)
-            step.learned = _learned(model, step, source, shape, slots, own, storage, state, monitor)
-        plan = _plan(model, step, shape, calibrated, storage, commits, state, monitor)
+            step.learned = _learned(own, step, shape, slots_after(outcomes, before), state)
+        plan = _plan(own, step, shape, commits, state, work.calibrated)
         concerned = sorted({*model.moe_layers, *plan.beside})
-        unfinished = [i for i in concerned if not commits.has(i)]
-        if unfinished:
-            with monitor.stage(f"{step.name}: apply", len(model.layers)) as progress:
-                earlier = [storage.pass_store(n, p.name) for n, p in enumerate(passes[:number])]
-                applying = Applying(model, step, plan, commits, earlier)
-                if OUTER in unfinished:
-                    applying.outside()
-                    unfinished.remove(OUTER)
-                if step.needs_inputs() and unfinished:
-                    with _side_by_side(model, step, source, own) as pairs:
-                        for at, other in pairs:
-                            applying.with_inputs(at, other)
-                            progress.layer(at.index)
-                else:
-                    for index in unfinished:
-                        applying.alone(index)
-                        progress.layer(index)
+        if unfinished := [i for i in concerned if not commits.has(i)]:
+            earlier = [work.storage.pass_store(n, p.name) for n, p in enumerate(passes[:number])]
+            _apply(own, step, Applying(model, step, plan, commits, earlier), unfinished)
         reports = {i: commits.report(i) for i in concerned}
-        shape = step.settle(_shape_after(shape, reports))
+        shapes.append(step.settle(_shape_after(shape, reports)))
         options = step.options.model_dump(mode="json")
-        outcomes.append(Outcome(step.name, options, plan, shape, reports))
-        shapes.append(shape)
-        state = short_digest([state, step.name, options, plan.to_json(), calibrated.digest])
+        outcomes.append(Outcome(step.name, options, plan, shapes[-1], reports))
+        state = short_digest([state, step.name, options, plan.to_json(), work.calibrated.digest])
     return outcomes
 
 
@@ -158,30 +153,21 @@ def slots_after(outcomes: Sequence[Outcome], before: ModelShape) -> dict[int, li
     return slots
 
 
-def _learned(
-    model: MoEModel,
-    step: Pass,
-    source: Callable[[], MoEModel] | None,
-    shape: ModelShape,
-    slots: dict[int, list[int]],
-    calibrated: Calibrated,
-    storage: Storage,
-    state: str,
-    monitor: Monitor,
-) -> dict[int, Result]:
+def _learned(work: Work, step: Pass, shape: ModelShape, slots: dict[int, list[int]], state: str) -> dict[int, Result]:
     """What a pass learns, kept beside the statistics of the model that it learns on."""
+    model, calibrated = work.model, work.calibrated
     if calibrated.text is None:
         raise InputError(f"{step.name} learns on calibration text, and that is missing")
-    store = storage.statistics(state, calibrated.digest)
+    store = work.storage.statistics(state, calibrated.digest)
     key = f"{step.name}({json.dumps(step.options.model_dump(mode='json'), sort_keys=True)})"
     kept = {i: result for i in model.moe_layers if (result := store.get(i, key)) is not None}
     if len(kept) == len(model.moe_layers):
         return kept
-    with monitor.stage(f"{step.name}: learn") as progress:
+    with work.monitor.stage(f"{step.name}: learn") as progress:
         found = step.learn(
             Lesson(
                 model=model,
-                source=_original(step, source) if step.needs_original() else model,
+                source=work.original(step) if step.needs_original() else model,
                 shape=shape,
                 text=calibrated.text,
                 batch_size=calibrated.batch_size,
@@ -196,75 +182,88 @@ def _learned(
     return found
 
 
-def _original(step: Pass, source: Callable[[], MoEModel] | None) -> MoEModel:
-    if source is None:
-        raise InputError(f"{step.name} learns from the original, and that is missing")
-    return source()
+def _plan(work: Work, step: Pass, shape: ModelShape, commits: Commits, state: str, whole: Calibrated) -> Plan:
+    """The saved plan, or a new one from what is measured now. `whole`: of which the pass may see some sequences."""
+    store = work.storage.statistics(state, work.calibrated.digest)
+    step.profile = Profile(shape, store, len(work.model.layers))
+    saved = commits.plan()
+    if saved is not None:
+        return Plan.from_json(saved)
+    _measure(work, step, store)
+    with work.monitor.stage(f"{step.name}: plan"):
+        plan = step.plan(step.profile)
+    if undecided := sorted(shape.layers.keys() - plan.layers.keys()):
+        raise RunError(f"{step.name}: `plan` decides nothing for layers {undecided}, which have experts")
+    notes = [*plan.notes, *_said_of_text(step, work.calibrated, whole), *_left_behind(work.model, shape, step)]
+    values = replace(plan, notes=notes).to_json()
+    commits.save_plan(values)
+    return Plan.from_json(json.loads(json.dumps(values)))  # as a resumed run reads it: keys of decisions are text
+
+
+def _measure(work: Work, step: Pass, store: StatisticStore) -> None:
+    """Put what a pass's plan reads and the store lacks into it: first what weights alone tell, then one sweep."""
+    model, lacking = work.model, missing(work.model, step.statistics(), store)
+    if blind := [statistic for statistic in lacking if not statistic.reads_text]:
+        with work.monitor.stage(f"{step.name}: look at weights", len(model.layers)) as progress:
+            collect_from_weights(model, blind, store, progress)
+    lacking = [statistic for statistic in lacking if statistic.reads_text]
+    if not lacking:
+        return
+    back = any(statistic.gradients for statistic in lacking)
+    batches = work.calibrated.batches()
+    with (
+        work.monitor.stage(f"{step.name}: measure", len(model.layers) * (1 + back)) as progress,
+        GradientSweep(model, batches, work.calibrated.hold_all)
+        if back
+        else Sweep(model, batches, work.calibrated.hold) as sweep,
+    ):
+        collect(sweep, lacking, store, progress, NextToken(batches))
+
+
+def _apply(work: Work, step: Pass, applying: Applying, unfinished: list[int]) -> None:
+    """Change what isn't finished, layer by layer."""
+    with work.monitor.stage(f"{step.name}: apply", len(work.model.layers)) as progress:
+        layers = [index for index in unfinished if index != OUTER]
+        if len(layers) < len(unfinished):
+            applying.outside()
+        if step.needs_inputs() and layers:
+            with _side_by_side(work, step) as pairs:
+                for at, other in pairs:
+                    applying.with_inputs(at, other)
+                    progress.layer(at.index)
+        else:
+            for index in layers:
+                applying.alone(index)
+                progress.layer(index)
 
 
 @contextmanager
-def _side_by_side(
-    model: MoEModel, step: Pass, source: Callable[[], MoEModel] | None, calibrated: Calibrated
-) -> Iterator[Iterable[tuple[Step, Step | None]]]:
+def _side_by_side(work: Work, step: Pass) -> Iterator[Iterable[tuple[Step, Step | None]]]:
     """One step per layer of a sweep of the model, and of one of the original beside it where the pass asks for it."""
-    batches, hold = calibrated.batches(), calibrated.hold
+    batches, hold = work.calibrated.batches(), work.calibrated.hold
     with ExitStack() as stack:
-        own = stack.enter_context(Sweep(model, batches, hold))
+        own = stack.enter_context(Sweep(work.model, batches, hold))
         if step.beside_original() is None:
             yield ((at, None) for at in own)
             return
         if hold is not None:
             hold = hold / "original"
             hold.mkdir(exist_ok=True)
-        yield zip(own, stack.enter_context(Sweep(_original(step, source), batches, hold)), strict=True)
+        yield zip(own, stack.enter_context(Sweep(work.original(step), batches, hold)), strict=True)
 
 
-def _plan(
-    model: MoEModel,
-    step: Pass,
-    shape: ModelShape,
-    calibrated: Calibrated,
-    storage: Storage,
-    commits: Commits,
-    state: str,
-    monitor: Monitor,
-) -> Plan:
-    whole, calibrated = calibrated, calibrated.of(step.domains())
-    store = storage.statistics(state, calibrated.digest)
-    step.profile = Profile(shape, store, len(model.layers))
-    saved = commits.plan()
-    if saved is not None:
-        return Plan.from_json(saved)
-    lacking = missing(model, step.statistics(), store)
-    if blind := [statistic for statistic in lacking if not statistic.reads_text]:
-        with monitor.stage(f"{step.name}: look at weights", len(model.layers)) as progress:
-            collect_from_weights(model, blind, store, progress)
-    lacking = [statistic for statistic in lacking if statistic.reads_text]
-    if lacking:
-        back = any(statistic.gradients for statistic in lacking)
-        batches = calibrated.batches()
-        with (
-            monitor.stage(f"{step.name}: measure", len(model.layers) * (1 + back)) as progress,
-            GradientSweep(model, batches, calibrated.hold_all)
-            if back
-            else Sweep(model, batches, calibrated.hold) as sweep,
-        ):
-            collect(sweep, lacking, store, progress, NextToken(batches))
-    with monitor.stage(f"{step.name}: plan"):
-        plan = step.plan(step.profile)
-    if undecided := sorted(shape.layers.keys() - plan.layers.keys()):
-        raise RunError(f"{step.name}: `plan` decides nothing for layers {undecided}, which have experts")
+def _said_of_text(step: Pass, own: Calibrated, whole: Calibrated) -> list[str]:
+    """Notes where not all of the calibration text, or not its weights, reach a pass."""
+    if own.text is None or whole.text is None:
+        return []
+    notes = []
     unweighed = sorted({s.name for s in step.statistics() if not s.weighs_tokens})
-    if unweighed and calibrated.text is not None and calibrated.text.modality_weights is not None:
-        plan = replace(plan, notes=[*plan.notes, f"modality_weights don't reach {', '.join(unweighed)}"])
-    if calibrated is not whole and calibrated.text is not None and whole.text is not None:
+    if unweighed and own.text.modality_weights is not None:
+        notes.append(f"modality_weights don't reach {', '.join(unweighed)}")
+    if own is not whole:
         which = ", ".join(step.domains() or ())
-        note = f"measured on {len(calibrated.text)} of {len(whole.text)} calibration sequences: {which}"
-        plan = replace(plan, notes=[*plan.notes, note])
-    plan = replace(plan, notes=[*plan.notes, *_left_behind(model, shape, step)])
-    values = plan.to_json()
-    commits.save_plan(values)
-    return Plan.from_json(json.loads(json.dumps(values)))  # as a resumed run reads it: keys of decisions are text
+        notes.append(f"measured on {len(own.text)} of {len(whole.text)} calibration sequences: {which}")
+    return notes
 
 
 def _left_behind(model: MoEModel, shape: ModelShape, step: Pass) -> list[str]:

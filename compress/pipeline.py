@@ -20,7 +20,7 @@ from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.checkpoint.reader import read_json
 from moe_compress.checkpoint.workspace import Workspace, clear, short_digest
 from moe_compress.checkpoint.writer import MANIFEST, check_output, file_digest, settled
-from moe_compress.engine import Calibrated, Outcome, run_passes, slots_after
+from moe_compress.engine import Calibrated, Outcome, Work, run_passes, slots_after
 from moe_compress.errors import CheckpointError, InputError
 from moe_compress.evaluate.score import check_scoring, score_folders
 from moe_compress.export.gguf_tokenizer import FileTokenizer, read_tokenizer
@@ -117,85 +117,104 @@ def run(
         recipe = make_recipe(recipe)
     elif not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
-    monitor = monitor or Monitor()
     output, place = Path(recipe.output), _workspace_of(recipe)
+    monitor = monitor or Monitor()
     with monitor.stage("check"):
-        model, expected = plan_run(recipe)
-        fingerprint = model.source.fingerprint()
-        draft, tokenizer = _calibration(model, recipe, expected.passes)
-        identity = _identity(recipe, fingerprint, draft)
-        # What statistics are of, and what measures them: plugins may bring their own. All else may differ.
-        state = short_digest([identity[key] for key in ("model", "plugins", "compute", "versions")])
-        run_id = short_digest(identity)
-        own = _run_of(output) == run_id and not fresh
+        job = _opened(recipe, monitor)
+        own = _run_of(output) == job.run_id and not fresh
         if own and place.is_dir() and not Workspace.holds_work(place) and (output / "report.json").is_file():
             clear(place)  # all that was left to do
             return Finished(output, read_json(output / "report.json"))
         own = own and Workspace.holds_work(place)
         if not own:
             check_output(output, overwrite)
-        workspace = Workspace(place, identity, fresh=fresh)
+        workspace = Workspace(place, job.identity, fresh=fresh)
     with workspace:
         if workspace.resumed:
             what = "starting over with what was measured before" if fresh else "continuing the run"
             monitor.note(f"{what} in {workspace.folder}")
         # What is there may be what `overwrite` was said of, unless this run has put it there.
         published = own and (not overwrite or workspace.read(_PUBLISHED) is not None)
-
-        def room(tokens: int) -> Path | None:
-            return holding(model, tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
-
-        calibrated = Calibrated(None)
-        if draft is not None:
-            text = finish(
-                draft,
-                model,
-                lambda data: workspace.statistics(state, data),
-                room,
-                monitor,
-                lambda: _whole(model, recipe),
-            )
-            calibrated = Calibrated(text, draft.settings.batch_size, room(text.tokens))
-        if any(step.goes_back() for step in expected.passes):
-            whole = workspace.scratch("all-hidden")
-            calibrated.hold_all = holding_all(model, calibrated.tokens, whole, recipe.compute.hidden_states)
-        stores = [workspace.pass_store(number, step.name) for number, step in enumerate(expected.passes)]
-        model.overlay = CommittedBlocks(stores)
-
-        def source() -> MoEModel:
-            return MoEModel.open(recipe.model, dtype=model.dtype, device=model.device, dequantize=True)
-
-        before, passes = expected.before, expected.passes
-        outcomes = run_passes(model, passes, before, calibrated, workspace, state, monitor, source)
-
+        work = _work(job, workspace)
+        outcomes = run_passes(work, job.forecast.passes, job.forecast.before, job.state)
         if not published:
-            _export(model, recipe, outcomes, output, run_id, calibrated, tokenizer, monitor, overwrite)
-        with monitor.stage("verify", len(read_json(output / MANIFEST)["tensors"])) as progress:
-            workspace.discard(_PUBLISHED)
-            verified = verify(output, progress, str(model.device), recipe.compute.memory)
-        workspace.write(_PUBLISHED, {"run": run_id})
-        held, memory = workspace.scratch("score"), recipe.compute.memory
-        slots = slots_after(outcomes, before)
-        scores = score_folders(output, Path(recipe.model), recipe.evaluate, model, held, monitor, memory, slots)
-        report = _report(model, recipe, expected, outcomes, calibrated, scores, verified, monitor)
+            _export(job, work.calibrated, outcomes, overwrite)
+        verified = _verify(job, workspace)
+        scores = _score(job, workspace, outcomes)
+        report = _report(job, work.calibrated, outcomes, verified, scores)
         write_reports(output, report)
         if not recipe.keep_workspace:
             workspace.remove()
     return Finished(output, report)
 
 
-def _export(
-    model: MoEModel,
-    recipe: Recipe,
-    outcomes: list[Outcome],
-    output: Path,
-    run_id: str,
-    calibrated: Calibrated,
-    tokenizer: Any,
-    monitor: Monitor,
-    overwrite: bool,
-) -> None:
-    last = recipe.steps()[-1]
+@dataclass(frozen=True)
+class _Job:
+    """A recipe that passed all checks, and what was opened for it.
+
+    Attributes:
+        draft: calibration text as read; None where no pass needs any.
+        tokenizer: None if the model has none.
+        identity: what decides about the bytes of the result.
+    """
+
+    recipe: Recipe
+    model: MoEModel
+    forecast: Forecast
+    draft: Draft | None
+    tokenizer: Any
+    identity: dict[str, Any]
+    monitor: Monitor
+
+    @property
+    def run_id(self) -> str:
+        """Says in a result which run wrote it."""
+        return short_digest(self.identity)
+
+    @property
+    def state(self) -> str:
+        """What statistics are of, and what measures them: plugins may bring their own. All else may differ."""
+        return short_digest([self.identity[key] for key in ("model", "plugins", "compute", "versions")])
+
+
+def _opened(recipe: Recipe, monitor: Monitor) -> _Job:
+    model, forecast = plan_run(recipe)
+    fingerprint = model.source.fingerprint()
+    draft, tokenizer = _calibration(model, recipe, forecast.passes)
+    return _Job(recipe, model, forecast, draft, tokenizer, _identity(recipe, fingerprint, draft), monitor)
+
+
+def _work(job: _Job, workspace: Workspace) -> Work:
+    """The model as finished layers left it, its calibration text, and where what passes do is kept."""
+    recipe, model, passes = job.recipe, job.model, job.forecast.passes
+
+    def room(tokens: int) -> Path | None:
+        return holding(model, tokens, workspace.scratch("hidden"), recipe.compute.hidden_states)
+
+    def original() -> MoEModel:
+        return MoEModel.open(recipe.model, dtype=model.dtype, device=model.device, dequantize=True)
+
+    calibrated = Calibrated(None)
+    if job.draft is not None:
+        text = finish(
+            job.draft,
+            model,
+            lambda data: workspace.statistics(job.state, data),
+            room,
+            job.monitor,
+            lambda: _whole(model, recipe),
+        )
+        calibrated = Calibrated(text, job.draft.settings.batch_size, room(text.tokens))
+    if any(step.goes_back() for step in passes):
+        whole = workspace.scratch("all-hidden")
+        calibrated.hold_all = holding_all(model, calibrated.tokens, whole, recipe.compute.hidden_states)
+    model.overlay = CommittedBlocks([workspace.pass_store(number, step.name) for number, step in enumerate(passes)])
+    return Work(model, calibrated, workspace, job.monitor, original)
+
+
+def _export(job: _Job, calibrated: Calibrated, outcomes: list[Outcome], overwrite: bool) -> None:
+    recipe, model, last = job.recipe, job.model, job.forecast.passes[-1]
+    output, goal = Path(recipe.output), recipe.goal
     probed, laid_out = model, None
     if isinstance(last, QuantizeGGUF):
         # What lies outside the experts is rounded only now, so the probe is asked of a model that reads it rounded.
@@ -204,24 +223,48 @@ def _export(
         probed = MoEModel.open(
             recipe.model, dtype=model.dtype, device=model.device, overlay=model.overlay, source=source
         )
-    with monitor.stage("probe"):
+    with job.monitor.stage("probe"):
         ids = calibrated.text.ids if calibrated.text is not None else None
-        expected = probe.streamed(probed, probe.probe_tokens(ids, tokenizer))
+        expected = probe.streamed(probed, probe.probe_tokens(ids, job.tokenizer))
     manifest = {
-        "run": run_id,
+        "run": job.run_id,
         "versions": versions(),
         "recipe": recipe.plain(),
         "passes": [{"name": o.name, "plan": o.plan.summary} for o in outcomes],
         "probe": expected,
     }
-    with monitor.stage("export", len(model.layers)) as progress:
-        goal = recipe.goal
+    with job.monitor.stage("export", len(model.layers)) as progress:
         if isinstance(last, QuantizeGGUF) and laid_out is not None:
             words = _tokenizer_of(recipe, last, model)
             write_gguf(model, output, manifest, progress, laid_out, words, overwrite=overwrite, target=goal)
         else:
             quantized = goal.quantized_format or "native"
             write_folder(model, output, manifest, progress, overwrite=overwrite, quantized=quantized, target=goal)
+
+
+def _verify(job: _Job, workspace: Workspace) -> Verified:
+    """Read the result back; what isn't equal isn't remembered as published."""
+    output = Path(job.recipe.output)
+    with job.monitor.stage("verify", len(read_json(output / MANIFEST)["tensors"])) as progress:
+        workspace.discard(_PUBLISHED)
+        verified = verify(output, progress, str(job.model.device), job.recipe.compute.memory)
+    workspace.write(_PUBLISHED, {"run": job.run_id})
+    return verified
+
+
+def _score(job: _Job, workspace: Workspace, outcomes: list[Outcome]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores of the original and of the result."""
+    recipe = job.recipe
+    return score_folders(
+        Path(recipe.output),
+        Path(recipe.model),
+        recipe.evaluate,
+        job.model,
+        workspace.scratch("score"),
+        job.monitor,
+        recipe.compute.memory,
+        slots_after(outcomes, job.forecast.before),
+    )
 
 
 def _tokenizer_of(recipe: Recipe, step: QuantizeGGUF, model: MoEModel) -> FileTokenizer:
@@ -289,24 +332,21 @@ def _run_of(output: Path) -> Any:
 
 
 def _report(
-    model: MoEModel,
-    recipe: Recipe,
-    expected: Forecast,
-    outcomes: list[Outcome],
+    job: _Job,
     calibrated: Calibrated,
-    scores: tuple[dict[str, Any], dict[str, Any]],
+    outcomes: list[Outcome],
     verified: Verified,
-    monitor: Monitor,
+    scores: tuple[dict[str, Any], dict[str, Any]],
 ) -> dict[str, Any]:
-    source = model.source
+    source = job.model.source
     return build(
-        recipe=recipe.plain(),
-        before=expected.before,
+        recipe=job.recipe.plain(),
+        before=job.forecast.before,
         outcomes=outcomes,
         calibration=calibrated.text.report if calibrated.text is not None else None,
         scores_before=scores[0],
         scores_after=scores[1],
-        stages=monitor.records(),
+        stages=job.monitor.records(),
         facts={
             "source": {
                 "quantization": source.method if isinstance(source, DecodedCheckpoint) else None,
@@ -314,7 +354,7 @@ def _report(
             },
             "verification": verified.to_json(),
             "tokens_seen": calibrated.tokens,
-            "forecast_bytes": expected.after.total_bytes,
+            "forecast_bytes": job.forecast.after.total_bytes,
         },
     )
 
