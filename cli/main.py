@@ -106,7 +106,16 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key, e.g. passes.0.keep=0.5; repeatable."
 )
+@click.option("--model", help="Checkpoint folder (short for --set model=…).")
 @click.option("--output", help="Output folder (short for --set output=…).")
+@click.option(
+    "--calibrate",
+    multiple=True,
+    metavar="TEXT",
+    help="Text file or glob to calibrate on instead of the recipe's; repeatable. A ready recipe then takes sequences "
+    "of 2048 tokens, or what the model reads.",
+)
+@click.option("--text", multiple=True, metavar="TEXT", help="The same for text to score before and after.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the sizes that would result, change nothing.")
 @click.option(
     "--overwrite", is_flag=True, help="Replace what the output folder holds, once the new result is complete."
@@ -119,7 +128,16 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
 )
 @debug_option
 def run(
-    recipe: str, settings: tuple[str, ...], output: str | None, dry_run: bool, overwrite: bool, fresh: bool, debug: bool
+    recipe: str,
+    settings: tuple[str, ...],
+    model: str | None,
+    output: str | None,
+    calibrate: tuple[str, ...],
+    text: tuple[str, ...],
+    dry_run: bool,
+    overwrite: bool,
+    fresh: bool,
+    debug: bool,
 ) -> None:
     """Carry out RECIPE, a YAML file or the name of a ready recipe.
 
@@ -127,15 +145,14 @@ def run(
     """
     from moe_compress.pipeline import plan_run
     from moe_compress.pipeline import run as run_recipe
-    from moe_compress.recipe import read_recipe
-    from moe_compress.recipes import find_recipe
 
+    from .own_text import of_the_demo, with_text
     from .show import show_forecast, show_result
 
-    changes = _settings(settings)
-    if output is not None:
-        changes["output"] = output
-    checked = read_recipe(find_recipe(recipe), changes)
+    changes = _settings(settings) | {key: v for key, v in (("model", model), ("output", output)) if v is not None}
+    checked = with_text(recipe, changes, calibrate, text)
+    if (said := of_the_demo(checked, recipe)) is not None:
+        _say(said)
     if dry_run:
         show_forecast(checked, *plan_run(checked))
         return
@@ -292,3 +309,4 @@ def recipes(name: str | None, debug: bool) -> None:
         return
     for path, summary in ready_recipes().items():
         click.echo(f"{path:<28} {summary}")
+    click.echo("\nmoe-compress run NAME --model MODEL --output OUT --calibrate TEXT --text TEXT")

@@ -23,6 +23,8 @@ from moe_compress.units import show_bytes
 
 # A line is not broken: paths stay whole where the output goes elsewhere.
 console = Console(highlight=False, soft_wrap=True)
+# Options of passes that nobody leaves as they are.
+_CHOSEN = ("keep", "experts", "neurons", "scheme", "bits", "size", "widths", "experts_per_token")
 
 
 def show_forecast(recipe: Recipe, model: MoEModel, forecast: Forecast) -> None:
@@ -221,7 +223,7 @@ def show_pass(name: str) -> None:
     if cls.paper:
         console.print(f"from: {cls.paper}", markup=False)
     table = Table("option", "default", "meaning", box=None, pad_edge=False)
-    for option, field in cls.Options.model_fields.items():
+    for option, field in sorted(cls.Options.model_fields.items(), key=_chosen_first):
         default = "needed" if field.is_required() else repr(field.default)
         table.add_row(option, default, field.description or "")
     console.print()
@@ -232,6 +234,11 @@ def show_pass(name: str) -> None:
             table.add_row(choice, source)
         console.print()
         console.print(table)
+
+
+def _chosen_first(option: tuple[str, Any]) -> int:
+    """What decides about sizes comes first; the rest as it was declared."""
+    return _CHOSEN.index(option[0]) if option[0] in _CHOSEN else len(_CHOSEN)
 
 
 def show_families() -> None:

@@ -12,8 +12,8 @@ from rich.table import Table
 from moe_compress.analysis import analyse, opened
 from moe_compress.domains import FILE, Patterns, find_patterns
 from moe_compress.errors import InputError
-from moe_compress.feasibility import positions
-from moe_compress.model import MoEModel, read_config
+from moe_compress.feasibility import usual_length
+from moe_compress.model import MoEModel
 from moe_compress.model.shape import model_shape
 
 from .show import console
@@ -37,7 +37,7 @@ def analysed(
         import moe_compress.report.plots as drawing
 
         drawing.check()
-    calibration = {"sources": list(text), "sequences": sequences, "length": length or usual_length(model)}
+    calibration = {"sources": list(text), "sequences": sequences, "length": length or usual_length(model, _LENGTH)}
     calibration["allow_fewer"] = True
     found = analyse(model, calibration, segment=segment, traces=traces is not None)
     values = found.to_json()
@@ -47,12 +47,6 @@ def analysed(
     if plots:
         values["plots"] = [str(path) for path in found.plot(plots)]
     return values
-
-
-def usual_length(model: str) -> int:
-    """Tokens of a sequence where nobody says: 512, or as many as the model has positions for."""
-    known = positions(read_config(model))
-    return _LENGTH if known is None else min(_LENGTH, known)
 
 
 def show_analysis(found: dict[str, Any]) -> None:
@@ -120,7 +114,7 @@ def find_domains(
     calibration = {
         "sources": [{"path": path, "domain_field": domain_field} for path in calibrate],
         "sequences": sequences,
-        "length": length or usual_length(model),
+        "length": length or usual_length(model, _LENGTH),
         "balance": True,
         "allow_fewer": True,
     }

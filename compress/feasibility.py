@@ -14,7 +14,7 @@ from moe_compress.checkpoint.writer import neighbours, settled
 from moe_compress.contract import followers
 from moe_compress.errors import InputError, RecipeError, nearest
 from moe_compress.export.targets import TARGETS, Target
-from moe_compress.model import MoEModel
+from moe_compress.model import MoEModel, read_config
 from moe_compress.model.fewer import AS_CONFIG, top_k_path
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass
@@ -166,6 +166,12 @@ def positions(config: PreTrainedConfig) -> int | None:
     """Tokens that a model reads at most, where its config says so."""
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
     return known if isinstance(known, int) else None
+
+
+def usual_length(model: str, usual: int) -> int:
+    """Tokens of a sequence where nobody says: the usual, or as many as the checkpoint has positions for."""
+    known = positions(read_config(model))
+    return usual if known is None else min(usual, known)
 
 
 def check_place(output: Path, workspace: Path, model: Path) -> None:

@@ -1,4 +1,7 @@
-"""Ready recipes: each runs as it stands on the demo checkpoint, and on yours with `--set model=… --set output=…`."""
+"""Ready recipes: each runs as it stands on the demo checkpoint, from the project's folder.
+
+On a model of one's own: `moe-compress run NAME --model … --output … --calibrate TEXT --text TEXT`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from moe_compress.errors import RecipeError, nearest
 
 _FOLDER = Path(__file__).parent
+DEMO = Path("demo")  # where what they name lies, seen from there
 
 
 def ready_recipes() -> dict[str, str]:
@@ -16,6 +20,11 @@ def ready_recipes() -> dict[str, str]:
         first = path.read_text(encoding="utf-8").splitlines()[0]
         found[path.stem] = first.removeprefix("#").strip()
     return found
+
+
+def is_ready(path: Path) -> bool:
+    """Whether a recipe file is one of the ready ones."""
+    return path.resolve().parent == _FOLDER.resolve()
 
 
 def find_recipe(name: str) -> Path:
