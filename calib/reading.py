@@ -218,12 +218,9 @@ class Rows:
         elif self.one_file:
             raise DataError(f"{path}: {'is a folder, give one file' if path.is_dir() else 'no such file'}")
         elif path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            found = [file for file in inside if _kind(file) and "/." not in f"/{file.relative_to(path).as_posix()}"]
-            if len(found) < len(inside):
-                self.skipped["file hidden or of another kind"] += len(inside) - len(found)
-            if not found:
-                raise DataError(f"{path}: the folder has no {', '.join(JSON + PLAIN + PARQUET)} file")
+            found, others = text_files(path)
+            if others:
+                self.skipped["file hidden or of another kind"] += others
         elif glob.has_magic(str(path)):
             found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
             if not found:
@@ -234,6 +231,18 @@ class Rows:
         if unknown := [file for file in found if not _kind(file)]:
             raise DataError(f"{unknown[0]}: must be {', '.join(JSON + PLAIN)} (or these with .gz), or .parquet")
         return found
+
+
+def text_files(folder: Path) -> tuple[list[Path], int]:
+    """Files with text in a folder and its subfolders, and how many others: hidden, or of another kind.
+
+    Raises DataError when there are none.
+    """
+    inside = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    found = [file for file in inside if _kind(file) and "/." not in f"/{file.relative_to(folder).as_posix()}"]
+    if not found:
+        raise DataError(f"{folder}: the folder has no {', '.join(JSON + PLAIN + PARQUET)} file")
+    return found, len(inside) - len(found)
 
 
 def _kind(file: Path) -> str:

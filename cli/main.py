@@ -112,8 +112,8 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
     "--calibrate",
     multiple=True,
     metavar="TEXT",
-    help="Text file or glob to calibrate on instead of the recipe's; repeatable. A ready recipe then takes sequences "
-    "of 2048 tokens, or what the model reads.",
+    help="Text file, folder or glob to calibrate on instead of the recipe's; repeatable. A ready recipe then takes "
+    "sequences of 2048 tokens, or what the model reads.",
 )
 @click.option("--text", multiple=True, metavar="TEXT", help="The same for text to score before and after.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the sizes that would result, change nothing.")
@@ -161,7 +161,9 @@ def run(
 
 @main.command()
 @click.argument("model")
-@click.option("--calibrate", multiple=True, metavar="TEXT", help="Also run this text, a file or glob; repeatable.")
+@click.option(
+    "--calibrate", multiple=True, metavar="TEXT", help="Also run this text, a file, folder or glob; repeatable."
+)
 @click.option("--sequences", type=click.IntRange(1), default=32, show_default=True, help="Sequences of that text.")
 @click.option("--length", type=click.IntRange(2), help="Tokens of a sequence; default: 512, or what the model reads.")
 @click.option(
@@ -209,7 +211,9 @@ def inspect(
 
 @main.command()
 @click.argument("model")
-@click.option("--calibrate", multiple=True, required=True, metavar="TEXT", help="Text file or glob; repeatable.")
+@click.option(
+    "--calibrate", multiple=True, required=True, metavar="TEXT", help="Text file, folder or glob; repeatable."
+)
 @click.option("--domain-field", default="domain", show_default=True, help="Field of its rows that holds the domain.")
 @click.option("--criterion", default="easy_ep", show_default=True, help="How experts are scored, as in prune.experts.")
 @click.option(
@@ -232,8 +236,8 @@ def domains(model: str, debug: bool, **wanted: Any) -> None:
 @main.command()
 @click.argument("model")
 @click.option("--against", help="The original: KL divergence and agreement are measured against it.")
-@click.option("--text", multiple=True, help="Text file or glob; repeatable.")
-@click.option("--length", type=int, default=2048, show_default=True, help="Tokens of one window.")
+@click.option("--text", multiple=True, help="Text file, folder or glob; repeatable.")
+@click.option("--length", type=int, help="Tokens of one window; default: 2048, or what the model reads.")
 @click.option("--max-tokens", type=int, help="Tokens of each file at the most.")
 @click.option("--tasks", help="lm-eval tasks, separated by commas.")
 @click.option("--task-path", type=click.Path(), help="Folder with lm-eval task files of your own.")

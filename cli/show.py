@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_compress.checkpoint.decoded import DecodedCheckpoint
+from moe_compress.checkpoint.names import local_folder
 from moe_compress.errors import InputError
 from moe_compress.export.targets import TARGETS
+from moe_compress.feasibility import usual_length
 from moe_compress.model import MoEModel, families
 from moe_compress.model.shape import model_shape
 from moe_compress.passes import all_passes, find_pass
@@ -179,10 +181,12 @@ def evaluated(model: str, against: str | None, tasks: str | None, device: str, *
         option = str(first["loc"][0] if first["loc"] else "generation")
         raise InputError(f"--{option.replace('_', '-')}: {first['msg'].removeprefix('Value error, ')}") from error
     opened = MoEModel.open(model, dtype=dtype, device=where)
+    if "length" not in given:
+        evaluation = evaluation.model_copy(update={"length": usual_length(model, evaluation.length)})
     check_scoring(opened, evaluation)
     with tempfile.TemporaryDirectory() as folder:
-        original = Path(against) if against else None
-        _, after = score_folders(Path(model), original, evaluation, opened, Path(folder), Monitor())
+        original = Path(local_folder(against)) if against else None
+        _, after = score_folders(opened.source.folder, original, evaluation, opened, Path(folder), Monitor())
     return {
         **sizes(model_shape(opened)),
         **{key: {} for key in ("perplexity", "tasks", "generation", "experts_per_token", "kl", "agreement")},

@@ -107,10 +107,10 @@ def find_domains(
     output: str | None,
 ) -> tuple[Patterns, MoEModel, Path]:
     """Patterns of domains, the model, and the file that they are in."""
-    file = Path(output) if output else Path(model) / FILE
+    view = opened(model)
+    file = Path(output) if output else view.source.folder / FILE
     if not os.access(file.absolute().parent, os.W_OK):
         raise InputError(f"{file} can't be written: no such folder, or no right to write there; choose an --output")
-    view = opened(model)
     calibration = {
         "sources": [{"path": path, "domain_field": domain_field} for path in calibrate],
         "sequences": sequences,

@@ -196,7 +196,7 @@ def load_task(
 ) -> PreTrainedModel:
     """Load a checkpoint with a task's experts only; see `moe_compress.load`."""
     view = MoEModel.open(folder)
-    found = Patterns.open(patterns if patterns is not None else Path(folder) / FILE)
+    found = Patterns.open(patterns if patterns is not None else view.source.folder / FILE)
     check_partial(view)
     if found.identity != identity_of(view):
         raise CheckpointError(

@@ -34,6 +34,7 @@ from moe_compress.passes import Pass
 from moe_compress.progress import Monitor
 from moe_compress.quant.gguf import QuantizeGGUF
 from moe_compress.recipe import Recipe, make_recipe, read_recipe
+from moe_compress.recipes import find_recipe
 from moe_compress.report.build import build, versions
 from moe_compress.report.text import write_reports
 from moe_compress.resources import device_and_dtype, holding, holding_all, memory_limit
@@ -100,7 +101,7 @@ def run(
     """Carry out a recipe.
 
     Args:
-        recipe: a recipe, a dict of its keys, or the path of its file.
+        recipe: a recipe, a dict of its keys, the path of its file, or the name of a ready one.
         overrides: dotted keys → YAML values, for a file.
         overwrite: whether the output folder may hold something (it is replaced when the new result is complete).
         fresh: forget the finished layers of an earlier run with this output. What was measured on the same model and
@@ -116,7 +117,7 @@ def run(
     if isinstance(recipe, Mapping):
         recipe = make_recipe(recipe)
     elif not isinstance(recipe, Recipe):
-        recipe = read_recipe(recipe, overrides)
+        recipe = read_recipe(find_recipe(str(recipe)), overrides)
     output, place = Path(recipe.output), _workspace_of(recipe)
     monitor = monitor or Monitor()
     with monitor.stage("check"):

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from moe_compress.calib.text import Calibration
+from moe_compress.checkpoint.names import ModelPath
 from moe_compress.errors import RecipeError
 from moe_compress.export.targets import Target, find_target
 from moe_compress.passes import Pass, find_pass, load_plugin
@@ -42,7 +43,7 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: list[UserPath] = Field(
-        default=[], description="Text files (or globs) for perplexity, KL divergence and agreement"
+        default=[], description="Text files, folders or globs for perplexity, KL divergence and agreement"
     )
     field: str = Field(default="text", description="Field of JSONL or Parquet rows that holds the text")
     length: int = Field(default=2048, ge=2, description="Tokens of one window")
@@ -90,7 +91,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    model: UserPath = Field(description="Checkpoint folder (config.json and safetensors)")
+    model: ModelPath = Field(
+        description="Checkpoint folder (config.json and safetensors), or its name on the Hub if the cache has it"
+    )
     output: UserPath = Field(description="Folder for the result; must not exist, or be empty")
     target: str = Field(
         default="native", description="Runtime that the result is for; `moe-compress passes` lists them"

@@ -132,6 +132,13 @@ def test_an_error_says_where_it_is(old, new, where, file):
     assert "\n" not in str(raised.value)
 
 
+def test_a_ready_recipe_by_name(tmp_path):
+    with pytest.raises(RecipeError, match="no ready recipe is called 'reap25'; did you mean 'reap-25'"):
+        run("reap25")
+    with pytest.raises(InputError, match=f"no such folder: {tmp_path / 'none'}"):
+        run("reap-25", {"model": str(tmp_path / "none"), "output": str(tmp_path / "out")})
+
+
 def test_overrides_are_for_files():
     with pytest.raises(InputError, match="overrides"):
         run(yaml.safe_load(TEXT), {"passes.0.prune.experts.keep": "0.5"})

@@ -25,6 +25,7 @@ from moe_compress.constants import GGUF, GGUF_FILE
 from moe_compress.errors import CheckpointError, InputError
 
 from .gguf_file import read_gguf
+from .names import local_folder, remedy
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -69,9 +70,9 @@ class Checkpoint:
     """Tensors of a checkpoint folder by name. Use as a context manager, or call `close`."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = Path(local_folder(folder))
         if not self.folder.exists():
-            raise InputError(f"no such folder: {self.folder}")
+            raise InputError(f"no such folder: {self.folder}{remedy(str(folder))}")
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.folder}: no config.json, so not a Hugging Face checkpoint folder")
         self.tensors: dict[str, TensorInfo] = {}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compress.calib.reading import text_files
 from moe_compress.calib.routing import RoutingLog, routing_drift
 from moe_compress.calib.text import load_windows
 from moe_compress.errors import DataError, RunError
@@ -116,9 +117,12 @@ def load_text(tokenizer: Any, wanted: Evaluation, vocabulary: int | None = None)
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Files that paths and globs name, in order. Raises DataError for one that names nothing."""
+    """Files that paths, folders and globs name, in order. Raises DataError for one that names nothing."""
     found: list[Path] = []
     for pattern in patterns:
+        if Path(pattern).is_dir():
+            found += text_files(Path(pattern))[0]
+            continue
         matches = sorted(Path(p) for p in glob.glob(pattern)) if glob.has_magic(pattern) else [Path(pattern)]
         if not matches or not matches[0].is_file():
             raise DataError(f"no text file at {pattern}")

@@ -30,7 +30,7 @@ def load(
     """Load a checkpoint in any format that this package writes, by transformers' own loader.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint, or its name on the Hub if the local cache has it.
         task: load the experts of a domain only (docs/domains.md): the name of one that `moe-compress domains` has
             measured, or a prompt, for the nearest; a line on standard error says which. Bytes of the other experts
             aren't read, except that a prompt runs through the first layer with experts.
@@ -53,11 +53,12 @@ def load(
         raise InputError("`keep` and `patterns` belong to a `task`: load(folder, task=…)")
     # Truncated or missing shards: one clear line instead of a loader's.
     with Checkpoint(folder) as checkpoint:
+        folder = checkpoint.folder
         method = checkpoint.quantization.get("quant_method")
         if method is None:
             refuse_codes(checkpoint)
     if method is not None and method != QUANT_METHOD:
-        return _of_others(Path(folder), options)
+        return _of_others(folder, options)
     config = AutoConfig.from_pretrained(folder)
     return hf.model_class(config).from_pretrained(folder, **options).eval()  # type: ignore[no-any-return]
 

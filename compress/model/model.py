@@ -109,7 +109,7 @@ class MoEModel:
         decoded when they are read (quant/sources.py).
 
         Args:
-            path: folder with config.json and safetensors.
+            path: folder with config.json and safetensors, or its name on the Hub if the local cache has it.
             dtype: in what layers compute when they are live (float32 on a CPU: bfloat16 is several times slower there).
             device: where live layers go.
             overlay: changed blocks that replace the folder's.

@@ -156,6 +156,10 @@ def test_files(demo, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(demo / "moe-demo")
     found = find_files([str(demo / "text" / "text_s*.jsonl"), str(demo / "text" / "text_novels.jsonl")])
     assert [file.stem for file in found] == ["text_scripture", "text_spanish", "text_novels"]
+    assert [file.stem for file in find_files([str(demo / "text")])] == sorted(p.stem for p in (demo / "text").iterdir())
+    (tmp_path / ".hidden.txt").write_text("not meant")
+    with pytest.raises(DataError, match=r"the folder has no \.jsonl"):
+        find_files([str(tmp_path)])
     for pattern in ("missing.txt", "missing*.txt"):
         with pytest.raises(DataError, match=r"no text file at .*missing"):
             find_files([str(tmp_path / pattern)])
