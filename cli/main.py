@@ -143,7 +143,7 @@ def run(
 
     Finished layers are kept beside the output; the same command continues an interrupted run.
     """
-    from moe_compress.pipeline import plan_run
+    from moe_compress.pipeline import plan_run, read_calibration
     from moe_compress.pipeline import run as run_recipe
 
     from .own_text import of_the_demo, with_text
@@ -154,7 +154,9 @@ def run(
     if (said := of_the_demo(checked, recipe)) is not None:
         _say(said)
     if dry_run:
-        show_forecast(checked, *plan_run(checked))
+        opened, forecast = plan_run(checked)
+        draft, _ = read_calibration(checked, opened, forecast.passes)
+        show_forecast(checked, opened, forecast, draft)
         return
     show_result(run_recipe(checked, overwrite=overwrite, fresh=fresh))
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from moe_compress.calib.text import Draft
 from moe_compress.checkpoint.decoded import DecodedCheckpoint
 from moe_compress.checkpoint.names import local_folder
 from moe_compress.errors import InputError
@@ -29,8 +30,8 @@ console = Console(highlight=False, soft_wrap=True)
 _CHOSEN = ("keep", "experts", "neurons", "scheme", "bits", "size", "widths", "experts_per_token")
 
 
-def show_forecast(recipe: Recipe, model: MoEModel, forecast: Forecast) -> None:
-    """Sizes before and after each pass."""
+def show_forecast(recipe: Recipe, model: MoEModel, forecast: Forecast, draft: Draft | None) -> None:
+    """Sizes before and after each pass, and what would be calibrated on."""
     _show_stored(_quantized(model))
     table = Table("", "checkpoint", "experts", "bits per weight", "experts per layer", box=None, pad_edge=False)
     for name, shape in [
@@ -46,6 +47,9 @@ def show_forecast(recipe: Recipe, model: MoEModel, forecast: Forecast) -> None:
             ", ".join(map(str, counts)),
         )
     console.print(table)
+    if draft is not None:
+        count, length = len(draft.text) + sum(draft.sampled.values()), draft.settings.length
+        console.print(f"calibrated on {count} sequences of {length} tokens")
     console.print(f"{recipe.model} → {recipe.output} for {recipe.target}; nothing was changed")
 
 

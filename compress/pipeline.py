@@ -181,7 +181,7 @@ class _Job:
 def _opened(recipe: Recipe, monitor: Monitor) -> _Job:
     model, forecast = plan_run(recipe)
     fingerprint = model.source.fingerprint()
-    draft, tokenizer = _calibration(model, recipe, forecast.passes)
+    draft, tokenizer = read_calibration(recipe, model, forecast.passes)
     return _Job(recipe, model, forecast, draft, tokenizer, _identity(recipe, fingerprint, draft), monitor)
 
 
@@ -274,7 +274,11 @@ def _tokenizer_of(recipe: Recipe, step: QuantizeGGUF, model: MoEModel) -> FileTo
     return read_tokenizer(Path(recipe.model), vocabulary, step.options.tokenizer_pre)
 
 
-def _calibration(model: MoEModel, recipe: Recipe, passes: list[Pass]) -> tuple[Draft | None, Any]:
+def read_calibration(recipe: Recipe, model: MoEModel, passes: list[Pass]) -> tuple[Draft | None, Any]:
+    """Calibration text as far as it can be read without running the model, if a pass needs any; and the tokenizer.
+
+    Raises InputError and its kinds: no text, too little, or not what the passes need.
+    """
     tokenizer = find_tokenizer(recipe.model)
     needed = any(step.needs_text() for step in passes)
     if recipe.calibration is None or not needed:
@@ -360,4 +364,4 @@ def _report(
     )
 
 
-__all__ = ["Finished", "Forecast", "plan_run", "run"]
+__all__ = ["Finished", "Forecast", "plan_run", "read_calibration", "run"]

@@ -75,6 +75,23 @@ def test_the_demo_s_text_is_elsewhere(commands, small, tmp_path):
     assert "demo/text/*.jsonl isn't here: give yours by --text TEXT" in said.line
 
 
+def test_a_dry_run_reads_the_text(commands, small, text, tmp_path):
+    own = ["--model", small, "--output", tmp_path / "out", "--text", text / "held-out.txt", "--dry-run"]
+    said = commands(
+        "run", "reap-25", *own, "--calibrate", text / "calibration.jsonl", "--set", "calibration.sequences=4"
+    )
+    assert (said.code, said.err) == (0, "")
+    assert "calibrated on 4 sequences of 128 tokens" in said.out.splitlines()
+    said = commands(
+        "run", "reap-25", *own, "--calibrate", text / "calibration.jsonl", "--set", "calibration.sequences=999"
+    )
+    assert said.code == 2
+    assert "sequences of 128 tokens, not 999" in said.line
+    said = commands("run", "reap-25", *own, "--calibrate", tmp_path / "none.txt")
+    assert said.code == 2
+    assert "none.txt: no such file" in said.line
+
+
 def test_text_that_nothing_reads(commands, small, tmp_path):
     said = commands("run", "rtn-4bit", "--model", small, "--output", tmp_path / "out", "--calibrate", "a.jsonl")
     assert said.code == 2
