@@ -95,12 +95,12 @@ def markdown(report: dict[str, Any]) -> str:
         lines += _table(("layer", "matrices and their bits", "bytes before", "bytes"), _by_place(beside))
     if report.get("calibration"):
         lines += ["", "## Calibration", ""]
-        lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in report["calibration"].items()]
+        lines += _calibration(report["calibration"])
     if report.get("verification"):
         checked = report["verification"]
         lines += ["", "## Verification", ""]
         lines.append(
-            f"- {checked['tensors']} tensors ({show_bytes(checked['bytes'])}) read back and equal; loaded by "
+            f"- {checked['tensors']} tensors ({show_bytes(checked['bytes'])}) read back and equal; "
             f"{checked['loader']}; logits within {checked['distance']:.2g} of their spread "
             f"(allowed {checked['tolerance']:g})"
         )
@@ -111,6 +111,19 @@ def markdown(report: dict[str, Any]) -> str:
     )
     lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()), ""]
     return "\n".join(lines)
+
+
+def _calibration(told: dict[str, Any]) -> list[str]:
+    """A line for each key that says something, and one for each source."""
+
+    def said(values: dict[str, Any]) -> list[str]:
+        return [
+            f"{key.replace('_', ' ')}: {_plain(value)}"
+            for key, value in values.items()
+            if key != "sources" and value is not None and value not in ("", [], {})
+        ]
+
+    return [f"- {line}" for line in (*said(told), *(", ".join(said(source)) for source in told.get("sources", [])))]
 
 
 def _by_place(beside: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:

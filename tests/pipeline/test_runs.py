@@ -98,7 +98,7 @@ def ran(tmp_path_factory, small, text, commands):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_report_is_true(name, ran, small):
+def test_the_report_is_true(name, ran, small, text):
     passes, _, experts, packed = RECIPES[name]
     output = ran(name)
     report = json.loads((output / "report.json").read_text())
@@ -136,7 +136,10 @@ def test_the_report_is_true(name, ran, small):
     names = [stage["name"] for stage in report["stages"]]
     assert names[-2:] == ["verify", "score: text"]
     assert all(s["seconds"] >= 0 and s["peak_memory_bytes"] > 0 for s in report["stages"])
-    assert "| perplexity held-out |" in (output / "report.md").read_text()
+    told = (output / "report.md").read_text()
+    assert "| perplexity held-out |" in told
+    assert [line for line in told.splitlines() if line.startswith("- ") and line.endswith(": ")] == []
+    assert (f"- source: {text / 'calibration.jsonl'}, " in told) == bool(report["calibration"])
 
 
 @pytest.mark.parametrize("name", RECIPES)
