@@ -1,7 +1,7 @@
 """What a run shows while it works, and what it remembers of each stage: seconds and peak memory.
 
-Bars appear on a terminal only. Memory is the process's anonymous resident memory (page cache of mapped files not
-counted), sampled, plus the accelerator's own peak where there is one.
+On a terminal a stage is a bar; in a log it is a line a minute, none if it takes less. Memory is the process's anonymous
+resident memory (page cache of mapped files not counted), sampled, plus the accelerator's own peak where there is one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 _SAMPLE_SECONDS = 0.05
+_LINE_SECONDS = 60
 
 
 class Progress:
@@ -62,21 +63,21 @@ class Monitor:
     """Runs stages and remembers them.
 
     Args:
-        show: bars on the terminal; default: when standard error is one.
+        show: whether anything is.
     """
 
-    def __init__(self, show: bool | None = None):
+    def __init__(self, show: bool = True):
         self.console = Console(stderr=True)
-        self._show = sys.stderr.isatty() if show is None else show
+        self._show = show
         self.stages: list[StageRecord] = []
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Progress]:
-        """Time a stage, sample its memory, and show a bar of `total` steps if it is known."""
+        """Time a stage, sample its memory, and show how far it is of `total` steps, if these are known."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        with _PeakMemory() as memory, self._bar(name, total) as progress:
+        with _PeakMemory() as memory, self._shown(name, total) as progress:
             yield progress
         device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         self.stages.append(StageRecord(name, time.perf_counter() - start, memory.peak, device))
@@ -90,9 +91,12 @@ class Monitor:
         return [asdict(stage) for stage in self.stages]
 
     @contextmanager
-    def _bar(self, name: str, total: int | None) -> Iterator[Progress]:
+    def _shown(self, name: str, total: int | None) -> Iterator[Progress]:
         if not self._show:
             yield Progress()
+            return
+        if not sys.stderr.isatty():
+            yield _Lines(self, name, total)
             return
         columns = [
             SpinnerColumn(),
@@ -124,6 +128,32 @@ class _Bar(Progress):
             description=f"{self._name} · {text}" if text else self._name,
             rate=f"{rate:.2g} s each",
         )
+
+
+class _Lines(Progress):
+    def __init__(self, monitor: Monitor, name: str, total: int | None):
+        self._monitor, self._name, self._total, self._count = monitor, name, total, 0
+        self._start = self._said = time.perf_counter()
+
+    def layer(self, index: int) -> None:
+        self.step()
+
+    def step(self, text: str = "") -> None:
+        self._count += 1
+        now = time.perf_counter()
+        if now - self._said < _LINE_SECONDS:
+            return
+        self._said, gone = now, now - self._start
+        line = f"{self._name}: {self._count} done in {_clock(gone)}"
+        if self._total is not None:
+            left = gone / self._count * (self._total - self._count)
+            line = f"{self._name}: {self._count} of {self._total} in {_clock(gone)}, about {_clock(left)} left"
+        self._monitor.note(line)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def anonymous_memory() -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_compress
+from moe_compress.progress import _clock
 
 HIDDEN = NEURONS = 32
 SEVEN = {"merge.average": {"experts": 7}}
@@ -164,6 +165,25 @@ def test_the_result_loads(name, ran, small, text):
     report = json.loads((output / "report.json").read_text())
     for which, scored in (("before", source), ("after", model)):
         assert report[which]["perplexity"]["held-out"] == pytest.approx(perplexity(scored, tokens), rel=1e-5)
+
+
+def test_a_log_tells_how_far_it_is(small, text, commands, tmp_path):
+    """Nothing is said of stages that are over within a minute; of longer ones, a line a minute."""
+    path = write_recipe(tmp_path / "recipe.yaml", recipe(small, tmp_path / "out", [PRUNE], text, evaluate={}))
+    said = commands("run", path, plant="import moe_compress.progress as p\np._LINE_SECONDS = 0")
+    assert said.code == 0
+    lines = [line.split(": ") for line in said.err.splitlines() if "apply" in line]
+    assert [line[:2] for line in lines] == [["prune.experts", "apply"]] * 3
+    for number, (*_, far) in enumerate(lines, 1):
+        assert re.fullmatch(rf"{number} of 3 in \d:\d\d:\d\d, about \d:\d\d:\d\d left", far)
+    assert lines[-1][-1].endswith("about 0:00:00 left")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3599, "0:59:59"), (90061, "25:01:01")]
+)
+def test_times_as_clocks_show_them(seconds, said):
+    assert _clock(seconds) == said
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
