@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -67,15 +67,3 @@ def named(name: str, known: Mapping[str, T], what: str) -> T:
     if name not in known:
         raise RecipeError(f"no {what} is called {name!r}{nearest(name, known)}")
     return known[name]
-
-
-def check_new(name: str, before: Any, now: Any, what: str) -> None:
-    """Raise ValueError where something else is registered under a name already; a file imported again may say it again.
-
-    Args:
-        name: which is registered.
-        before, now: the functions or classes; None where the name is new.
-        what: they are, in the plural.
-    """
-    if before is not None and (before.__module__, before.__qualname__) != (now.__module__, now.__qualname__):
-        raise ValueError(f"two {what} are called {name!r}: in {before.__module__} and in {now.__module__}")

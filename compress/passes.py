@@ -28,11 +28,12 @@ from moe_compress.calib.batches import TokenBatches
 from moe_compress.calib.collect import Profile
 from moe_compress.calib.inputs import BlockInputs
 from moe_compress.calib.statistics import Result, Statistic
-from moe_compress.errors import RecipeError, check_new, named
+from moe_compress.errors import RecipeError
 from moe_compress.export.targets import Target
 from moe_compress.model import MoEBlock, MoEModel
 from moe_compress.model.shape import ModelShape
 from moe_compress.progress import Progress
+from moe_compress.registry import Registry
 
 # Folders whose modules are searched for passes.
 _HOMES = ("moe_compress.quant", "moe_compress.prune", "moe_compress.merge", "moe_compress.heal")
@@ -259,15 +260,9 @@ class Changed:
     report: dict[str, Any]
 
 
-_REGISTRY: dict[str, type[Pass]] = {}
+_REGISTRY = Registry[type[Pass]]("pass", "passes")
 _discovered = False
-
-
-def register(cls: type[Pass]) -> type[Pass]:
-    """Make a pass known under its name."""
-    check_new(cls.name, _REGISTRY.get(cls.name), cls, "passes")
-    _REGISTRY[cls.name] = cls
-    return cls
+register = _REGISTRY.adding(lambda cls: cls)  # a decorator of passes
 
 
 def all_passes() -> dict[str, type[Pass]]:
@@ -284,8 +279,8 @@ def all_passes() -> dict[str, type[Pass]]:
 
 def find_pass(name: str) -> type[Pass]:
     """The pass of that name. Raises RecipeError with the nearest name there is."""
-    passes = all_passes()
-    return named(name, passes, "pass")
+    all_passes()
+    return _REGISTRY.find(name)
 
 
 def load_plugin(path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_compress.errors import check_new, named
 from moe_compress.model.experts import ExpertWeights
+from moe_compress.registry import Registry
 
 from .align import exact_assignment, permuted, weight_similarity
 from .low_rank import base_of, fisher_mean, loudest
@@ -86,7 +86,8 @@ class Method:
     aligned: bool = False
 
 
-METHODS: dict[str, Method] = {}
+METHODS = Registry[Method]("method of factorising", "methods of factorising")
+find_method = METHODS.find
 
 
 def method(
@@ -99,18 +100,7 @@ def method(
 ) -> Callable[[Divide], Divide]:
     """Register a method; see Method."""
 
-    def add(divide: Divide) -> Divide:
-        before = METHODS.get(name)
-        check_new(name, before and before.divide, divide, "methods of factorising")
-        METHODS[name] = Method(name, source, divide, form, base, whole, aligned)
-        return divide
-
-    return add
-
-
-def find_method(name: str) -> Method:
-    """The method of that name. Raises RecipeError with the nearest there is."""
-    return named(name, METHODS, "method of factorising")
+    return METHODS.adding(lambda divide: Method(name, source, divide, form, base, whole, aligned))
 
 
 def _everything(weights: ExpertWeights, _: Asked) -> Split:

@@ -15,8 +15,8 @@ from torch import Tensor
 from moe_compress.calib.outputs import OutputMoments, TokenContribution
 from moe_compress.calib.statistics import ChosenLogits, OutputNorms, Result, Routing, Statistic
 from moe_compress.counts import ExpertCounts
-from moe_compress.errors import check_new, named
 from moe_compress.model.shape import LayerShape
+from moe_compress.registry import Registry
 
 Measured = dict[str, Result]
 
@@ -70,7 +70,8 @@ class Criterion:
         return [s if isinstance(s, Statistic) else s(options) for s in self.statistics]
 
 
-CRITERIA: dict[str, Criterion] = {}
+CRITERIA = Registry[Criterion]("criterion", "criteria")
+find_criterion = CRITERIA.find
 
 
 def criterion(
@@ -83,18 +84,7 @@ def criterion(
 ) -> Callable[[Score], Score]:
     """Register a score under a name; see Criterion."""
 
-    def add(score: Score) -> Score:
-        before = CRITERIA.get(name)
-        check_new(name, before and before.score, score, "criteria")
-        CRITERIA[name] = Criterion(name, source, statistics, score, ranks, comparable, problem)
-        return score
-
-    return add
-
-
-def find_criterion(name: str) -> Criterion:
-    """The criterion of that name. Raises RecipeError with the nearest there is."""
-    return named(name, CRITERIA, "criterion")
+    return CRITERIA.adding(lambda score: Criterion(name, source, statistics, score, ranks, comparable, problem))
 
 
 @criterion("random", "control: what any criterion has to beat", Routing())

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_compress.errors import check_new, named
 from moe_compress.quant.layer_rows import Weighing
+from moe_compress.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class WeightCriterion:
     solves: bool = False
 
 
-WEIGHT_CRITERIA: dict[str, WeightCriterion] = {}
+WEIGHT_CRITERIA = Registry[WeightCriterion]("criterion for weights", "criteria for weights")
+find_weight_criterion = WEIGHT_CRITERIA.find
 
 
 def weight_criterion(
@@ -86,18 +87,7 @@ def weight_criterion(
 ) -> Callable[[Score], Score]:
     """Register a score under a name; see WeightCriterion."""
 
-    def add(score: Score) -> Score:
-        before = WEIGHT_CRITERIA.get(name)
-        check_new(name, before and before.score, score, "criteria for weights")
-        WEIGHT_CRITERIA[name] = WeightCriterion(name, source, reads, score, solves)
-        return score
-
-    return add
-
-
-def find_weight_criterion(name: str) -> WeightCriterion:
-    """The criterion of that name. Raises RecipeError with the nearest there is."""
-    return named(name, WEIGHT_CRITERIA, "criterion for weights")
+    return WEIGHT_CRITERIA.adding(lambda score: WeightCriterion(name, source, reads, score, solves))
 
 
 @weight_criterion("random", "control: what any criterion has to beat")

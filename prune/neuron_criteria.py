@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_compress.calib.neurons import NeuronGradients, NeuronProjections, NeuronRemoval, NeuronSums, NeuronWeights
 from moe_compress.calib.statistics import Statistic
-from moe_compress.errors import check_new, named
+from moe_compress.registry import Registry
 
 from .criteria import Measured
 
@@ -43,7 +43,8 @@ class NeuronCriterion:
     signed: bool = False
 
 
-NEURON_CRITERIA: dict[str, NeuronCriterion] = {}
+NEURON_CRITERIA = Registry[NeuronCriterion]("criterion of neurons", "criteria of neurons")
+find_neuron_criterion = NEURON_CRITERIA.find
 
 
 def neuron_criterion(
@@ -51,18 +52,7 @@ def neuron_criterion(
 ) -> Callable[[NeuronScore], NeuronScore]:
     """Register a score under a name; see NeuronCriterion."""
 
-    def add(score: NeuronScore) -> NeuronScore:
-        before = NEURON_CRITERIA.get(name)
-        check_new(name, before and before.score, score, "criteria of neurons")
-        NEURON_CRITERIA[name] = NeuronCriterion(name, source, statistics, score, comparable, signed)
-        return score
-
-    return add
-
-
-def find_neuron_criterion(name: str) -> NeuronCriterion:
-    """The criterion of that name. Raises RecipeError with the nearest there is."""
-    return named(name, NEURON_CRITERIA, "criterion of neurons")
+    return NEURON_CRITERIA.adding(lambda score: NeuronCriterion(name, source, statistics, score, comparable, signed))
 
 
 @neuron_criterion("random", "control: what any criterion has to beat", NeuronWeights(), comparable=True)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moe_compress.calib.statistics import Result, Routing, Statistic
-from moe_compress.errors import UnsupportedModelError, check_new, named
+from moe_compress.errors import UnsupportedModelError
 from moe_compress.model.shape import LayerShape
+from moe_compress.registry import Registry
 
 from .cost import QuantizationError
 from .gain import SolverGain
@@ -99,7 +100,8 @@ class Cost:
         return found if "left" not in gain else (found.unsqueeze(-1) * gain["left"].flip(-1)).flatten(-2)
 
 
-COSTS: dict[str, Cost] = {}
+COSTS = Registry[Cost]("cost", "costs")
+find_cost = COSTS.find
 
 
 def cost(
@@ -107,18 +109,7 @@ def cost(
 ) -> Callable[[Evaluate], Evaluate]:
     """Register a cost under a name; see Cost."""
 
-    def add(evaluate: Evaluate) -> Evaluate:
-        before = COSTS.get(name)
-        check_new(name, before and before.evaluate, evaluate, "costs")
-        COSTS[name] = Cost(name, source, needs, evaluate, per_matrix, rounding)
-        return evaluate
-
-    return add
-
-
-def find_cost(name: str) -> Cost:
-    """The cost of that name. Raises RecipeError with the nearest there is."""
-    return named(name, COSTS, "cost")
+    return COSTS.adding(lambda evaluate: Cost(name, source, needs, evaluate, per_matrix, rounding))
 
 
 def solver_gain(options: MixedOptions) -> Statistic:

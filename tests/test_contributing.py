@@ -7,9 +7,12 @@ import pytest
 from places import DEMO, ROOT
 from running import python
 
+from moe_compress import passes
 from moe_compress.errors import RunError
 from moe_compress.pipeline import run
 from moe_compress.progress import Monitor
+from moe_compress.prune.criteria import CRITERIA
+from moe_compress.quant.costs import COSTS
 from moe_compress.recipe import make_recipe
 
 
@@ -19,6 +22,19 @@ def plugin(tmp_path_factory):
     path = tmp_path_factory.mktemp("plugin") / "quiet.py"
     path.write_text(code[1])
     return path
+
+
+@pytest.fixture(autouse=True)
+def _forgotten():
+    """What a test's plugins register is gone with it: other tests look at all that is registered."""
+    registries = (passes._REGISTRY, CRITERIA, COSTS)
+    passes.all_passes()
+    before = [(dict(registry), dict(registry._homes)) for registry in registries]
+    yield
+    for registry, (entries, homes) in zip(registries, before, strict=True):
+        for kept, known in ((registry, entries), (registry._homes, homes)):
+            kept.clear()
+            kept.update(known)
 
 
 def test_the_example_runs(plugin, tmp_path):
