@@ -103,11 +103,8 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
 
 @main.command()
 @click.argument("recipe")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key, e.g. passes.0.keep=0.5; repeatable."
-)
-@click.option("--model", help="Checkpoint folder (short for --set model=…).")
-@click.option("--output", help="Output folder (short for --set output=…).")
+@click.option("--model", metavar="FOLDER", help="Checkpoint (short for --set model=…).")
+@click.option("--output", metavar="FOLDER", help="Where the result goes (short for --set output=…).")
 @click.option(
     "--calibrate",
     multiple=True,
@@ -116,6 +113,10 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
     "sequences of 2048 tokens, or what the model reads.",
 )
 @click.option("--text", multiple=True, metavar="TEXT", help="The same for text to score before and after.")
+@click.option("--tasks", help="lm-eval tasks to score before and after, separated by commas, instead of the recipe's.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change any key, e.g. passes.0.keep=0.5; repeatable."
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the sizes that would result, change nothing.")
 @click.option(
     "--overwrite", is_flag=True, help="Replace what the output folder holds, once the new result is complete."
@@ -129,11 +130,12 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
 @debug_option
 def run(
     recipe: str,
-    settings: tuple[str, ...],
     model: str | None,
     output: str | None,
     calibrate: tuple[str, ...],
     text: tuple[str, ...],
+    tasks: str | None,
+    settings: tuple[str, ...],
     dry_run: bool,
     overwrite: bool,
     fresh: bool,
@@ -143,13 +145,17 @@ def run(
 
     Finished layers are kept beside the output; the same command continues an interrupted run.
     """
+    import json
+
     from moe_compress.pipeline import plan_run, read_calibration
     from moe_compress.pipeline import run as run_recipe
 
     from .own_text import of_the_demo, with_text
     from .show import show_forecast, show_result
 
-    changes = _settings(settings) | {key: v for key, v in (("model", model), ("output", output)) if v is not None}
+    short = {"model": model, "output": output, "evaluate.tasks": tasks and tasks.split(",")}
+    # Quoted, as settings are YAML: a folder may be called 5, or 2026-01-31.
+    changes = _settings(settings) | {key: json.dumps(value) for key, value in short.items() if value is not None}
     checked = with_text(recipe, changes, calibrate, text)
     if (said := of_the_demo(checked, recipe)) is not None:
         _say(said)

@@ -12,6 +12,7 @@ from moe_compress.cli.own_text import with_text
 from moe_compress.recipe import read_recipe
 
 READY = ROOT / "recipes"
+GROUPS = ("--set", "passes.0.group_size=32", "--set", "passes.0.bits=4.5")  # the tiny model is 32 wide
 
 
 def test_files_stand_for_the_demo_s(small):
@@ -90,6 +91,21 @@ def test_a_dry_run_reads_the_text(commands, small, text, tmp_path):
     said = commands("run", "reap-25", *own, "--calibrate", tmp_path / "none.txt")
     assert said.code == 2
     assert "none.txt: no such file" in said.line
+
+
+def test_folders_are_names_not_yaml(commands, small, text, tmp_path):
+    shutil.copytree(small, tmp_path / "2026-01-31")
+    own = ["--model", "2026-01-31", "--output", "7", "--text", text / "held-out.txt", "--dry-run"]
+    said = commands("run", "rtn-4bit", *own, *GROUPS, cwd=tmp_path)
+    assert (said.code, said.err) == (0, "")
+    assert "2026-01-31 → 7 for native" in said.out
+
+
+def test_tasks_by_name(commands, small, text, tmp_path):
+    own = ["--model", small, "--output", tmp_path / "out", "--text", text / "held-out.txt", "--dry-run"]
+    said = commands("run", "rtn-4bit", *own, *GROUPS, "--tasks", "arc_easy,arc_esay")
+    assert said.code == 2
+    assert "unknown task 'arc_esay'; did you mean 'arc_easy'" in said.line
 
 
 def test_text_that_nothing_reads(commands, small, tmp_path):
