@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.errors import InputError, RunError
+from moe_compress.quant.side_by_side import share_out
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
@@ -48,8 +49,11 @@ def float8_scales(weight_EOK: Tensor, block: tuple[int, int], search: str = "mse
         raise InputError(f"unknown search {search!r} for 8-bit floats; known: none, mse")
     tiles_BrNc = _tiles(weight_EOK, block)
     scale_BN = torch.empty(tiles_BrNc.shape[0], tiles_BrNc.shape[2], device=weight_EOK.device)
-    for rows in _chunks(tiles_BrNc):
+
+    def fit(rows: slice) -> None:
         scale_BN[rows] = _chunk_scales(tiles_BrNc[rows].float(), search)
+
+    share_out(fit, _chunks(tiles_BrNc), weight_EOK.device)
     return scale_BN.view(len(weight_EOK), -1, scale_BN.shape[1])
 
 
@@ -57,9 +61,12 @@ def encode_float8(weight_EOK: Tensor, scale_EMN: Tensor, block: tuple[int, int])
     """The nearest codes, e4m3 [E, O, K]; what is beyond ±448 scales becomes ±448."""
     tiles_BrNc, scale_BN = _tiles(weight_EOK, block), scale_EMN.flatten(0, 1)
     codes_BrNc = torch.empty(tiles_BrNc.shape, dtype=E4M3, device=weight_EOK.device)
-    for rows in _chunks(tiles_BrNc):
+
+    def round_part(rows: slice) -> None:
         ratio = tiles_BrNc[rows].float() / scale_BN[rows, None, :, None]
         codes_BrNc[rows] = ratio.clamp_(-LARGEST, LARGEST).to(E4M3)
+
+    share_out(round_part, _chunks(tiles_BrNc), weight_EOK.device)
     return codes_BrNc.view(weight_EOK.shape)
 
 

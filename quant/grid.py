@@ -22,6 +22,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from moe_compress.errors import InputError, RecipeError, RunError
+from moe_compress.quant.side_by_side import share_out
 from moe_compress.quant.trits import TERNARY
 
 Search = Literal["none", "mse", "pnorm"]
@@ -39,7 +40,7 @@ COARSE = 6
 FINE = (-0.4, -0.2, 0.2, 0.4)
 REFINEMENTS = 2
 WIDTHS = (1, TERNARY, 2, 3, 4, 5, 6, 7, 8)
-CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 25}
+CHUNK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -153,13 +154,16 @@ def find_scales(
     weight_BOGg, importance_B1Gg = grouped(weight, grid), _grouped_importance(weight, importance, grid)
     scale_BOG1 = torch.empty((*weight_BOGg.shape[:-1], 1), dtype=scale_dtype, device=weight.device)
     zero_BOG1 = None if grid.symmetric else torch.empty_like(scale_BOG1, dtype=torch.uint8)
-    for batch, rows in row_chunks(weight_BOGg):
-        part_importance = None if importance_B1Gg is None else importance_B1Gg[batch]
-        part = weight_BOGg[batch, rows].float().contiguous()  # a strided chunk would make every step below slow
+
+    def fit(chunk: tuple[slice, slice]) -> None:
+        part_importance = None if importance_B1Gg is None else importance_B1Gg[chunk[0]]
+        part = weight_BOGg[chunk].float().contiguous()  # a strided chunk would make every step below slow
         scale, zero = _fit(part, part_importance, grid, search, scale_dtype)
-        scale_BOG1[batch, rows] = scale.to(scale_dtype)
+        scale_BOG1[chunk] = scale.to(scale_dtype)
         if zero_BOG1 is not None:
-            zero_BOG1[batch, rows] = zero.to(torch.uint8)
+            zero_BOG1[chunk] = zero.to(torch.uint8)
+
+    share_out(fit, row_chunks(weight_BOGg), weight.device)
     if not scale_BOG1.isfinite().all():
         if not weight.isfinite().all():
             raise RunError("the weights contain NaN or infinity")
@@ -177,10 +181,13 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Te
     weight_BOGg = grouped(weight, grid)
     scale_BOG1, zero_BOG1 = _per_group(scale, zero, weight, weight_BOGg)
     codes_BOGg = torch.empty(weight_BOGg.shape, dtype=torch.uint8, device=weight.device)
-    for batch, rows in row_chunks(weight_BOGg):
-        low, high = level_range(grid, None if zero_BOG1 is None else zero_BOG1[batch, rows].float())
-        level = nearest_level(weight_BOGg[batch, rows].float(), scale_BOG1[batch, rows].float(), low, high)
-        codes_BOGg[batch, rows] = level.sub_(low)
+
+    def round_part(chunk: tuple[slice, slice]) -> None:
+        low, high = level_range(grid, None if zero_BOG1 is None else zero_BOG1[chunk].float())
+        level = nearest_level(weight_BOGg[chunk].float(), scale_BOG1[chunk].float(), low, high)
+        codes_BOGg[chunk] = level.sub_(low)
+
+    share_out(round_part, row_chunks(weight_BOGg), weight.device)
     return codes_BOGg.view(weight.shape)
 
 
@@ -189,10 +196,13 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     codes_BOGg = grouped(quantized.codes, quantized.grid)
     scale_BOG1, zero_BOG1 = _per_group(quantized.scale, quantized.zero, quantized.codes, codes_BOGg)
     weight_BOGg = torch.empty(codes_BOGg.shape, dtype=dtype, device=codes_BOGg.device)
-    for batch, rows in row_chunks(codes_BOGg):
-        zero = quantized.grid.center if zero_BOG1 is None else zero_BOG1[batch, rows].float()
-        level = codes_BOGg[batch, rows].float().sub_(zero)
-        weight_BOGg[batch, rows] = level.mul_(scale_BOG1[batch, rows].float())  # rounds to `dtype`
+
+    def multiply(chunk: tuple[slice, slice]) -> None:
+        zero = quantized.grid.center if zero_BOG1 is None else zero_BOG1[chunk].float()
+        level = codes_BOGg[chunk].float().sub_(zero)
+        weight_BOGg[chunk] = level.mul_(scale_BOG1[chunk].float())  # rounds to `dtype`
+
+    share_out(multiply, row_chunks(codes_BOGg), codes_BOGg.device)
     return weight_BOGg.view(quantized.codes.shape)
 
 

@@ -33,6 +33,7 @@ from moe_compress.quant.grid import (
     nearest_level,
     row_chunks,
 )
+from moe_compress.quant.side_by_side import share_out
 
 POWER = 0.7
 BETA, GROWTH = 10.0, 1.05
@@ -59,13 +60,16 @@ def half_quadratic(
     weight_BOGg = grouped(weight, grid)
     scale_BOG1 = scale.view(*weight_BOGg.shape[:-1], 1)
     zero_BOG1 = None if zero is None else zero.view(scale_BOG1.shape)
-    for batch, rows in row_chunks(weight_BOGg):
-        part, own_scale = weight_BOGg[batch, rows].float().contiguous(), scale_BOG1[batch, rows].float()
-        own_zero = torch.full_like(own_scale, grid.center) if zero_BOG1 is None else zero_BOG1[batch, rows].float()
+
+    def improve(chunk: tuple[slice, slice]) -> None:
+        part, own_scale = weight_BOGg[chunk].float().contiguous(), scale_BOG1[chunk].float()
+        own_zero = torch.full_like(own_scale, grid.center) if zero_BOG1 is None else zero_BOG1[chunk].float()
         own_scale, own_zero = _improve(part, own_scale, own_zero, grid, power, iterations, scale_dtype)
-        scale_BOG1[batch, rows] = own_scale.to(scale_dtype)
+        scale_BOG1[chunk] = own_scale.to(scale_dtype)
         if zero_BOG1 is not None:
-            zero_BOG1[batch, rows] = own_zero.to(torch.uint8)
+            zero_BOG1[chunk] = own_zero.to(torch.uint8)
+
+    share_out(improve, row_chunks(weight_BOGg), weight.device)
     return Quantized(encode(weight, scale, zero, grid), scale, zero, grid)
 
 

@@ -33,6 +33,18 @@ for arguments in (["--help"], ["--version"], ["recipes"], *([name, "--help"] for
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_spin_little_unless_told_to(given, found):
+    """Set before torch is there, which reads it when it loads."""
+    code = "import sys, os, moe_compress.cli; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == [found, "False"]
+
+
 def test_every_command_is_tested_and_explained(commands):
     said = commands("--help")
     assert (said.code, said.err) == (0, "")
