@@ -95,6 +95,18 @@ def test_factors_by_hand(merge):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("merge", ["max", "mean"])
+def test_a_layer_that_reads_nothing_gets_no_factors(merge):
+    """A norm of zeros, as in layers that are made to do nothing."""
+    _, block, _ = block_of()
+    inputs = read(block)
+    inputs.hidden_TH.zero_()
+    options = RTN.model_copy(update={"smooth_merge": merge})
+    said = smoothed(block, options, inputs, {n: [3] * block.num_experts for n in ("gate", "up", "down")})
+    assert said == {"exponent": None, "factors": [1.0, 1.0], "error_before": 0.0, "error_after": 0.0}
+
+
+@torch.no_grad()
 def test_errors_by_hand():
     """Every row of every expert, by its squared routing weight; widths differ by expert and projection."""
     _, block, _ = block_of()
