@@ -248,6 +248,7 @@ def tensors_of(folder):
 
 
 PLAIN = {"bits": 6.5, "widths": [4], "allocation": "uniform", "group_size": 8, "protect_super_experts": False}
+CHOSEN = {"allocation": "program", "widths": [3, 4], "dense_widths": [4, 6]}
 EVERYTHING = ["experts", "attention", "shared_experts"]
 HEAL = {"heal.router": {"epochs": 1}}
 ROUTER, NORM = "mlp.gate.weight", "post_attention_layernorm.weight"
@@ -259,7 +260,7 @@ SHARED = "mlp.shared_expert.gate_proj"
     [
         (
             "native",
-            [{"quantize.mixed": {**PLAIN, "smooth": "both", "include": EVERYTHING, "dense_widths": [4]}}],
+            [{"quantize.mixed": {**PLAIN, **CHOSEN, "smooth": "both", "include": EVERYTHING}}],
         ),
         ("native", [{"quantize.mixed": {**PLAIN, "smooth": "input"}}, HEAL]),
         ("vllm", [{"quantize.mixed": {**PLAIN, "group_size": 32, "smooth": "input", "method": "rtn"}}]),

@@ -138,6 +138,8 @@ def test_a_space_by_hand():
             torch.testing.assert_close(found.double(), weight @ a_EKK, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(own.back(found).double(), weight, rtol=1e-5, atol=1e-5)
             read = rows @ torch.linalg.inv(a_EKK).mT  # A⁻¹ x
+            if factors is None or len(factors) == 1:
+                torch.testing.assert_close(own.read(rows_ETK[here]).double(), read, rtol=1e-5, atol=1e-5)
             moment = own.of_moment(rows_ETK[here].mT @ rows_ETK[here])
             torch.testing.assert_close(moment.double(), read.mT @ read, rtol=1e-4, atol=1e-4)
 
@@ -243,7 +245,8 @@ def test_found_once_in_each_layer_and_the_same_as_alone(monkeypatch):
         for statistic, own in zip(statistics, alone, strict=True):
             expected = own.of(layer, statistic)
             assert all(torch.equal(v, expected[n]) for n, v in together.of(layer, statistic).items())
-    step = QuantizeMixed(options.model_copy(update={"bits": 7.0, "protect_super_experts": False}), find_target("native"))
+    asked = options.model_copy(update={"bits": 7.0, "protect_super_experts": False})
+    step = QuantizeMixed(asked, find_target("native"))
     for profile in alone[1:]:
         alone[0].store.results |= profile.store.results
     assert step.plan(together).to_json() == step.plan(alone[0]).to_json()

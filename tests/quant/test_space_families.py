@@ -8,6 +8,7 @@ silent channel, rows of zeros, and, where routers have biases, an expert that no
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from families import input_batch
 from reference import activations_ETI, build, experts_calls, joined, measure
 from test_cost import matrices, to_nearest, traced
 
+from moe_compress.export.targets import find_target
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.reading import move_factors
 from moe_compress.quant import smoothing
 from moe_compress.quant.costs import find_cost
+from moe_compress.quant.mixed import QuantizeMixed
 from moe_compress.quant.options import MixedOptions
 from moe_compress.quant.smoothing import obstacle
 
@@ -224,3 +227,23 @@ def test_what_gptq_leaves_of_a_float64_copy(name, smooth, rotate, merge, monkeyp
                 off.append(abs(float(share_EMB[expert, number, column]) / expected - 1))
     assert len(off) >= 8
     assert max(off) < 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cohere2_moe", "qwen3_next"])
+def test_matrices_beside_that_read_the_same_norm(name):
+    """Shared experts, attention beside the block: costed as they are in a copy with factors; others as they were."""
+    values = {"smooth_exponent": EXPONENT, "method": "rtn", "include": ["experts", "attention", "shared_experts"]}
+    options = MixedOptions(bits=8, widths=BITS, dense_widths=BITS, group_size=GROUP, smooth="both", **values)
+    statistic = {s.name: s for s in QuantizeMixed(options, find_target("native")).statistics()}["matrix_error"]
+    plain, view = replace(statistic, smoothing={}), MoEModel.wrap(copy.deepcopy(uneven(name)))
+    layer = view.moe_layers[-1]
+    profile = measure(view, batches_of(name), [statistic, plain])
+    copied = MoEModel.wrap(by_hand(name, layer, channel_factors(name, layer, "mean"), None).float())
+    expected_MB = measure(copied, batches_of(name), [plain]).of(layer, plain)["relative"]
+    found_MB, before_MB = (profile.of(layer, s)["relative"] for s in (statistic, plain))
+    paths = [m.path for m in view.matrices[layer] if m.among(frozenset(statistic.kinds))]
+    readers = [f"{path}.weight" in view.reads[layer].readers for path in paths]
+    assert 2 <= sum(readers) < len(readers)
+    torch.testing.assert_close(found_MB, expected_MB, rtol=2e-2, atol=1e-6)
+    assert (((before_MB / expected_MB - 1).abs() > 0.1).all(1) == torch.tensor(readers)).all()
