@@ -26,6 +26,7 @@ from quantization_table import COLUMNS, GROUP
 from torch import Tensor
 
 from moe_compress import MoEModel
+from moe_compress.calib.statistics import Statistic
 from moe_compress.model.reading import move_factors
 from moe_compress.quant.cost import QuantizationError
 from moe_compress.quant.costs import Asked, Measured, cost, solver_gain
@@ -39,11 +40,21 @@ def unsmoothed(options: MixedOptions) -> MixedOptions:
     return options.model_copy(update={"smooth": "none"})
 
 
+def plain_error(options: MixedOptions, per_matrix: bool) -> Statistic:
+    """Rounding's error of matrices as they are."""
+    return QuantizationError.of(unsmoothed(options), per_matrix=per_matrix)
+
+
+def plain_gain(options: MixedOptions, per_matrix: bool) -> Statistic:
+    """What GPTQ leaves of it; where it isn't the method nothing else is measured."""
+    return solver_gain(unsmoothed(options)) if options.method == "gptq" else plain_error(options, per_matrix)
+
+
 @cost(
     "as_they_are",
     "control: `relative`, with what GPTQ leaves, of matrices without the factors that they will have",
-    lambda options, per_matrix: QuantizationError.of(unsmoothed(options), per_matrix=per_matrix),
-    lambda options, _: solver_gain(unsmoothed(options)),
+    plain_error,
+    plain_gain,
     per_matrix=True,
 )
 def as_they_are(measured: Measured, asked: Asked) -> Tensor:

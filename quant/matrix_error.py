@@ -81,8 +81,10 @@ class MatrixError(LayerStatistic):
             spaces_B = spaces.get(matrix.path, [Space()] * len(self.bits))
             with step.readable():
                 weight_1OK = module.weight.detach()[None]
-                turned = [space.turned(weight_1OK) for space in spaces_B]
-                stacks = [Stack.holding(round_to_nearest(w, g)) for w, g in zip(turned, self._grids, strict=True)]
+                stacks = [
+                    Stack.holding(round_to_nearest(space.turned(weight_1OK), grid))
+                    for space, grid in zip(spaces_B, self._grids, strict=True)
+                ]
             errors = []
             for stack, space in zip(stacks, spaces_B, strict=True):
                 rounded = packed(module, stack, weight_1OK.dtype)
