@@ -19,6 +19,7 @@ from moe_compress.model.shape import ModelShape
 from moe_compress.model.sweep import Step, Sweep
 from moe_compress.progress import Progress
 
+from .inputs import BlockInputs, KeepsInputs
 from .statistics import LayerStatistic, Result, Statistic
 
 
@@ -136,6 +137,10 @@ def _measure(
     model: MoEModel, step: Step, block: MoEBlock, lacking: dict[str, Statistic], store: StatisticStore
 ) -> None:
     accumulators = {key: statistic.start(block, step.tokens) for key, statistic in lacking.items()}
+    inputs = BlockInputs()
+    for accumulator in accumulators.values():
+        if isinstance(accumulator, KeepsInputs):
+            accumulator.inputs = inputs
 
     def observe(tap: Tap) -> None:
         for accumulator in accumulators.values():

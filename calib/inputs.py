@@ -7,14 +7,20 @@ moments are made per chunk of experts, from these inputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_compress.model import FusedExperts, Tap
 from moe_compress.model.dispatch import Dispatch, grouped_squares
+
+from .statistics import Accumulator
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -54,9 +60,15 @@ class BlockInputs:
         self.original_TH: Tensor | None = None
         self._counted: list[Tensor] = []
         self._weighed = False
+        self._last: Callable[[], Tap | None] = lambda: None
+        self._found: dict[Hashable, Any] = {}
 
     def observe(self, tap: Tap) -> None:
-        """Keep one batch."""
+        """Keep one batch, once if several who share these inputs show it one after another."""
+        if self._last() is tap:
+            return
+        self._last = weakref.ref(tap)
+        self._found.clear()
         self._parts.append((tap.hidden_TH, tap.index_TK, tap.weight_TK))
         self._sequences.append(tap.sequence_T)
         self._weighed |= tap.token_weight_T is not None
@@ -106,6 +118,13 @@ class BlockInputs:
         """Tokens seen."""
         return int(self.hidden_TH.shape[0])
 
+    def once(self, what: Hashable, find: Callable[[], T]) -> T:
+        """What follows from these inputs, found when it is first asked for; `what` says all else that it depends on."""
+        if what not in self._found:
+            self._found[what] = find()
+        found: T = self._found[what]
+        return found
+
     def moments(
         self,
         experts: FusedExperts,
@@ -140,6 +159,16 @@ class BlockInputs:
                 grouped_squares(inward, part.offsets_E),
                 grouped_squares(outward, part.offsets_E),
             )
+
+
+class KeepsInputs(Accumulator):
+    """An accumulator that needs all that the block read together: `inputs`.
+
+    A sweep gives all of them in a block the same ones, so text is kept once, and what follows from it found once.
+    """
+
+    def __init__(self) -> None:
+        self.inputs = BlockInputs()
 
 
 def _of(counted_T: Tensor | None, dispatch: Dispatch) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe_compress.calib.inputs import BlockInputs
+from moe_compress.calib.inputs import KeepsInputs
 from moe_compress.calib.statistics import Accumulator, Result, Statistic
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import ExpertWeights, FusedExperts, MoEBlock, Tap
@@ -72,11 +72,11 @@ class FisherSpectrum(FactorSpectrum):
         return [f"{block.path}.{n}" for n in block.experts_module._parameters if n.endswith("_proj")]
 
 
-class _Spectra(Accumulator):
+class _Spectra(KeepsInputs):
     def __init__(self, settings: FactorSpectrum, block: MoEBlock):
+        super().__init__()
         self.settings, self.layer, self.path = settings, block.layer, block.path
         self.experts = FusedExperts(block.experts_module)
-        self.inputs = BlockInputs()
         self.scales: list[Tensor] = []
         self.fisher: dict[str, Tensor] = {}
 

@@ -73,7 +73,9 @@ class AtWidths(Statistic):
         """Projection → where its matrices will be rounded at each width, by what the block read."""
         experts = experts_of(block)
         rotations = Rotations.of_layer(self.rotate, block.layer, experts.hidden_size, experts.intermediate_size)
-        return spaces_of(block, self.bits, rotations, SolverOptions(**self.smoothing), inputs)
+        options = SolverOptions(**self.smoothing)
+        what = ("spaces", self.bits, rotations, options.model_dump_json())
+        return inputs.once(what, lambda: spaces_of(block, self.bits, rotations, options, inputs))
 
     def rounded(self, matrix_EOK: Tensor, bits: float, space: Space) -> Tensor:
         """Matrices rounded to nearest in a space, and back."""

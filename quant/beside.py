@@ -1,16 +1,16 @@
-"""Matrices beside the routed experts as units of `quantize.mixed`: which, what each width costs, how they are packed.
+"""Matrices beside the routed experts as units of `quantize.mixed`: which, and how they are packed.
 
-A unit is one matrix, or those that servers join (q, k and v; gate and up) where the target wants it. What a width costs
-is measured where experts' costs are measured: the squared change of the hidden state, relative to it.
+A unit is one matrix, or those that servers join (q, k and v; gate and up) where the target wants it. What a width
+costs: matrix_error.py.
 
-Letters: T tokens, V vocabulary, O/K output and input features, M matrices, U units, B widths.
+Letters: O/K output and input features, M matrices, U units, B widths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,133 +18,22 @@ from torch import Tensor
 
 from moe_compress.budget.integer import Ints
 from moe_compress.calib.collect import Profile
-from moe_compress.calib.statistics import LayerStatistic, Result
-from moe_compress.errors import RecipeError, UnsupportedModelError
+from moe_compress.errors import RecipeError
 from moe_compress.export.targets import Target
-from moe_compress.model import MoEModel, beside
 from moe_compress.model.beside import OUTER, Matrix
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Changed
 
 from .allocate import Choices
 from .gptq import gptq
-from .grid import Grid, Quantized, dequantize
+from .grid import Quantized, dequantize
 from .hqq import half_quadratic
+from .matrix_error import MatrixError, included, rows_at_once
 from .options import MixedOptions
 from .packed_linear import packed
 from .rtn import output_error, round_to_nearest
 from .solver import SolverOptions
 from .stack import Stack
-
-# Dense rows made at a time, bytes.
-_CHUNK_BYTES = 64 << 20
-
-
-def included(matrices: list[Matrix], kinds: frozenset[str], group_size: int) -> list[Matrix]:
-    """Those of these kinds whose rows are whole groups."""
-    return [m for m in matrices if m.among(kinds) and (group_size == -1 or m.columns % group_size == 0)]
-
-
-@dataclass(frozen=True)
-class MatrixError(LayerStatistic):
-    """Error behind a decoder layer when one matrix beside the experts alone is rounded to nearest, all else exact.
-
-    Result: `relative` [M, B], in the order of `included`: Σ over tokens of ‖h_t − h'_t‖² / ‖h_t‖², h the hidden state
-    behind the layer (every stream of it), which is computed again with the rounded matrix. Measured on whole batches of
-    at least `tokens` tokens, for all tokens of the sweep. Outside the layers: of embeddings, the same of the embedded
-    tokens; of the head, ‖z_t − z'_t‖² / ‖z_t‖² of the logits, about their means, which softmax doesn't see; of weights
-    that both share, the sum.
-    """
-
-    name: ClassVar[str] = "matrix_error"
-    kinds: tuple[str, ...]
-    bits: tuple[float, ...]
-    group_size: int = 64
-    symmetric: bool = True
-    tokens: int = 4096
-
-    def layers(self, model: MoEModel) -> list[int]:
-        """See LayerStatistic."""
-        return [i for i, own in model.matrices.items() if self._included(own)]
-
-    def measure(self, model: MoEModel, step: Any) -> Result:
-        """See LayerStatistic."""
-        numbers, used = step.sample(self.tokens)
-        exact: list[Tensor] = []
-        for number in numbers:
-            hidden = step.behind(number)
-            if hidden is None:
-                raise UnsupportedModelError(
-                    f"layer {step.index} returns no hidden state per token that errors could be compared with: set "
-                    "`include: [experts]` in quantize.mixed"
-                )
-            exact.append(hidden.float())
-        rows = []
-        for matrix in self._included(model.matrices[step.index]):
-            module: Any = step.layer.module.get_submodule(matrix.path)
-            with step.readable():
-                weight_1OK = module.weight.detach()[None]
-                stacks = [Stack.holding(round_to_nearest(weight_1OK, grid)) for grid in self._grids]
-            errors = []
-            for stack in stacks:
-                beside.replace(step.layer.module, matrix.path, packed(module, stack, weight_1OK.dtype))
-                try:
-                    changed = [step.behind(number).float() for number in numbers]
-                finally:
-                    beside.replace(step.layer.module, matrix.path, module)
-                errors.append(sum(float(_relative(c - e, e).sum()) for c, e in zip(changed, exact, strict=True)))
-            rows.append(errors)
-        return {"relative": torch.tensor(rows, dtype=torch.float64) * (step.tokens / used)}
-
-    def measure_outer(self, model: MoEModel, sweep: Any) -> Result:
-        """See LayerStatistic."""
-        rows = []
-        for matrix in self._included(model.matrices[OUTER]):
-            with model.outer_weights([matrix.path]) as weights:
-                weight = weights[matrix.path]
-                error = torch.zeros(len(self.bits), dtype=torch.float64)
-                if matrix.kind == "embeddings":
-                    error += self._embedded(weight, torch.cat([b["input_ids"].flatten() for b in sweep.batches]))
-                if head := matrix.head or (matrix.path if matrix.kind == "head" else ""):
-                    read_TK = sweep.reaching(model.module.get_submodule(head), 0)
-                    read_TK = read_TK.reshape(-1, read_TK.shape[-1])[: self.tokens]
-                    error += self._logits(weight, read_TK) * (sweep.tokens / len(read_TK))
-                rows.append(error)
-        return {"relative": torch.stack(rows)}
-
-    @property
-    def _grids(self) -> list[Grid]:
-        return [Grid.of_width(b, self.group_size, self.symmetric) for b in self.bits]
-
-    def _included(self, matrices: list[Matrix]) -> list[Matrix]:
-        return included(matrices, frozenset(self.kinds), self.group_size)
-
-    def _embedded(self, weight_VK: Tensor, tokens: Tensor) -> Tensor:
-        """Σ over the text of ‖Δe‖² / ‖e‖², [B]."""
-        occurring, counts = tokens.unique(return_counts=True)
-        occurring = occurring.to(weight_VK.device)
-        error = torch.zeros(len(self.bits), dtype=torch.float64)
-        for start in range(0, len(occurring), step := _rows_at_once(weight_VK)):
-            own = weight_VK[occurring[start : start + step]].float()
-            for column, grid in enumerate(self._grids):
-                change = dequantize(round_to_nearest(own, grid), torch.float32) - own
-                error[column] += (_relative(change, own).cpu() * counts[start : start + step].cpu()).sum()
-        return error
-
-    def _logits(self, weight_VK: Tensor, read_TK: Tensor) -> Tensor:
-        """Σ over tokens of ‖Δz‖² / ‖z‖² about their means, [B]; never all logits at once."""
-        total = len(weight_VK)
-        moments = torch.zeros(2, 1 + len(self.bits), len(read_TK), dtype=torch.float64)
-        read_TK = read_TK.float()
-        for start in range(0, total, step := min(_rows_at_once(weight_VK), max(1, _CHUNK_BYTES // (4 * len(read_TK))))):
-            own = weight_VK[start : start + step].to(read_TK.device, torch.float32)
-            products = [own, *(dequantize(round_to_nearest(own, grid), torch.float32) - own for grid in self._grids)]
-            for number, part in enumerate(products):
-                logits = (read_TK @ part.T).double()
-                moments[0, number] += logits.sum(1).cpu()
-                moments[1, number] += logits.square().sum(1).cpu()
-        spread = (moments[1] - moments[0].square() / total).clamp_min(0)
-        return (spread[1:] / spread[0]).nan_to_num(0.0, posinf=0.0).sum(1)
 
 
 @dataclass(frozen=True)
@@ -164,8 +53,14 @@ class Beside:
         """What costs are read from; None where nothing is included or nobody asks what a width costs."""
         if not self.kinds or self.options.allocation == "uniform":
             return None
-        widths = tuple(self.options.dense_widths)
-        return MatrixError(tuple(sorted(self.kinds)), widths, self.options.group_size, self.options.symmetric)
+        options = self.options
+        return MatrixError(
+            kinds=tuple(sorted(self.kinds)),
+            bits=tuple(options.dense_widths),
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            smoothing={**options.smoothing, "smooth": "input"} if options.smooths_input else {},
+        )
 
     def matrices(self, shape: ModelShape) -> dict[int, list[Matrix]]:
         """What is included: decoder layer, or OUTER → matrices."""
@@ -357,16 +252,6 @@ def _part(quantized: Quantized, rows: slice) -> Quantized:
     return Quantized(quantized.codes[0, rows], quantized.scale[0, rows], zero, quantized.grid)
 
 
-def _rows_at_once(weight: Tensor) -> int:
-    return max(1, _CHUNK_BYTES // (4 * weight.shape[-1]))
-
-
-def _relative(change: Tensor, exact: Tensor) -> Tensor:
-    """‖change‖² / ‖exact‖² of every row, float64; 0 where there is nothing to compare with."""
-    ratio = change.double().square().sum(-1) / exact.double().square().sum(-1)
-    return ratio.nan_to_num(0.0, posinf=0.0)
-
-
 def _output_error(quantized: Quantized, weight_OK: Tensor, hessian_KK: Tensor) -> float:
     """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ): squared error of the outputs on the text, relative to them."""
     change = (dequantize(quantized, torch.float32) - weight_OK)[None]
@@ -377,7 +262,7 @@ def _output_error(quantized: Quantized, weight_OK: Tensor, hessian_KK: Tensor) -
 def _weight_error(quantized: Quantized, weight_OK: Tensor) -> float:
     """‖ΔW‖² / ‖W‖², some rows at a time."""
     change = whole = 0.0
-    for start in range(0, len(weight_OK), step := _rows_at_once(weight_OK)):
+    for start in range(0, len(weight_OK), step := rows_at_once(weight_OK)):
         rows = slice(start, start + step)
         zero = None if quantized.zero is None else quantized.zero[rows]
         part = Quantized(quantized.codes[rows], quantized.scale[rows], zero, quantized.grid)

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe_compress.calib.inputs import BlockInputs
+from moe_compress.calib.inputs import KeepsInputs
 from moe_compress.calib.statistics import Accumulator, Result
 from moe_compress.model import MoEBlock, Tap
 
@@ -43,10 +43,12 @@ class SolverGain(AtWidths):
     weights do (see gptq.py): its columns are as independent as δ's, each R_jj times as large.
     `solve`: GPTQ really runs, on every matrix at every width, which takes B times as long as quantizing does;
     otherwise the share is foreseen from H alone (`gptq.foreseen_share`). H is shrunk as for GPTQ, towards the mean of
-    the experts that are measured together (`shrinkage`: tokens that it counts for).
+    the experts that are measured together (`shrinkage`: tokens that it counts for). Each token counts in it as much as
+    it weighs.
     """
 
     name: ClassVar[str] = "solver_gain"
+    weighs_tokens: ClassVar[bool] = True
     damping: float = 0.01
     shrinkage: float | None = None
     solve: bool = False
@@ -57,10 +59,10 @@ class SolverGain(AtWidths):
         return _Shares(self, block)
 
 
-class _Shares(Accumulator):
+class _Shares(KeepsInputs):
     def __init__(self, settings: SolverGain, block: MoEBlock):
+        super().__init__()
         self.settings, self.block = settings, block
-        self.inputs = BlockInputs()
 
     def update(self, tap: Tap) -> None:
         self.inputs.observe(tap)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe_compress.calib.inputs import BlockInputs, chunks
+from moe_compress.calib.inputs import KeepsInputs, chunks
 from moe_compress.calib.statistics import Accumulator, Result, Statistic
 from moe_compress.model import FusedExperts, MoEBlock, Tap
 from moe_compress.model.dispatch import Dispatch
@@ -48,12 +48,12 @@ class BlockTypeError(Statistic):
         return _Errors(self, experts_of(block))
 
 
-class _Errors(Accumulator):
+class _Errors(KeepsInputs):
     """Keeps the block's inputs; errors are computed at the end, so that each expert is quantized once per type."""
 
     def __init__(self, settings: BlockTypeError, experts: FusedExperts):
+        super().__init__()
         self.settings, self.experts = settings, experts
-        self.inputs = BlockInputs()
         self.scales: list[Tensor] | None = []
 
     def update(self, tap: Tap) -> None:

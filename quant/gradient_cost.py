@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe_compress.calib.inputs import BlockInputs
+from moe_compress.calib.inputs import KeepsInputs
 from moe_compress.calib.statistics import Accumulator, Result
 from moe_compress.model import GradientTap, MoEBlock, Tap
 
@@ -45,12 +45,12 @@ class GradientError(OutputChanges):
         return _Errors(self, block)
 
 
-class _Errors(Accumulator):
+class _Errors(KeepsInputs):
     """Keeps inputs and gradients; errors are computed at the end, so that each expert is quantized once per width."""
 
     def __init__(self, settings: GradientError, block: MoEBlock):
+        super().__init__()
         self.settings, self.block = settings, block
-        self.inputs = BlockInputs()
         self.gradients: list[Tensor] = []
 
     def update(self, tap: Tap) -> None:

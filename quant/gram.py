@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe_compress.calib.inputs import BlockInputs, chunks
+from moe_compress.calib.inputs import KeepsInputs, chunks
 from moe_compress.calib.statistics import Accumulator, Result
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.model import MoEBlock, Tap
@@ -47,12 +47,12 @@ class GramError(AtWidths):
         return _Traces(self, block)
 
 
-class _Traces(Accumulator):
+class _Traces(KeepsInputs):
     """Keeps the block's inputs, as a moment per expert takes far more; moments are made at the end, in chunks."""
 
     def __init__(self, settings: GramError, block: MoEBlock):
+        super().__init__()
         self.settings, self.block = settings, block
-        self.inputs = BlockInputs()
         self.scales: list[Tensor] = []
 
     def update(self, tap: Tap) -> None:

@@ -131,6 +131,8 @@ def merged(read_BH: Tensor, weight_BH: Tensor, exponent: float, merge: Merge) ->
     """One factor per channel [H] of all branches that read anything; 1 for channels that are silent or unread."""
     alive_B = read_BH.amax(1) > 0
     read_BH, weight_BH = read_BH[alive_B].double(), weight_BH[alive_B].double()
+    if not alive_B.any():
+        return read_BH.new_ones(read_BH.shape[1])
     used_BH = (read_BH > 0) & (weight_BH > 0)
     log_BH = exponent * read_BH.clamp_min(1e-30).log2() - (1 - exponent) * weight_BH.clamp_min(1e-30).log2()
     count_B1 = used_BH.sum(1, keepdim=True).clamp_min(1)
@@ -148,11 +150,13 @@ def merged(read_BH: Tensor, weight_BH: Tensor, exponent: float, merge: Merge) ->
 def magnitudes(block: MoEBlock, reads: Reads, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
     """Largest magnitude of what each branch reads, and of its weights, by channel: [B, H] both, experts first.
 
-    An expert reads its tokens, everybody else all. A matrix with fewer outputs than there are experts is no branch: it
-    gates, and the largest of one or two weights says nothing.
+    An expert reads its tokens, everybody else all, but for tokens that weigh nothing. A matrix with fewer outputs than
+    there are experts is no branch: it gates, and the largest of one or two weights says nothing.
     """
     experts = FusedExperts(block.experts_module)
-    hidden_TH = inputs.hidden_TH.abs()
+    hidden_TH, counted_T = inputs.hidden_TH.abs(), inputs.token_weight_T
+    if counted_T is not None:
+        hidden_TH = torch.where(counted_T.to(hidden_TH.device).unsqueeze(1) > 0, hidden_TH, 0)
     read_EH = hidden_TH.new_zeros(experts.num_experts, hidden_TH.shape[1])
     served_TK = (inputs.weight_TK != 0) & (inputs.index_TK < experts.num_experts)
     for slot in range(inputs.index_TK.shape[1]):

@@ -63,6 +63,12 @@ class Space:
             matrix_EOK = self.rotation.back(matrix_EOK)
         return matrix_EOK if self.factor_EK is None else matrix_EOK / self.factor_EK.unsqueeze(1)
 
+    def read(self, value: Tensor) -> Tensor:
+        """What a projection reads → A⁻¹ x, in its own dtype, where all experts have the same factors."""
+        if self.factor_EK is not None:
+            value = (value / self.factor_EK[0]).to(value.dtype)
+        return value if self.rotation is None else self.rotation(value)
+
     def of_moment(self, moment_EKK: Tensor) -> Tensor:
         """Second moments of what a projection reads → Qᵀ D⁻¹ M D⁻¹ Q."""
         if self.factor_EK is not None:

@@ -119,7 +119,7 @@ def move_factors(
 
     The norm is rounded to what will be stored first, and the others get just what that took from it: what the layer
     computes changes by no more than the rounding of the matrices, nothing at all where factors are powers of two and
-    the norm has no offset. A channel that the norm silences keeps its factor of 1.
+    the norm has no offset. A channel keeps its factor of 1 where the norm silences it, or can't be stored divided.
 
     Args:
         block: router and experts, dense.
@@ -174,7 +174,7 @@ def _divided(
     weight_H = torch.where(scale_H == 0, before_H, scale_H / factor_H.to(scale_H) - reads.offset)
     weight_H = weight_H.to(stored.get(name, before_H.dtype)).to(before_H.dtype)
     left_H = weight_H.double() + reads.offset
-    lost_H = (scale_H == 0) | (left_H == 0)
+    lost_H = (scale_H == 0) | (left_H == 0) | left_H.isinf()
     return torch.where(lost_H, before_H, weight_H), torch.where(lost_H, 1.0, scale_H / left_H)
 
 

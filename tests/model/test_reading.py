@@ -126,3 +126,19 @@ def test_a_silent_channel_stays():
     assert moved_H[3] == 1
     assert torch.equal(block.router.weight[:, 3], gate_EH[:, 3])
     assert torch.equal(block.router.weight[:, 4], 4 * gate_EH[:, 4])
+
+
+@torch.no_grad()
+def test_what_16_bits_cannot_hold_stays():
+    """40 divided by 2^-12 isn't a number in float16; divided by 2^40 it is 0. Neither moves."""
+    view = view_of("qwen3_moe")
+    index = view.moe_layers[0]
+    block, reads = view.block(index), view.reads[index]
+    block.module.get_parameter(f"{reads.norm}.weight")[:3] = 40
+    before = logits(view)
+    factor_H = torch.ones(32, dtype=torch.float64)
+    factor_H[:3] = torch.tensor([2.0**-12, 2.0**40, 2.0**-4])
+    stored = {f"{reads.norm}.weight": torch.float16}
+    moved_H = move_factors(block, reads, factor_H, stored)
+    assert moved_H[:3].tolist() == [1, 1, 2.0**-4]
+    torch.testing.assert_close(logits(view), before, rtol=1e-4, atol=1e-4)

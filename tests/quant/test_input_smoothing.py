@@ -95,6 +95,18 @@ def test_factors_by_hand(merge):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("merge", ["max", "mean"])
+def test_a_layer_that_reads_nothing_gets_no_factors(merge):
+    """A norm of zeros, as in layers that are made to do nothing."""
+    _, block, _ = block_of()
+    inputs = read(block)
+    inputs.hidden_TH.zero_()
+    options = RTN.model_copy(update={"smooth_merge": merge})
+    said = smoothed(block, options, inputs, {n: [3] * block.num_experts for n in ("gate", "up", "down")})
+    assert said == {"exponent": None, "factors": [1.0, 1.0], "error_before": 0.0, "error_after": 0.0}
+
+
+@torch.no_grad()
 def test_errors_by_hand():
     """Every row of every expert, by its squared routing weight; widths differ by expert and projection."""
     _, block, _ = block_of()
@@ -236,6 +248,7 @@ def tensors_of(folder):
 
 
 PLAIN = {"bits": 6.5, "widths": [4], "allocation": "uniform", "group_size": 8, "protect_super_experts": False}
+CHOSEN = {"allocation": "program", "widths": [3, 4], "dense_widths": [4, 6]}
 EVERYTHING = ["experts", "attention", "shared_experts"]
 HEAL = {"heal.router": {"epochs": 1}}
 ROUTER, NORM = "mlp.gate.weight", "post_attention_layernorm.weight"
@@ -247,7 +260,7 @@ SHARED = "mlp.shared_expert.gate_proj"
     [
         (
             "native",
-            [{"quantize.mixed": {**PLAIN, "smooth": "both", "include": EVERYTHING, "dense_widths": [4]}}],
+            [{"quantize.mixed": {**PLAIN, **CHOSEN, "smooth": "both", "include": EVERYTHING}}],
         ),
         ("native", [{"quantize.mixed": {**PLAIN, "smooth": "input"}}, HEAL]),
         ("vllm", [{"quantize.mixed": {**PLAIN, "group_size": 32, "smooth": "input", "method": "rtn"}}]),

@@ -13,8 +13,9 @@ from moe_compress.model.beside import OUTER
 from moe_compress.model.sweep import TOKEN_WEIGHT, Sweep
 from moe_compress.progress import Progress
 from moe_compress.quant.allocate import Choices, program
-from moe_compress.quant.beside import MatrixError, included, quantize_matrices
+from moe_compress.quant.beside import quantize_matrices
 from moe_compress.quant.grid import Grid, dequantize
+from moe_compress.quant.matrix_error import MatrixError, included
 from moe_compress.quant.rtn import round_to_nearest
 from moe_compress.quant.solver import SolverOptions
 

@@ -18,8 +18,8 @@ from moe_compress.calib.inputs import BlockInputs
 from moe_compress.export.targets import find_target
 from moe_compress.model import FusedExperts, MoEModel
 from moe_compress.model.reading import move_factors
-from moe_compress.model.sweep import Sweep
-from moe_compress.quant import smoothing
+from moe_compress.model.sweep import TOKEN_WEIGHT, Sweep
+from moe_compress.quant import at_widths, smoothing
 from moe_compress.quant.costs import find_cost
 from moe_compress.quant.experts import CHUNK_BYTES
 from moe_compress.quant.gptq import column_costs, foreseen_share
@@ -30,7 +30,7 @@ from moe_compress.quant.rotation import Rotation
 from moe_compress.quant.rtn import round_to_nearest
 from moe_compress.quant.smoothing import foreseen_costs, quantization_error, smooth_neurons
 from moe_compress.quant.solver import SolverOptions
-from moe_compress.quant.space import Space
+from moe_compress.quant.space import Space, spaces_of
 
 GROUP, BITS = 4, [2, 4]
 
@@ -138,6 +138,8 @@ def test_a_space_by_hand():
             torch.testing.assert_close(found.double(), weight @ a_EKK, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(own.back(found).double(), weight, rtol=1e-5, atol=1e-5)
             read = rows @ torch.linalg.inv(a_EKK).mT  # A⁻¹ x
+            if factors is None or len(factors) == 1:
+                torch.testing.assert_close(own.read(rows_ETK[here]).double(), read, rtol=1e-5, atol=1e-5)
             moment = own.of_moment(rows_ETK[here].mT @ rows_ETK[here])
             torch.testing.assert_close(moment.double(), read.mT @ read, rtol=1e-4, atol=1e-4)
 
@@ -216,3 +218,51 @@ def test_relative_error_by_a_loop(smooth, rotate):
     # Scales of up projections with other rows are rounded (to bfloat16) to something else.
     assert sum(off["up"]) / len(off["up"]) < 0.05
     assert max(off["gate"] + off["down"]) < 0.01
+
+
+@torch.no_grad()
+def test_found_once_in_each_layer_and_the_same_as_alone(monkeypatch):
+    """Costs and GPTQ's share, in one sweep and each in its own: to the bit, so plans are the same."""
+    options = options_of("both")
+    statistics = find_cost("relative").statistics(options, True)
+    found, inputs = [], []
+
+    def counted(block, *arguments):
+        found.append(block.layer)
+        inputs.append(arguments[-1])
+        return spaces_of(block, *arguments)
+
+    monkeypatch.setattr(at_widths, "spaces_of", counted)
+    model = uneven_model()
+    alone = [measure(MoEModel.wrap(copy.deepcopy(model)), batches(), [statistic]) for statistic in statistics]
+    layers = MoEModel.wrap(model).moe_layers
+    assert sorted(found) == sorted([*layers] * 2)
+    found.clear()
+    together = measure(MoEModel.wrap(copy.deepcopy(model)), batches(), statistics)
+    assert found == [*layers]
+    assert {i.tokens for i in inputs} == {2 * 9 + 6}
+    for layer in layers:
+        for statistic, own in zip(statistics, alone, strict=True):
+            expected = own.of(layer, statistic)
+            assert all(torch.equal(v, expected[n]) for n, v in together.of(layer, statistic).items())
+    asked = options.model_copy(update={"bits": 7.0, "protect_super_experts": False})
+    step = QuantizeMixed(asked, find_target("native"))
+    for profile in alone[1:]:
+        alone[0].store.results |= profile.store.results
+    assert step.plan(together).to_json() == step.plan(alone[0]).to_json()
+
+
+@torch.no_grad()
+def test_tokens_that_weigh_nothing_change_no_factors():
+    """Not even where theirs are the largest inputs: everything is as without them."""
+    first, second = batches()
+    model = MoEModel.wrap(copy.deepcopy(uneven_model()))
+    for smooth in ("input", "both"):
+        options = options_of(smooth, smooth_exponent=0.5, smooth_merge="max")
+        statistics = find_cost("relative").statistics(options, True)
+        assert all(statistic.weighs_tokens for statistic in statistics)
+        silent = {**first, TOKEN_WEIGHT: torch.zeros(first["input_ids"].shape)}
+        found, expected = (measure(model, text, statistics) for text in ([silent, second], [second]))
+        for statistic in statistics:
+            for name, value in expected.of(model.moe_layers[0], statistic).items():
+                torch.testing.assert_close(found.of(model.moe_layers[0], statistic)[name], value, rtol=1e-3, atol=1e-6)
