@@ -228,8 +228,11 @@ def _by_module(names: Iterable[str], leaves: tuple[str, ...]) -> dict[str, set[s
 def _packed(source: Checkpoint, module: str, scheme: Mapping[str, Any]) -> Decoded:
     bits, symmetric = int(scheme["num_bits"]), bool(scheme.get("symmetric", True))
     names = [f"{module}.{leaf}" for leaf in ("weight_packed", "weight_scale", "weight_shape")]
+    zero = f"{module}.weight_zero_point"
     if not symmetric:
-        names.append(f"{module}.weight_zero_point")
+        names.append(zero)
+    elif zero in source.tensors:
+        raise CheckpointError(f"{source.folder} holds {zero!r}, and config.json says that its codes are symmetric")
     for name in names:
         if name not in source.tensors:
             raise CheckpointError(f"{source.folder} lacks {name}")

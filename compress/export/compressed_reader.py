@@ -170,9 +170,11 @@ def _layer(source: Checkpoint, view: ServerView, names: ExpertNames, count: int)
     for projection in names.leaves:
         modules = [names.linear(e, projection) for e in range(count)]
         for module in modules:
-            check_parts(source, module, _PACKED_PARTS if packed else _SCALED_PARTS, _UNREAD)
             if view.group(module) != group:
-                raise CheckpointError(f"{source.folder}: {module!r} has another scheme than the experts beside it")
+                raise UnsupportedModelError(
+                    f"{source.folder}: {module!r} isn't quantized like {first!r} in the same layer; {_ALREADY}"
+                )
+            check_parts(source, module, _PACKED_PARTS if packed else _SCALED_PARTS, _UNREAD)
         rows, columns = same_shape(source, modules, lambda m: _shape(source, m, packed))
         codes, scale = (source.tensors[f"{modules[0]}.{p}"] for p in (_PACKED_PARTS if packed else _SCALED_PARTS)[:2])
         width = columns * scheme.bits // 32 if packed else columns
@@ -248,13 +250,13 @@ def same_shape(source: Checkpoint, modules: Sequence[str], shape: Callable[[str]
 
 
 def check_parts(source: Checkpoint, module: str, needed: Sequence[str], unknown: Sequence[str]) -> None:
-    """Raise CheckpointError when a module's tensors are not all there, or one is that nothing reads."""
+    """Raise CheckpointError when a module's tensors are not all there, UnsupportedModelError for `unknown` ones."""
     for part in needed:
         if f"{module}.{part}" not in source.tensors:
             raise CheckpointError(f"{source.folder} lacks {module}.{part}")
     for part in unknown:
         if f"{module}.{part}" in source.tensors:
-            raise CheckpointError(f"{source.folder} holds {module}.{part}, which its config doesn't describe")
+            raise UnsupportedModelError(f"{source.folder} holds {module}.{part}, which its config doesn't describe")
 
 
 def _shape(source: Checkpoint, module: str, packed: bool) -> tuple[int, int]:

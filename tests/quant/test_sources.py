@@ -9,17 +9,26 @@ import json
 import pytest
 import torch
 from checkpoints import recipe, small_checkpoint
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization import QuantizationArgs
 from families import input_batch
-from quantized_sources import dense_of, described, edit, fp8_config, is_linear, mxfp4_checkpoint, to_fp8
+from quantized_sources import (
+    by_library,
+    ct_config,
+    dense_of,
+    described,
+    edit,
+    fp8_config,
+    mxfp4_checkpoint,
+    to_fp8,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import moe_compress
 from moe_compress.checkpoint.decoded import DecodedCheckpoint
+from moe_compress.errors import CheckpointError
 from moe_compress.export.matching import ServerView
+from moe_compress.export.schemes import Scheme
 from moe_compress.export.verify import loaded_bytes
 from moe_compress.model import MoEModel
 from moe_compress.quant.sources import E2M1, blocks_to_dense, mx_to_dense
@@ -167,55 +176,70 @@ SCHEMES = {
 }
 
 
-def scales_of(weight, arguments):
-    """Scale and zero point as the library computes them, of extremes found here."""
-    rows, columns = weight.shape
-    width = arguments.group_size if arguments.strategy == "group" else columns
-    height = rows if arguments.strategy == "tensor" else 1
-    if arguments.strategy == "block":
-        height, width = arguments.block_structure
-    tiles = weight.reshape(rows // height, height, columns // width, width)
-    scale, zero = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), arguments)
-    return (scale.reshape(1), zero.reshape(1)) if arguments.strategy == "tensor" else (scale, zero)
-
-
 @pytest.mark.parametrize("name", SCHEMES)
 def test_compressed_tensors_as_its_library_reads_it(name, tmp_path):
     form, values = SCHEMES[name]
     arguments = QuantizationArgs(**values)
-    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format=form)
-    compressor = BaseCompressor.get_value_from_registry(form)
+    config = ct_config({"group_0": (["Linear"], form, arguments)})
     expected = {}
-
-    def compressed(tensors):
-        found = {}
-        for full, tensor in tensors.items():
-            if not is_linear(full, tensor):
-                found[full] = tensor
-                continue
-            module = full.removesuffix(".weight")
-            scale, zero = scales_of(tensor, arguments)
-            parts = {"weight": tensor, "weight_scale": scale, "weight_zero_point": zero}
-            written = compressor.compress({k: v.clone() for k, v in parts.items()}, scheme)
-            if arguments.symmetric:
-                written.pop("weight_zero_point", None)
-            found |= {f"{module}.{leaf}": value for leaf, value in written.items()}
-            expected[full] = compressor.decompress({k: v.clone() for k, v in written.items()}, scheme)["weight"]
-        return found
-
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "ignore": ["lm_head", r"re:.*mlp\.gate$"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": arguments.model_dump(mode="json")}},
-    }
-    folder = edit(small_checkpoint(tmp_path / "m"), config, compressed)
+    folder = edit(small_checkpoint(tmp_path / "m"), config, by_library(config, lambda _: "group_0", expected))
     assert len(expected) > 20
     found = dense_of(folder)
     for full, tensor in expected.items():
         assert torch.equal(found[full], tensor.to(found[full].dtype)), full
     seen = MoEModel.open(folder).source  # dense too where nothing here computes with it as it stands
     assert isinstance(seen, DecodedCheckpoint) == (name != "int4 in groups")
+
+
+MIXED = {
+    "projections of two widths": ({"group_0": (["re:.*down_proj"], 8), "group_1": (["Linear"], 4)}, []),
+    "a dense expert": ({"group_1": (["Linear"], 4)}, [r"re:.*experts\.3\..*"]),
+    "a dense projection": ({"group_1": (["Linear"], 4)}, ["re:.*gate_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_whose_experts_are_stored_in_several_ways_are_seen_dense(name, tmp_path):
+    groups, ignored = MIXED[name]
+    arguments = {g: QuantizationArgs(num_bits=b, strategy="group", group_size=16) for g, (_, b) in groups.items()}
+    config = ct_config({g: (targets, "pack-quantized", arguments[g]) for g, (targets, _) in groups.items()}, ignored)
+
+    def group_of(module):
+        if (name == "a dense expert" and "experts.3." in module) or (name[-1] == "n" and "gate_proj" in module):
+            return None
+        return "group_0" if "group_0" in groups and module.endswith("down_proj") else "group_1"
+
+    expected = {}
+    folder = edit(small_checkpoint(tmp_path / "m"), config, by_library(config, group_of, expected))
+    seen = MoEModel.open(folder).source
+    assert isinstance(seen, DecodedCheckpoint)
+    assert {n for n in expected if not torch.equal(seen.get(n), expected[n])} == set()
+    loaded = moe_compress.load(folder, dtype=torch.bfloat16).state_dict()
+    for expert in range(8):
+        down = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        assert torch.equal(loaded["model.layers.1.mlp.experts.down_proj"][expert], seen.get(down))
+
+
+def test_zero_points_that_are_zero_say_nothing(tmp_path):
+    """Some writers keep them of symmetric weights too. These would else run as they are stored."""
+    config = ct_config({"group_0": (["Linear"], "int-quantized", QuantizationArgs(num_bits=8, strategy="channel"))})
+    config["config_groups"]["group_0"]["input_activations"] = Scheme.served("w8a8").inputs()
+    expected = {}
+    compressed = by_library(config, lambda m: "group_0" if ".experts." in m else None, expected)
+
+    def with_zeros(tensors):
+        found = compressed(tensors)
+        scales = {n: t for n, t in found.items() if n.endswith("weight_scale")}
+        return found | {n.replace("scale", "zero_point"): t.new_zeros(t.shape).char() for n, t in scales.items()}
+
+    folder = edit(small_checkpoint(tmp_path / "m"), config, with_zeros)
+    seen = MoEModel.open(folder).source
+    assert {n for n in expected if not torch.equal(seen.get(n), expected[n])} == set()
+    name = "model.layers.0.mlp.experts.3.up_proj.weight_zero_point"
+    assert name not in seen.tensors
+    edit(folder, config, lambda tensors: {**tensors, name: torch.ones_like(tensors[name])})
+    with pytest.raises(CheckpointError, match="zero points that aren't zero"):
+        MoEModel.open(folder).source.get(name.replace("_zero_point", ""))
 
 
 def test_names_come_before_the_class_of_all_linear_layers():
