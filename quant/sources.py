@@ -91,8 +91,10 @@ def _fp8(source: Checkpoint, config: Mapping[str, Any]) -> dict[str, Decoded]:
             continue
         name = scale.removesuffix("_scale_inv")
         weight = source.tensors.get(name)
-        if weight is None or weight.dtype not in FP8:
-            raise CheckpointError(f"{source.folder} holds {scale!r}, but no 8-bit floats {name!r} that it belongs to")
+        if weight is None or weight.dtype not in FP8 or len(weight.shape) < 2:
+            raise CheckpointError(
+                f"{source.folder} holds {scale!r}, but no matrix of 8-bit floats {name!r} that it belongs to"
+            )
         size = _block_size(source, name, weight.shape, info.shape, block)
         decoded[name] = Decoded((name, scale), partial(blocks_to_dense, size=size, dtype=dtype), dtype, weight.shape)
     return decoded
@@ -275,8 +277,8 @@ def packed_to_dense(
 def _plain(source: Checkpoint, module: str, scheme: Mapping[str, Any]) -> Decoded:
     name, scale_name = f"{module}.weight", f"{module}.weight_scale"
     weight, scale = source.tensors.get(name), source.tensors[scale_name]
-    if weight is None or weight.dtype not in (torch.int8, *FP8):
-        raise UnsupportedModelError(f"{source.folder}: {module!r} has a scale, and no 8-bit weight that it belongs to")
+    if weight is None or weight.dtype not in (torch.int8, *FP8) or len(weight.shape) != 2:
+        raise UnsupportedModelError(f"{source.folder}: {module!r} has a scale, and no 8-bit matrix that it belongs to")
     dtype = scale.dtype if scale.dtype in (torch.bfloat16, torch.float16) else _dense_dtype(source)
     rows, columns = weight.shape
     strategy = scheme.get("strategy")

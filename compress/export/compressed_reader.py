@@ -66,7 +66,7 @@ def present(model: MoEModel, source: Checkpoint) -> Seen:
         UnsupportedModelError: something else than experts and linear layers is quantized, or in another way.
         CheckpointError: tensors and config don't belong together.
     """
-    config = source.config["quantization_config"]
+    config = source.quantization
     if config.get("format") not in (PACKED, INTEGERS, FLOATS, MIXED):
         raise UnsupportedModelError(
             f"{source.folder} is already quantized (compressed-tensors, {config.get('format')}); {_ALREADY}"

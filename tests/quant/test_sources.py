@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import recipe, small_checkpoint
 from compressed_tensors.quantization import QuantizationArgs
-from families import input_batch
+from families import input_batch, tiny_model
 from quantized_sources import (
     by_library,
     ct_config,
@@ -114,6 +114,28 @@ def test_a_run_on_fp8(tmp_path):
     stored = ("source as stored (fp8)", show_bytes(told["bytes"]), "")
     assert [stored in headline(results[name].report) for name in "qd"] == [True, False]
     assert results["d"].report["source"] == {"quantization": None, "bytes": results["d"].report["before"]["bytes"]}
+
+
+def test_what_the_text_models_config_says(tmp_path):
+    """transformers takes `quantization_config` from there too: loaded and written as if it stood at the top."""
+    step, results = {"quantize.mixed": {**ROUNDED["quantize.mixed"], "group_size": 8}}, {}
+    for name in ("at the top", "nested"):
+        folder = tmp_path / name
+        tiny_model("qwen3_vl_moe").to(torch.bfloat16).save_pretrained(folder)
+        edit(folder, fp8_config([16, 16]), lambda tensors: to_fp8(tensors, (16, 16)))
+        if name == "nested":
+            config = json.loads((folder / "config.json").read_text())
+            config["text_config"]["quantization_config"] = config.pop("quantization_config")
+            (folder / "config.json").write_text(json.dumps(config))
+        loaded = moe_compress.load(folder, dtype=torch.float32)
+        written = moe_compress.run(recipe(folder, tmp_path / f"{name}, out", [step]))
+        config = json.loads((written.output / "config.json").read_text())
+        results[name] = loaded.state_dict(), load_file(written.output / "model.safetensors"), config
+    for one, two in zip(results["at the top"][:2], results["nested"][:2], strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[n], two[n]) for n in one)
+    assert results["at the top"][2] == results["nested"][2]
+    assert "quantization_config" not in results["nested"][2]["text_config"]
 
 
 # --- mxfp4 ---------------------------------------------------------------------------------------------------------
