@@ -29,7 +29,7 @@ from .packing import packed_words, unpack
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Ranges of activations, scales of caches: they belong to a quantized model at run time, not to its weights.
-_OF_ACTIVATIONS = (
+OF_ACTIVATIONS = (
     "input_scale",
     "output_scale",
     "activation_scale",
@@ -60,7 +60,7 @@ def decode(source: Checkpoint) -> DecodedCheckpoint:
         )
     decoded = _METHODS[method](source, config)
     used = {part for entry in decoded.values() for part in entry.parts}
-    hidden = [n for n in source.tensors if n.rpartition(".")[2] in _OF_ACTIVATIONS and n not in used]
+    hidden = [n for n in source.tensors if n.rpartition(".")[2] in OF_ACTIVATIONS and n not in used]
     for name in source.codes():
         if name not in used and name not in hidden:
             raise CheckpointError(

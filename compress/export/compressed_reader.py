@@ -20,6 +20,7 @@ from moe_compress.checkpoint.stacked import StackedCheckpoint
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.expert_names import ExpertNames, find_expert_names
+from moe_compress.quant.sources import OF_ACTIVATIONS
 from moe_compress.quant.stack import Encoding, name_of
 
 from .matching import ServerView
@@ -73,6 +74,7 @@ def present(model: MoEModel, source: Checkpoint) -> Seen:
         )
     modules = {n.rpartition(".")[0] for n in source.tensors if n.endswith((".weight_packed", ".weight_scale"))}
     parts = {f"{module}.{part}" for module in modules for part in (*_PACKED_PARTS, *_SCALED_PARTS, *_UNREAD)}
+    parts |= {n for n in source.tensors if n.rpartition(".")[2] in OF_ACTIVATIONS}
     view = ServerView(config)
 
     def read(names: ExpertNames, count: int) -> Presented:

@@ -264,6 +264,20 @@ def test_zero_points_that_are_zero_say_nothing(tmp_path):
         MoEModel.open(folder).source.get(name.replace("_zero_point", ""))
 
 
+def test_scales_of_caches_are_left_out_of_packed_experts_too(tmp_path):
+    """`inspect` would say that they are carried over, and a run has no use for them."""
+    arguments = QuantizationArgs(num_bits=4, strategy="group", group_size=16)
+    config = ct_config({"group_0": (["re:.*experts.*"], "pack-quantized", arguments)})
+    compressed = by_library(config, lambda module: "group_0" if ".experts." in module else None, {})
+    scales = {f"model.layers.{i}.self_attn.{of}_scale": torch.ones(1) for i in range(3) for of in "kv"}
+    folder = edit(small_checkpoint(tmp_path / "m"), config, lambda tensors: compressed(tensors) | scales)
+    for dequantize in (False, True):
+        seen = MoEModel.open(folder, dequantize=dequantize)
+        assert isinstance(seen.source, DecodedCheckpoint) == dequantize
+        assert not seen.weights.unowned
+        assert not seen.source.tensors.keys() & scales.keys()
+
+
 def test_names_come_before_the_class_of_all_linear_layers():
     groups = {
         "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}},
