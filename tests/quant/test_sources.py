@@ -22,7 +22,7 @@ from quantized_sources import (
     to_fp8,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, FineGrainedFP8Config, Mxfp4Config
 
 import moe_compress
 from moe_compress.checkpoint.decoded import DecodedCheckpoint
@@ -116,16 +116,24 @@ def test_a_run_on_fp8(tmp_path):
     assert results["d"].report["source"] == {"quantization": None, "bytes": results["d"].report["before"]["bytes"]}
 
 
+def nested_fp8(folder):
+    """Of a model that sees, `quantization_config` in its text model's config."""
+    tiny_model("qwen3_vl_moe").to(torch.bfloat16).save_pretrained(folder)
+    edit(folder, fp8_config([16, 16]), lambda tensors: to_fp8(tensors, (16, 16)))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def test_what_the_text_models_config_says(tmp_path):
     """transformers takes `quantization_config` from there too: loaded and written as if it stood at the top."""
     step, results = {"quantize.mixed": {**ROUNDED["quantize.mixed"], "group_size": 8}}, {}
     for name in ("at the top", "nested"):
-        folder = tmp_path / name
-        tiny_model("qwen3_vl_moe").to(torch.bfloat16).save_pretrained(folder)
-        edit(folder, fp8_config([16, 16]), lambda tensors: to_fp8(tensors, (16, 16)))
-        if name == "nested":
+        folder = nested_fp8(tmp_path / name)
+        if name == "at the top":
             config = json.loads((folder / "config.json").read_text())
-            config["text_config"]["quantization_config"] = config.pop("quantization_config")
+            config["quantization_config"] = config["text_config"].pop("quantization_config")
             (folder / "config.json").write_text(json.dumps(config))
         loaded = moe_compress.load(folder, dtype=torch.float32)
         written = moe_compress.run(recipe(folder, tmp_path / f"{name}, out", [step]))
@@ -311,6 +319,20 @@ def test_what_transformers_decoded_is_saved_dense(method, tmp_path):
         assert again.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
     moe_compress.verify(tmp_path / "saved")
+
+
+def test_a_text_models_quantization_config_goes_when_it_was_decoded(tmp_path):
+    """transformers leaves it in the decoded model's config, and would write it."""
+    folder = nested_fp8(tmp_path / "m")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    assert model.config.text_config.quantization_config is not None
+    ids = torch.arange(40).view(2, 20) + 3
+    moe_compress.compress(model, passes={"prune.experts": {"experts": 6}}, calibration=ids).save(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "theirs")
+    for written in ("saved", "theirs"):
+        assert "quantization_config" not in (tmp_path / written / "config.json").read_text()
 
 
 def test_a_dense_folder_may_say_that_it_is_not_quantized(tmp_path):
