@@ -106,7 +106,7 @@ class Checkpoint:
         values = read_json(self.folder / "config.json")
         text = values.get("text_config")
         if isinstance(text, dict) and (nested := text.pop("quantization_config", None)) is not None:
-            values.setdefault("quantization_config", nested)
+            values["quantization_config"] = values.get("quantization_config") or nested
         return values
 
     @property
