@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ from moe_compress.storage import MemoryStorage
 
 # What statistics in memory are kept under: of the model as it came.
 _STATE = "in memory"
+# Model → what stands for the last change of it: a result tells of one state alone.
+_CHANGED: WeakKeyDictionary[PreTrainedModel, object] = WeakKeyDictionary()
 
 
 class CompressedModel:
@@ -61,12 +64,16 @@ class CompressedModel:
         self._view = view
         self._tokenizer = tokenizer
         self._calibrated = calibrated
+        self._state = _CHANGED[view.module]
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write a checkpoint folder with tokenizer, generation config, report.json and report.md.
 
-        The reports hold `report`, and in its recipe `output`. Raises InputError, RunError.
+        The reports hold `report`, and in its recipe `output`. Raises RunError, and InputError, also when the model was
+        compressed again since: what it is now isn't what `report` is of.
         """
+        if _CHANGED[self.model] is not self._state:
+            raise InputError("the model was changed again since: save what the last call of compress() gave")
         folder = Path(folder)
         check_output(folder, overwrite)
         text = self._calibrated.text
@@ -162,7 +169,7 @@ def compress(
         if prompts is not None and wanted.generation is not None:
             with monitor.stage("score: generation, original"):
                 written = continued(model, prompts, wanted.generation)
-        with _saying_what_is_left(storage):
+        with _changing(model, storage):
             outcomes = run_passes(Work(view, calibrated, storage, monitor, source), steps, before, _STATE)
         _settle(view)
         scores = TextScores()
@@ -206,19 +213,25 @@ def _through(view: MoEModel, head: Any, outputs: Iterator[Any]) -> Iterator[Any]
 
 
 @contextmanager
-def _saying_what_is_left(storage: MemoryStorage) -> Iterator[None]:
-    """Errors say so when layers were changed, or being changed, before them."""
+def _changing(model: PreTrainedModel, storage: MemoryStorage) -> Iterator[None]:
+    """Errors say so when layers were changed, or being changed, before them; so do earlier results when saved."""
     try:
         yield
     except BaseException as error:
-        stores = storage.passes.values()
-        if any(store.planned for store in stores):
-            done = sum(len(store.reports) for store in stores)
+        if _planned(storage):
+            done = sum(len(store.reports) for store in storage.passes.values())
             what = f"the model is changed in part ({done} layers done): load it again"
             if isinstance(error, MoeCompressError):
                 raise RunError(f"{error}; {what}") from error
             error.add_note(f"moe-compress: {what}")
         raise
+    finally:
+        if _planned(storage):
+            _CHANGED[model] = object()
+
+
+def _planned(storage: MemoryStorage) -> bool:
+    return any(store.planned for store in storage.passes.values())
 
 
 def _settle(view: MoEModel) -> None:

@@ -120,10 +120,12 @@ class Applying:
     def _block(self, layer: Layer, block: MoEBlock, inputs: BlockInputs | None) -> dict[str, Any]:
         beside, experts = self._beside(layer, block), block.num_experts
         report = self.step.apply(block, self.plan.layers[layer.index], inputs)
-        if block.num_experts != experts and "slots" not in report:
+        slots = report.get("slots", range(experts) if block.num_experts == experts else None)
+        if slots is None or len(slots) != experts or not all(-1 <= slot < block.num_experts for slot in slots):
             raise RunError(
                 f"{self.step.name}: layer {layer.index} has {block.num_experts} of {experts} experts left, and `apply` "
-                "returned no `slots` (old expert → new slot, −1 if gone), by which the report follows them"
+                f"returned {'no' if slots is None else 'other'} `slots` (old expert → new slot, −1 if gone), by which "
+                "the report follows them"
             )
         report["other_bytes_change"] = self._beside(layer, block) - beside
         if inputs is not None:

@@ -29,7 +29,7 @@ from .packing import packed_words, unpack
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Ranges of activations, scales of caches: they belong to a quantized model at run time, not to its weights.
-_OF_ACTIVATIONS = (
+OF_ACTIVATIONS = (
     "input_scale",
     "output_scale",
     "activation_scale",
@@ -60,7 +60,7 @@ def decode(source: Checkpoint) -> DecodedCheckpoint:
         )
     decoded = _METHODS[method](source, config)
     used = {part for entry in decoded.values() for part in entry.parts}
-    hidden = [n for n in source.tensors if n.rpartition(".")[2] in _OF_ACTIVATIONS and n not in used]
+    hidden = [n for n in source.tensors if n.rpartition(".")[2] in OF_ACTIVATIONS and n not in used]
     for name in source.codes():
         if name not in used and name not in hidden:
             raise CheckpointError(
@@ -91,8 +91,10 @@ def _fp8(source: Checkpoint, config: Mapping[str, Any]) -> dict[str, Decoded]:
             continue
         name = scale.removesuffix("_scale_inv")
         weight = source.tensors.get(name)
-        if weight is None or weight.dtype not in FP8:
-            raise CheckpointError(f"{source.folder} holds {scale!r}, but no 8-bit floats {name!r} that it belongs to")
+        if weight is None or weight.dtype not in FP8 or len(weight.shape) < 2:
+            raise CheckpointError(
+                f"{source.folder} holds {scale!r}, but no matrix of 8-bit floats {name!r} that it belongs to"
+            )
         size = _block_size(source, name, weight.shape, info.shape, block)
         decoded[name] = Decoded((name, scale), partial(blocks_to_dense, size=size, dtype=dtype), dtype, weight.shape)
     return decoded
@@ -228,8 +230,11 @@ def _by_module(names: Iterable[str], leaves: tuple[str, ...]) -> dict[str, set[s
 def _packed(source: Checkpoint, module: str, scheme: Mapping[str, Any]) -> Decoded:
     bits, symmetric = int(scheme["num_bits"]), bool(scheme.get("symmetric", True))
     names = [f"{module}.{leaf}" for leaf in ("weight_packed", "weight_scale", "weight_shape")]
+    zero = f"{module}.weight_zero_point"
     if not symmetric:
-        names.append(f"{module}.weight_zero_point")
+        names.append(zero)
+    elif zero in source.tensors:
+        raise CheckpointError(f"{source.folder} holds {zero!r}, and config.json says that its codes are symmetric")
     for name in names:
         if name not in source.tensors:
             raise CheckpointError(f"{source.folder} lacks {name}")
@@ -272,8 +277,8 @@ def packed_to_dense(
 def _plain(source: Checkpoint, module: str, scheme: Mapping[str, Any]) -> Decoded:
     name, scale_name = f"{module}.weight", f"{module}.weight_scale"
     weight, scale = source.tensors.get(name), source.tensors[scale_name]
-    if weight is None or weight.dtype not in (torch.int8, *FP8):
-        raise UnsupportedModelError(f"{source.folder}: {module!r} has a scale, and no 8-bit weight that it belongs to")
+    if weight is None or weight.dtype not in (torch.int8, *FP8) or len(weight.shape) != 2:
+        raise UnsupportedModelError(f"{source.folder}: {module!r} has a scale, and no 8-bit matrix that it belongs to")
     dtype = scale.dtype if scale.dtype in (torch.bfloat16, torch.float16) else _dense_dtype(source)
     rows, columns = weight.shape
     strategy = scheme.get("strategy")

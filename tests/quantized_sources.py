@@ -1,9 +1,13 @@
-"""Checkpoints as others quantize them: FP8 in blocks and gpt-oss's MXFP4, by plain loops or of random bytes."""
+"""Checkpoints as others quantize them: FP8 in blocks and gpt-oss's MXFP4, by plain loops or of random bytes, and
+compressed-tensors by its library."""
 
 import json
 from pathlib import Path
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
 from families import tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -81,3 +85,62 @@ def described(folder: Path, quantization) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     return folder
+
+
+# --- compressed-tensors --------------------------------------------------------------------------------------------
+
+
+def ct_config(groups: dict[str, tuple[list[str], str, QuantizationArgs]], ignored: list[str] = ()) -> dict:
+    """A `quantization_config` as llm-compressor writes it: name of a group → targets, format, weights."""
+    formats = {form for _, form, _ in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "ignore": ["lm_head", r"re:.*mlp\.gate$", *ignored],
+        "config_groups": {
+            name: {"targets": targets, "format": form, "weights": arguments.model_dump(mode="json")}
+            for name, (targets, form, arguments) in groups.items()
+        },
+    }
+
+
+def by_library(config, group_of, expected):
+    """A change for `edit`: linear layers as the library compresses them.
+
+    `group_of`: path of a module → its group, None for a dense one. `expected`: gets what the library reads, by name.
+    """
+
+    def compressed(tensors):
+        found = {}
+        for full, tensor in tensors.items():
+            module = full.removesuffix(".weight")
+            group = group_of(module) if is_linear(full, tensor) else None
+            if group is None:
+                found[full] = tensor
+                continue
+            values = config["config_groups"][group]
+            arguments = QuantizationArgs(**values["weights"])
+            scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format=values["format"])
+            compressor = BaseCompressor.get_value_from_registry(values["format"])
+            scale, zero = scales_of(tensor, arguments)
+            parts = {"weight": tensor, "weight_scale": scale, "weight_zero_point": zero}
+            written = compressor.compress({k: v.clone() for k, v in parts.items()}, scheme)
+            if arguments.symmetric:
+                written.pop("weight_zero_point", None)
+            found |= {f"{module}.{leaf}": value for leaf, value in written.items()}
+            expected[full] = compressor.decompress({k: v.clone() for k, v in written.items()}, scheme)["weight"]
+        return found
+
+    return compressed
+
+
+def scales_of(weight, arguments):
+    """Scale and zero point as the library computes them, of extremes found here."""
+    rows, columns = weight.shape
+    width = arguments.group_size if arguments.strategy == "group" else columns
+    height = rows if arguments.strategy == "tensor" else 1
+    if arguments.strategy == "block":
+        height, width = arguments.block_structure
+    tiles = weight.reshape(rows // height, height, columns // width, width)
+    scale, zero = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), arguments)
+    return (scale.reshape(1), zero.reshape(1)) if arguments.strategy == "tensor" else (scale, zero)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import moe_compress
 from moe_compress.calib.text import Calibration, load_batches
 from moe_compress.checkpoint.reader import Checkpoint
-from moe_compress.errors import MoeCompressError, RecipeError, RunError
+from moe_compress.errors import InputError, MoeCompressError, RecipeError, RunError
 from moe_compress.export.targets import find_target
 from moe_compress.passes import find_pass
 from moe_compress.probe import TOLERANCE
@@ -183,8 +183,12 @@ def test_one_after_the_other(source, calibration, tokenizer, from_disk, tmp_path
     second = moe_compress.compress(model, tokenizer=tokenizer, passes=[QUANTIZE], calibration=calibration)
     second.save(tmp_path / "both")
     same_tensors(tmp_path / "both", from_disk.output)
+    with pytest.raises(InputError, match="changed again since"):  # its report is of other experts
+        first.save(tmp_path / "stale")
+    assert not (tmp_path / "stale").exists()
     with pytest.raises(MoeCompressError, match="the experts of layer 0 are packed already"):
         moe_compress.compress(model, tokenizer=tokenizer, passes=[QUANTIZE], calibration=calibration)
+    second.save(tmp_path / "still")  # nothing was changed by what was refused
 
 
 def test_unequal_layers_and_back(source, calibration, tokenizer, tmp_path):

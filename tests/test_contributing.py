@@ -114,6 +114,26 @@ BROKEN = {
 """,
         "prune.broken: layer 0 has 12 of 16 experts left, and `apply` returned no `slots`",
     ),
+    "too few slots": (
+        """
+    def plan(self, profile):
+        return Plan(self.name, {i: {} for i in profile.shape.layers})
+
+    def apply(self, block, decision, inputs):
+        return {"slots": [0, 1]}
+""",
+        "prune.broken: layer 0 has 16 of 16 experts left, and `apply` returned other `slots`",
+    ),
+    "no plain data": (
+        """
+    def plan(self, profile):
+        return Plan(self.name, {i: {"these": {1, 2}} for i in profile.shape.layers})
+
+    def apply(self, block, decision, inputs):
+        return {}
+""",
+        "prune.broken/plan.json could not be written: Object of type set is not JSON serializable",
+    ),
     "no plan": (
         """
     def plan(self, profile):

@@ -54,8 +54,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, written whole."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """A JSON file, written whole. Raises RunError for what isn't plain data."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{path} could not be written: {error}") from error
+    write_text(path, text + "\n")
 
 
 def copy_file(source: Path, path: Path) -> None:

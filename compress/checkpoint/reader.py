@@ -103,8 +103,12 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json as it stands."""
-        return read_json(self.folder / "config.json")
+        """config.json; its text model's `quantization_config` at the top, where transformers looks for it first."""
+        values = read_json(self.folder / "config.json")
+        text = values.get("text_config")
+        if isinstance(text, dict) and (nested := text.pop("quantization_config", None)) is not None:
+            values["quantization_config"] = values.get("quantization_config") or nested
+        return values
 
     @property
     def quantization(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from moe_compress.checkpoint.stacked import StackedCheckpoint
 from moe_compress.errors import CheckpointError, UnsupportedModelError
 from moe_compress.model import MoEModel, hf
 from moe_compress.model.expert_names import ExpertNames, find_expert_names
+from moe_compress.quant.sources import OF_ACTIVATIONS
 from moe_compress.quant.stack import Encoding, name_of
 
 from .matching import ServerView
@@ -66,13 +67,14 @@ def present(model: MoEModel, source: Checkpoint) -> Seen:
         UnsupportedModelError: something else than experts and linear layers is quantized, or in another way.
         CheckpointError: tensors and config don't belong together.
     """
-    config = source.config["quantization_config"]
+    config = source.quantization
     if config.get("format") not in (PACKED, INTEGERS, FLOATS, MIXED):
         raise UnsupportedModelError(
             f"{source.folder} is already quantized (compressed-tensors, {config.get('format')}); {_ALREADY}"
         )
     modules = {n.rpartition(".")[0] for n in source.tensors if n.endswith((".weight_packed", ".weight_scale"))}
     parts = {f"{module}.{part}" for module in modules for part in (*_PACKED_PARTS, *_SCALED_PARTS, *_UNREAD)}
+    parts |= {n for n in source.tensors if n.rpartition(".")[2] in OF_ACTIVATIONS}
     view = ServerView(config)
 
     def read(names: ExpertNames, count: int) -> Presented:
@@ -170,9 +172,11 @@ def _layer(source: Checkpoint, view: ServerView, names: ExpertNames, count: int)
     for projection in names.leaves:
         modules = [names.linear(e, projection) for e in range(count)]
         for module in modules:
-            check_parts(source, module, _PACKED_PARTS if packed else _SCALED_PARTS, _UNREAD)
             if view.group(module) != group:
-                raise CheckpointError(f"{source.folder}: {module!r} has another scheme than the experts beside it")
+                raise UnsupportedModelError(
+                    f"{source.folder}: {module!r} isn't quantized like {first!r} in the same layer; {_ALREADY}"
+                )
+            check_parts(source, module, _PACKED_PARTS if packed else _SCALED_PARTS, _UNREAD)
         rows, columns = same_shape(source, modules, lambda m: _shape(source, m, packed))
         codes, scale = (source.tensors[f"{modules[0]}.{p}"] for p in (_PACKED_PARTS if packed else _SCALED_PARTS)[:2])
         width = columns * scheme.bits // 32 if packed else columns
@@ -248,13 +252,13 @@ def same_shape(source: Checkpoint, modules: Sequence[str], shape: Callable[[str]
 
 
 def check_parts(source: Checkpoint, module: str, needed: Sequence[str], unknown: Sequence[str]) -> None:
-    """Raise CheckpointError when a module's tensors are not all there, or one is that nothing reads."""
+    """Raise CheckpointError when a module's tensors are not all there, UnsupportedModelError for `unknown` ones."""
     for part in needed:
         if f"{module}.{part}" not in source.tensors:
             raise CheckpointError(f"{source.folder} lacks {module}.{part}")
     for part in unknown:
         if f"{module}.{part}" in source.tensors:
-            raise CheckpointError(f"{source.folder} holds {module}.{part}, which its config doesn't describe")
+            raise UnsupportedModelError(f"{source.folder} holds {module}.{part}, which its config doesn't describe")
 
 
 def _shape(source: Checkpoint, module: str, packed: bool) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from .schemes import Scheme
 
 def present(model: MoEModel, source: Checkpoint) -> Seen:
     """A checkpoint as the native format would hold it; like the reader of compressed-tensors."""
-    config = source.config["quantization_config"]
+    config = source.quantization
     if not config.get("sym", True) or config.get("desc_act") or config.get("checkpoint_format", "gptq") != "gptq":
         raise UnsupportedModelError(
             f"{source.folder} is already quantized (GPTQ, not symmetric integers in order, checkpoint_format gptq); "

@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.constants import QUANT_METHOD
 from moe_compress.errors import InputError
-from moe_compress.model import MoEModel, hf
+from moe_compress.model import MoEModel, hf, read_config
 from moe_compress.model.opening import refuse_codes
 
 from .registration import register
@@ -68,7 +68,7 @@ def _of_others(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     view = MoEModel.open(folder)
     assert view.weights is not None
     described = result_config(view, view.descriptions())[0]
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     config.__dict__.pop("quantization_config", None)
     if "quantization_config" in described:
         config.quantization_config = described["quantization_config"]

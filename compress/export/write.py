@@ -206,10 +206,12 @@ def result_config(
 
 
 def _same_top_k(descriptions: Mapping[int, dict[str, Any]]) -> int:
-    """The top-k that the one rule of every layer leaves. Raises RunError for any other rules."""
-    rules = [d.get("routing", []) for d in descriptions.values()]
-    counts = {own[0]["keep"] for own in rules if len(own) == 1 and own[0]["kind"] == "top_k"}
-    if len(counts) != 1 or not all(len(own) == 1 and own[0]["kind"] == "top_k" for own in rules):
+    """The top-k that every layer's rules leave, which may be several. Raises RunError for any other rules."""
+    counts = set()
+    for description in descriptions.values():
+        rules = description.get("routing", [])
+        counts.add(min((rule["keep"] if rule["kind"] == "top_k" else 0 for rule in rules), default=0))
+    if len(counts) != 1 or 0 in counts:
         raise RunError("rules that skip experts can be written for other runtimes only where all layers have one top-k")
     return int(counts.pop())
 

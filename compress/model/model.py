@@ -177,6 +177,9 @@ class MoEModel:
                 "model in full precision"
             )
         hf.forget_decoding(module)
+        if not quantized:  # decoding leaves a text model's own
+            module.config.get_text_config().__dict__.pop("quantization_config", None)
+            (values.get("text_config") or {}).pop("quantization_config", None)
         plain = hf.meta_skeleton(module.config, type(module))  # layers of `module` may be others by now
         model = cls(module, {**values, "architectures": [type(module).__name__]}, plain)
         model.device = offload.execution_device(module.get_input_embeddings())

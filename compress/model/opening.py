@@ -33,6 +33,8 @@ def config_of(source: Checkpoint) -> PreTrainedConfig:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(f"transformers can't read {source.folder / 'config.json'}: {reason}") from error
     refuse(config)
+    if (text := config.get_text_config()) is not config:
+        text.__dict__.pop("quantization_config", None)  # `source` has it
     return config
 
 

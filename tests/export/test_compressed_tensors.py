@@ -330,6 +330,11 @@ def test_a_compressed_checkpoint_is_a_dense_source(written, tmp_path):
             "weight_scale|lacks|holds",
         ),
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=8), CheckpointError, "holds codes"),
+        (
+            lambda t, c: t.update({"model.layers.0.mlp.experts.1.up_proj.weight_zero_point": torch.ones(1)}),
+            CheckpointError,
+            "says that its codes are symmetric",
+        ),
         (lambda t, c: c["config_groups"]["group_0"].update(targets=["Other"]), CheckpointError, "no group"),
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), CheckpointError, "zero_point"),
         (
@@ -339,8 +344,8 @@ def test_a_compressed_checkpoint_is_a_dense_source(written, tmp_path):
         ),
         (
             lambda t, c: t.update({"model.layers.0.mlp.experts.1.up_proj.weight_g_idx": torch.zeros(1)}),
-            CheckpointError,
-            "doesn't describe",
+            UnsupportedModelError,
+            "grouped by activation order",
         ),
         (
             lambda t, c: t.update(

@@ -232,7 +232,6 @@ def test_another_scheme_is_not_taken_for_one_of_ours(scheme, change):
             CheckpointError,
             "alike",
         ),
-        (lambda t, c, m: t.update({f"{m}.input_scale": torch.ones(1)}), CheckpointError, "doesn't describe"),
         (lambda t, c, m: c["config_groups"]["group_0"].update(targets=["Other"]), CheckpointError, "no group"),
         (
             lambda t, c, m: c["config_groups"]["group_0"]["weights"].update(strategy="tensor"),

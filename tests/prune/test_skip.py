@@ -349,6 +349,14 @@ def test_a_smaller_top_k_is_a_number_for_servers(bits, tmp_path, text):
     assert [again.block(i).top_k for i in again.moe_layers] == [3, 3, 3]
 
 
+def test_the_smaller_of_two_top_ks_is_the_number(tmp_path, text):
+    source = small_checkpoint(tmp_path / "model", num_experts_per_tok=4, norm_topk_prob=True)
+    passes = [{"skip.top_k": {"experts_per_token": count, "layers": "uniform"}} for count in (3, 2)]
+    report = moe_compress.run(recipe(source, tmp_path / "out", passes, text, target="transformers")).report
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_experts_per_tok"] == 2
+    assert report["verification"]["distance"] <= report["verification"]["tolerance"]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

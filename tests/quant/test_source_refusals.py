@@ -23,14 +23,19 @@ def test_floats_without_a_scale_are_refused(tmp_path):
         MoEModel.open(folder)
 
 
-def test_scales_that_do_not_fit_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "scales", "message"),
+    [("layers.1.self_attn.q_proj", (3, 1), "neither one per block"), ("norm", (1,), "no matrix of 8-bit floats")],
+)
+def test_scales_that_do_not_fit_are_refused(name, scales, message, tmp_path):
     def broken(tensors):
         found = to_fp8(tensors, (16, 16))
-        found["model.layers.1.self_attn.q_proj.weight_scale_inv"] = torch.ones(3, 1)
+        found[f"model.{name}.weight"] = found[f"model.{name}.weight"].to(torch.float8_e4m3fn)
+        found[f"model.{name}.weight_scale_inv"] = torch.ones(scales)
         return found
 
     folder = edit(small_checkpoint(tmp_path / "m"), fp8_config([16, 16]), broken)
-    with pytest.raises(CheckpointError, match="neither one per block"):
+    with pytest.raises(CheckpointError, match=message):
         MoEModel.open(folder)
 
 

@@ -9,17 +9,26 @@ import json
 import pytest
 import torch
 from checkpoints import recipe, small_checkpoint
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
-from families import input_batch
-from quantized_sources import dense_of, described, edit, fp8_config, is_linear, mxfp4_checkpoint, to_fp8
+from compressed_tensors.quantization import QuantizationArgs
+from families import input_batch, tiny_model
+from quantized_sources import (
+    by_library,
+    ct_config,
+    dense_of,
+    described,
+    edit,
+    fp8_config,
+    mxfp4_checkpoint,
+    to_fp8,
+)
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, FineGrainedFP8Config, Mxfp4Config
 
 import moe_compress
 from moe_compress.checkpoint.decoded import DecodedCheckpoint
+from moe_compress.errors import CheckpointError
 from moe_compress.export.matching import ServerView
+from moe_compress.export.schemes import Scheme
 from moe_compress.export.verify import loaded_bytes
 from moe_compress.model import MoEModel
 from moe_compress.quant.sources import E2M1, blocks_to_dense, mx_to_dense
@@ -107,6 +116,36 @@ def test_a_run_on_fp8(tmp_path):
     assert results["d"].report["source"] == {"quantization": None, "bytes": results["d"].report["before"]["bytes"]}
 
 
+def nested_fp8(folder):
+    """Of a model that sees, `quantization_config` in its text model's config."""
+    tiny_model("qwen3_vl_moe").to(torch.bfloat16).save_pretrained(folder)
+    edit(folder, fp8_config([16, 16]), lambda tensors: to_fp8(tensors, (16, 16)))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_the_text_models_config_says(tmp_path):
+    """transformers takes `quantization_config` from there too: loaded and written as if it stood at the top."""
+    step, results = {"quantize.mixed": {**ROUNDED["quantize.mixed"], "group_size": 8}}, {}
+    for name in ("at the top", "nested"):
+        folder = nested_fp8(tmp_path / name)
+        if name == "at the top":
+            config = json.loads((folder / "config.json").read_text())
+            config["quantization_config"] = config["text_config"].pop("quantization_config")
+            (folder / "config.json").write_text(json.dumps(config))
+        loaded = moe_compress.load(folder, dtype=torch.float32)
+        written = moe_compress.run(recipe(folder, tmp_path / f"{name}, out", [step]))
+        config = json.loads((written.output / "config.json").read_text())
+        results[name] = loaded.state_dict(), load_file(written.output / "model.safetensors"), config
+    for one, two in zip(results["at the top"][:2], results["nested"][:2], strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[n], two[n]) for n in one)
+    assert results["at the top"][2] == results["nested"][2]
+    assert "quantization_config" not in results["nested"][2]["text_config"]
+
+
 # --- mxfp4 ---------------------------------------------------------------------------------------------------------
 
 
@@ -167,55 +206,84 @@ SCHEMES = {
 }
 
 
-def scales_of(weight, arguments):
-    """Scale and zero point as the library computes them, of extremes found here."""
-    rows, columns = weight.shape
-    width = arguments.group_size if arguments.strategy == "group" else columns
-    height = rows if arguments.strategy == "tensor" else 1
-    if arguments.strategy == "block":
-        height, width = arguments.block_structure
-    tiles = weight.reshape(rows // height, height, columns // width, width)
-    scale, zero = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), arguments)
-    return (scale.reshape(1), zero.reshape(1)) if arguments.strategy == "tensor" else (scale, zero)
-
-
 @pytest.mark.parametrize("name", SCHEMES)
 def test_compressed_tensors_as_its_library_reads_it(name, tmp_path):
     form, values = SCHEMES[name]
     arguments = QuantizationArgs(**values)
-    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format=form)
-    compressor = BaseCompressor.get_value_from_registry(form)
+    config = ct_config({"group_0": (["Linear"], form, arguments)})
     expected = {}
-
-    def compressed(tensors):
-        found = {}
-        for full, tensor in tensors.items():
-            if not is_linear(full, tensor):
-                found[full] = tensor
-                continue
-            module = full.removesuffix(".weight")
-            scale, zero = scales_of(tensor, arguments)
-            parts = {"weight": tensor, "weight_scale": scale, "weight_zero_point": zero}
-            written = compressor.compress({k: v.clone() for k, v in parts.items()}, scheme)
-            if arguments.symmetric:
-                written.pop("weight_zero_point", None)
-            found |= {f"{module}.{leaf}": value for leaf, value in written.items()}
-            expected[full] = compressor.decompress({k: v.clone() for k, v in written.items()}, scheme)["weight"]
-        return found
-
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "ignore": ["lm_head", r"re:.*mlp\.gate$"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": arguments.model_dump(mode="json")}},
-    }
-    folder = edit(small_checkpoint(tmp_path / "m"), config, compressed)
+    folder = edit(small_checkpoint(tmp_path / "m"), config, by_library(config, lambda _: "group_0", expected))
     assert len(expected) > 20
     found = dense_of(folder)
     for full, tensor in expected.items():
         assert torch.equal(found[full], tensor.to(found[full].dtype)), full
     seen = MoEModel.open(folder).source  # dense too where nothing here computes with it as it stands
     assert isinstance(seen, DecodedCheckpoint) == (name != "int4 in groups")
+
+
+MIXED = {
+    "projections of two widths": ({"group_0": (["re:.*down_proj"], 8), "group_1": (["Linear"], 4)}, []),
+    "a dense expert": ({"group_1": (["Linear"], 4)}, [r"re:.*experts\.3\..*"]),
+    "a dense projection": ({"group_1": (["Linear"], 4)}, ["re:.*gate_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_whose_experts_are_stored_in_several_ways_are_seen_dense(name, tmp_path):
+    groups, ignored = MIXED[name]
+    arguments = {g: QuantizationArgs(num_bits=b, strategy="group", group_size=16) for g, (_, b) in groups.items()}
+    config = ct_config({g: (targets, "pack-quantized", arguments[g]) for g, (targets, _) in groups.items()}, ignored)
+
+    def group_of(module):
+        if (name == "a dense expert" and "experts.3." in module) or (name[-1] == "n" and "gate_proj" in module):
+            return None
+        return "group_0" if "group_0" in groups and module.endswith("down_proj") else "group_1"
+
+    expected = {}
+    folder = edit(small_checkpoint(tmp_path / "m"), config, by_library(config, group_of, expected))
+    seen = MoEModel.open(folder).source
+    assert isinstance(seen, DecodedCheckpoint)
+    assert {n for n in expected if not torch.equal(seen.get(n), expected[n])} == set()
+    loaded = moe_compress.load(folder, dtype=torch.bfloat16).state_dict()
+    for expert in range(8):
+        down = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        assert torch.equal(loaded["model.layers.1.mlp.experts.down_proj"][expert], seen.get(down))
+
+
+def test_zero_points_that_are_zero_say_nothing(tmp_path):
+    """Some writers keep them of symmetric weights too. These would else run as they are stored."""
+    config = ct_config({"group_0": (["Linear"], "int-quantized", QuantizationArgs(num_bits=8, strategy="channel"))})
+    config["config_groups"]["group_0"]["input_activations"] = Scheme.served("w8a8").inputs()
+    expected = {}
+    compressed = by_library(config, lambda m: "group_0" if ".experts." in m else None, expected)
+
+    def with_zeros(tensors):
+        found = compressed(tensors)
+        scales = {n: t for n, t in found.items() if n.endswith("weight_scale")}
+        return found | {n.replace("scale", "zero_point"): t.new_zeros(t.shape).char() for n, t in scales.items()}
+
+    folder = edit(small_checkpoint(tmp_path / "m"), config, with_zeros)
+    seen = MoEModel.open(folder).source
+    assert {n for n in expected if not torch.equal(seen.get(n), expected[n])} == set()
+    name = "model.layers.0.mlp.experts.3.up_proj.weight_zero_point"
+    assert name not in seen.tensors
+    edit(folder, config, lambda tensors: {**tensors, name: torch.ones_like(tensors[name])})
+    with pytest.raises(CheckpointError, match="zero points that aren't zero"):
+        MoEModel.open(folder).source.get(name.replace("_zero_point", ""))
+
+
+def test_scales_of_caches_are_left_out_of_packed_experts_too(tmp_path):
+    """`inspect` would say that they are carried over, and a run has no use for them."""
+    arguments = QuantizationArgs(num_bits=4, strategy="group", group_size=16)
+    config = ct_config({"group_0": (["re:.*experts.*"], "pack-quantized", arguments)})
+    compressed = by_library(config, lambda module: "group_0" if ".experts." in module else None, {})
+    scales = {f"model.layers.{i}.self_attn.{of}_scale": torch.ones(1) for i in range(3) for of in "kv"}
+    folder = edit(small_checkpoint(tmp_path / "m"), config, lambda tensors: compressed(tensors) | scales)
+    for dequantize in (False, True):
+        seen = MoEModel.open(folder, dequantize=dequantize)
+        assert isinstance(seen.source, DecodedCheckpoint) == dequantize
+        assert not seen.weights.unowned
+        assert not seen.source.tensors.keys() & scales.keys()
 
 
 def test_names_come_before_the_class_of_all_linear_layers():
@@ -251,6 +319,20 @@ def test_what_transformers_decoded_is_saved_dense(method, tmp_path):
         assert again.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
     moe_compress.verify(tmp_path / "saved")
+
+
+def test_a_text_models_quantization_config_goes_when_it_was_decoded(tmp_path):
+    """transformers leaves it in the decoded model's config, and would write it."""
+    folder = nested_fp8(tmp_path / "m")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    assert model.config.text_config.quantization_config is not None
+    ids = torch.arange(40).view(2, 20) + 3
+    moe_compress.compress(model, passes={"prune.experts": {"experts": 6}}, calibration=ids).save(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "theirs")
+    for written in ("saved", "theirs"):
+        assert "quantization_config" not in (tmp_path / written / "config.json").read_text()
 
 
 def test_a_dense_folder_may_say_that_it_is_not_quantized(tmp_path):
