@@ -120,6 +120,8 @@ class Applying:
     def _block(self, layer: Layer, block: MoEBlock, inputs: BlockInputs | None) -> dict[str, Any]:
         beside, experts = self._beside(layer, block), block.num_experts
         report = self.step.apply(block, self.plan.layers[layer.index], inputs)
+        if not isinstance(report, dict):
+            raise RunError(f"{self.step.name}: `apply` returned {type(report).__name__}, not a report (a dict)")
         slots = report.get("slots", range(experts) if block.num_experts == experts else None)
         if slots is None or len(slots) != experts or not all(-1 <= slot < block.num_experts for slot in slots):
             raise RunError(

@@ -196,8 +196,12 @@ def _plan(work: Work, step: Pass, shape: ModelShape, commits: Commits, state: st
         raise RunError(f"{step.name}: `plan` decides nothing for layers {undecided}, which have experts")
     notes = [*plan.notes, *_said_of_text(step, work.calibrated, whole), *_left_behind(work.model, shape, step)]
     values = replace(plan, notes=notes).to_json()
+    try:
+        as_resumed = json.loads(json.dumps(values))  # keys of decisions are text
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{step.name}: `plan` isn't plain data: {error}") from error
     commits.save_plan(values)
-    return Plan.from_json(json.loads(json.dumps(values)))  # as a resumed run reads it: keys of decisions are text
+    return Plan.from_json(as_resumed)
 
 
 def _measure(work: Work, step: Pass, store: StatisticStore) -> None:

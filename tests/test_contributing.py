@@ -132,7 +132,27 @@ BROKEN = {
     def apply(self, block, decision, inputs):
         return {}
 """,
-        "prune.broken/plan.json could not be written: Object of type set is not JSON serializable",
+        "prune.broken: `plan` isn't plain data: Object of type set is not JSON serializable",
+    ),
+    "no report": (
+        """
+    def plan(self, profile):
+        return Plan(self.name, {i: {} for i in profile.shape.layers})
+
+    def apply(self, block, decision, inputs):
+        pass
+""",
+        "prune.broken: `apply` returned NoneType, not a report",
+    ),
+    "no plain report": (
+        """
+    def plan(self, profile):
+        return Plan(self.name, {i: {} for i in profile.shape.layers})
+
+    def apply(self, block, decision, inputs):
+        return {"these": {1, 2}}
+""",
+        "json could not be written: Object of type set is not JSON serializable",
     ),
     "no plan": (
         """
