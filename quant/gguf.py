@@ -7,7 +7,6 @@ input channels. The experts then hold the blocks that the file will have, and ru
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -288,7 +287,7 @@ def _counted(laid_out: Layout) -> dict[str, dict[str, int]]:
 
 
 def _relative_error(matrix_EOK: Any, blocks_EOB: Any, kind: BlockType, importance_EK: Any) -> float:
-    """Σ importance · (w − ŵ)² / Σ importance · w² over all experts, an expert at a time."""
+    """Σ importance · (w − ŵ)² / Σ importance · w² over all experts, an expert at a time; 0 where nothing counts."""
     top = bottom = 0.0
     for expert in range(len(matrix_EOK)):
         weight_OK = matrix_EOK[expert].float()
@@ -296,4 +295,4 @@ def _relative_error(matrix_EOK: Any, blocks_EOB: Any, kind: BlockType, importanc
         change_OK = dequantize(blocks_EOB[expert], kind) - weight_OK
         top += float((change_OK.square() * importance_K).sum())
         bottom += float((weight_OK.square() * importance_K).sum())
-    return top / bottom if bottom else math.nan
+    return top / bottom if bottom else 0.0

@@ -9,6 +9,7 @@ import torch
 
 from moe_compress.errors import InputError, RunError
 from moe_compress.quant import gguf_quantize
+from moe_compress.quant.gguf import _relative_error
 from moe_compress.quant.gguf_blocks import TYPES, dequantize, join, split
 from moe_compress.quant.gguf_quantize import quantize
 
@@ -205,6 +206,21 @@ def test_channels_without_importance_are_not_lost(name):
     importance = torch.zeros(256)
     values = dequantize(quantize(weight, TYPES[name], importance), TYPES[name])
     assert float((values - weight).square().sum() / weight.square().sum()) < 0.25
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_reported_error(weighted):
+    kind, weight_EOK = TYPES["Q4_K"], torch.randn(3, 4, 256, generator=generator(16))
+    importance_EK = torch.rand(3, 256, generator=generator(17)) if weighted else None
+    blocks = quantize(weight_EOK, kind, importance_EK)
+    top = bottom = 0.0
+    for e in range(3):
+        values, exact = dequantize(blocks[e], kind).double(), weight_EOK[e].double()
+        counts = importance_EK[e].double() if weighted else torch.ones(256, dtype=torch.float64)
+        top, bottom = top + ((values - exact) ** 2 @ counts).sum(), bottom + (exact**2 @ counts).sum()
+    assert _relative_error(weight_EOK, blocks, kind, importance_EK) == pytest.approx(float(top / bottom), rel=1e-5)
+    zeros = torch.zeros(1, 4, 256)
+    assert _relative_error(zeros, quantize(zeros, kind), kind, None) == 0  # a number that JSON has
 
 
 def test_what_cannot_be_written_is_refused():
