@@ -40,6 +40,8 @@ class _Commands(click.Group):
             context = getattr(error, "ctx", None)
             command = context.command_path if context is not None else "moe-compress"
             message = error.format_message().strip().rstrip(".")
+            if "unexpected extra argument" in message and {"--calibrate", "--text"} & set(sys.argv):
+                message += ": quote a glob, or the shell makes several arguments of it"
             _say(f"{message[:1].lower()}{message[1:]} (see `{command} --help`)")
             code = error.exit_code
         sys.exit(code if isinstance(code, int) else 0)

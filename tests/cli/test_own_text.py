@@ -108,6 +108,13 @@ def test_tasks_by_name(commands, small, text, tmp_path):
     assert "unknown task 'arc_esay'; did you mean 'arc_easy'" in said.line
 
 
+def test_a_glob_that_the_shell_read(commands, small, text, tmp_path):
+    files = sorted(text.iterdir())
+    said = commands("run", "reap-25", "--model", small, "--output", tmp_path / "out", "--calibrate", *files)
+    assert said.code == 2
+    assert "quote a glob" in said.line
+
+
 def test_text_that_nothing_reads(commands, small, tmp_path):
     said = commands("run", "rtn-4bit", "--model", small, "--output", tmp_path / "out", "--calibrate", "a.jsonl")
     assert said.code == 2
