@@ -7,6 +7,7 @@ user interrupted it. A traceback only with `--debug`. Heavy imports happen insid
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from pathlib import Path
@@ -151,8 +152,6 @@ def run(
 
     Finished layers are kept beside the output; the same command continues an interrupted run.
     """
-    import json
-
     from moe_compress.pipeline import plan_run, read_calibration
     from moe_compress.pipeline import run as run_recipe
 
@@ -203,8 +202,6 @@ def inspect(
     With --calibrate also what its routing does on text, one layer in memory: load, super experts, activations,
     co-activation, certainty, local consistency (docs/analysis.md).
     """
-    import json
-
     from .show import inspected, show_inspection
 
     if not calibrate and (plots or traces):

@@ -7,12 +7,14 @@ another model that text would calibrate without a word, and quality would suffer
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_compress.errors import InputError
 from moe_compress.feasibility import usual_length
+from moe_compress.model import read_config
 from moe_compress.recipe import Recipe, read_recipe
 from moe_compress.recipes import DEMO, find_recipe, is_ready
 
@@ -34,7 +36,8 @@ def with_text(name: str, settings: Mapping[str, str], calibrate: Sequence[str], 
     lengths = {f"{key.split('.')[0]}.length" for key, own in files.items() if own} - settings.keys()
     if not is_ready(path) or not lengths:
         return recipe
-    return read_recipe(path, {**changes, **dict.fromkeys(lengths, str(usual_length(recipe.model, _LENGTH)))})
+    length = usual_length(read_config(recipe.model), _LENGTH)
+    return read_recipe(path, {**changes, **dict.fromkeys(lengths, str(length))})
 
 
 def of_the_demo(recipe: Recipe, name: str) -> str | None:
@@ -51,10 +54,12 @@ def of_the_demo(recipe: Recipe, name: str) -> str | None:
         ("scores", "--text TEXT"): recipe.evaluate.text,
     }
     reads = {use: own for use, paths in reads.items() if (own := [p for p in paths if DEMO in Path(p).parents])}
-    does, instead = (" and ".join(words) for words in zip(*reads, strict=True)) if reads else ("", "")
-    for path in (path for paths in reads.values() for path in paths):
+    if not reads:
+        return None
+    does, instead = (" and ".join(words) for words in zip(*reads, strict=True))
+    for path in itertools.chain(*reads.values()):
         if not glob.glob(path):
             raise InputError(f"{name} {does} on the demo's text, and {path} isn't here: give yours by {instead}")
-    if not reads or Path(recipe.model).resolve().parent == DEMO.resolve():
+    if Path(recipe.model).resolve().parent == DEMO.resolve():
         return None
     return f"{name} {does} on the demo's text, which says little of another model: give yours by {instead}"

@@ -186,7 +186,7 @@ def evaluated(model: str, against: str | None, tasks: str | None, device: str, *
         raise InputError(f"--{option.replace('_', '-')}: {first['msg'].removeprefix('Value error, ')}") from error
     opened = MoEModel.open(model, dtype=dtype, device=where)
     if "length" not in given:
-        evaluation = evaluation.model_copy(update={"length": usual_length(model, evaluation.length)})
+        evaluation = evaluation.model_copy(update={"length": usual_length(opened.module.config, evaluation.length)})
     check_scoring(opened, evaluation)
     with tempfile.TemporaryDirectory() as folder:
         original = Path(local_folder(against)) if against else None

@@ -13,7 +13,7 @@ from moe_compress.analysis import analyse, opened
 from moe_compress.domains import FILE, Patterns, find_patterns
 from moe_compress.errors import InputError
 from moe_compress.feasibility import usual_length
-from moe_compress.model import MoEModel
+from moe_compress.model import MoEModel, read_config
 from moe_compress.model.shape import model_shape
 
 from .show import console
@@ -37,7 +37,11 @@ def analysed(
         import moe_compress.report.plots as drawing
 
         drawing.check()
-    calibration = {"sources": list(text), "sequences": sequences, "length": length or usual_length(model, _LENGTH)}
+    calibration = {
+        "sources": list(text),
+        "sequences": sequences,
+        "length": length or usual_length(read_config(model), _LENGTH),
+    }
     calibration["allow_fewer"] = True
     found = analyse(model, calibration, segment=segment, traces=traces is not None)
     values = found.to_json()
@@ -114,7 +118,7 @@ def find_domains(
     calibration = {
         "sources": [{"path": path, "domain_field": domain_field} for path in calibrate],
         "sequences": sequences,
-        "length": length or usual_length(model, _LENGTH),
+        "length": length or usual_length(view.module.config, _LENGTH),
         "balance": True,
         "allow_fewer": True,
     }

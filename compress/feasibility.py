@@ -14,7 +14,7 @@ from moe_compress.checkpoint.writer import neighbours, settled
 from moe_compress.contract import followers
 from moe_compress.errors import InputError, RecipeError, nearest
 from moe_compress.export.targets import TARGETS, Target
-from moe_compress.model import MoEModel, read_config
+from moe_compress.model import MoEModel
 from moe_compress.model.fewer import AS_CONFIG, top_k_path
 from moe_compress.model.shape import ModelShape
 from moe_compress.passes import Pass
@@ -168,9 +168,9 @@ def positions(config: PreTrainedConfig) -> int | None:
     return known if isinstance(known, int) else None
 
 
-def usual_length(model: str, usual: int) -> int:
-    """Tokens of a sequence where nobody says: the usual, or as many as the checkpoint has positions for."""
-    known = positions(read_config(model))
+def usual_length(config: PreTrainedConfig, usual: int) -> int:
+    """Tokens of a sequence where nobody says: the usual, or as many as the model has positions for."""
+    known = positions(config)
     return usual if known is None else min(usual, known)
 
 

@@ -61,7 +61,7 @@ def quantize(weight: Tensor, kind: BlockType, importance: Tensor | None = None, 
     owner_R, table = _importance_of_rows(weight, importance)
     step = max(1, CHUNK_WEIGHTS.get(weight.device.type, 1 << 18) // length)
 
-    def quantize(start: int) -> None:
+    def fill(start: int) -> None:
         own = slice(start, start + step)
         part = rows[own].float()
         if not bool(part.isfinite().all()):
@@ -78,7 +78,7 @@ def quantize(weight: Tensor, kind: BlockType, importance: Tensor | None = None, 
             weights = torch.where(mean > 0, weights / mean, 1.0) + _FLOOR
         result[own] = join(_fields(blocks, weights, kind, search), kind).view(len(part), -1)
 
-    share_out(quantize, range(0, len(rows), step), weight.device)
+    share_out(fill, range(0, len(rows), step), weight.device)
     return result.view(*weight.shape[:-1], -1)
 
 

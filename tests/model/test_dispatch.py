@@ -16,7 +16,7 @@ every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: st
 OFFSETS = [[0, 3, 3, 9], [0, 0, 0, 0], [1, 1, 1, 1], [4, 8, 12, 16], [0, 0, 0, 5], [7, 7, 8, 8]]
 
 
-def close(found, expected, dtype):
+def assert_near(found, expected, dtype):
     assert found.dtype == dtype
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
@@ -75,7 +75,7 @@ def test_combine_sums_over_the_slots_of_a_token(dtype):
     expected = torch.zeros(13, 5, dtype=torch.float64)
     for row in range(len(output)):
         expected[found.token_R[row]] += output[row].double() * float(found.weight_R[row])
-    close(found.combine(output), expected, dtype)
+    assert_near(found.combine(output), expected, dtype)
     assert torch.equal(found.combine(output), found.combine(output))
 
 
@@ -118,7 +118,7 @@ def test_grouped_linear(dtype, transposed, inner, outer):
         for row in range(offsets[-1]):
             expert = next(e for e, end in enumerate(offsets) if row < end)
             expected[row] = weight[expert].double() @ rows[row].double()
-        close(grouped_linear(rows, weight, torch.tensor(offsets, dtype=torch.int32)), expected, dtype)
+        assert_near(grouped_linear(rows, weight, torch.tensor(offsets, dtype=torch.int32)), expected, dtype)
 
 
 @pytest.mark.parametrize("rows", [torch.randn(9, 6), torch.randn(9, 16)[:, ::2]], ids=["unaligned", "strided"])
@@ -157,7 +157,7 @@ def test_grouped_gram(dtype, left, right):
         for row in range(offsets[-1]):
             expert = next(e for e, end in enumerate(offsets) if row < end)
             expected[expert] += torch.outer(a[row].double(), b[row].double())
-        close(grouped_gram(a, b, torch.tensor(offsets, dtype=torch.int32)), expected, dtype)
+        assert_near(grouped_gram(a, b, torch.tensor(offsets, dtype=torch.int32)), expected, dtype)
 
 
 def test_grouped_gram_of_views():
@@ -182,7 +182,7 @@ def test_grouped_squares(dtype, size):
             for expert, (start, end) in enumerate(itertools.pairwise([0, *offsets])):
                 expected[expert] = rows[start:end].double().T @ rows[start:end].double()
             found = grouped_squares(rows, torch.tensor(offsets, dtype=torch.int32))
-            close(found, expected, dtype)
+            assert_near(found, expected, dtype)
             assert torch.equal(found, found.mT)
 
 

@@ -89,7 +89,7 @@ def found(index, weight):
     ]
 
 
-def same(left, right):
+def assert_same(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         assert a.keys() == b.keys()
@@ -124,7 +124,7 @@ def test_rules_do_what_loops_do(rule, kind):
         routes.attention.put(RECEIVED)
     got = routes(hidden, index, weight, EXPERTS)
     expected = loops(rule, hidden, index, weight, logits)
-    same(found(*got), expected)
+    assert_same(found(*got), expected)
     assert routes.executed == sum(map(len, expected))
     assert routes.tokens == len(index)
 
@@ -177,11 +177,11 @@ def test_capacity_does_what_loops_do(factor, overflow):
     expected = [{} for _ in range(tokens)]
     for (t, s), e in kept.items():
         expected[t][e] = float(weight[t, s])
-    same(found(*got), expected)
+    assert_same(found(*got), expected)
     load = torch.bincount(got[0][executed(*got, EXPERTS)], minlength=EXPERTS)
     assert int(load.max()) <= limit
     if factor == 8.0:
-        same(expected, found(index, weight))  # room for all
+        assert_same(expected, found(index, weight))  # room for all
     if overflow == "reroute" and factor == 1.0:
         dropping = Routes([Capacity(factor)])
         dropping(hidden, index, weight, EXPERTS)
@@ -207,7 +207,7 @@ def test_remapped_classes_add_up():
             if w and c < EXPERTS and table[c] >= 0:
                 row[table[c]] = row.get(table[c], 0.0) + w
         expected.append(row)
-    same(found(*got), expected)
+    assert_same(found(*got), expected)
     assert int(executed(*got, 3).sum()) == sum(map(len, expected))
     assert any(len(row) < sum(w > 0 for w in v) for row, v in zip(expected, weight.tolist(), strict=True))
 
@@ -242,7 +242,7 @@ def test_rules_follow_one_another():
     hidden, index, weight, _ = routing("softmax")
     both = Routes([TopP(0.9), TopK(2)])(hidden, index, weight, EXPERTS)
     first = Routes([TopP(0.9)])(hidden, index, weight, EXPERTS)
-    same(found(*both), found(*Routes([TopK(2)])(hidden, *first, EXPERTS)))
+    assert_same(found(*both), found(*Routes([TopK(2)])(hidden, *first, EXPERTS)))
 
 
 # In front of experts

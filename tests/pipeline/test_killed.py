@@ -72,7 +72,7 @@ class Undisturbed:
         for name in self.beside():
             shutil.rmtree(self.folder / name)
 
-    def check(self, plant: str, *options: str) -> None:
+    def assert_undisturbed(self, plant: str, *options: str) -> None:
         killed = self.run(*options, plant=plant)
         assert killed.code == -9
         if self.output.exists():
@@ -108,7 +108,7 @@ SELDOM = ("calibration text", "workspace", "sweep, first layer", "first layer", 
 @pytest.mark.parametrize("stage", [pytest.param(s, marks=[pytest.mark.slow] * (s in SELDOM)) for s in STAGES])
 def test_killed_at_a_stage(stage, job):
     module, name, at = STAGES[stage]
-    job.check(STAGE + f"kill_at({module!r}, {name!r}, {at})")
+    job.assert_undisturbed(STAGE + f"kill_at({module!r}, {name!r}, {at})")
 
 
 def kill_before(at: int) -> str:
@@ -117,14 +117,14 @@ def kill_before(at: int) -> str:
 
 @pytest.mark.parametrize("share", [0.3, 0.8, 0.97])
 def test_killed_before_a_file_operation(share, job):
-    job.check(kill_before(max(1, round(share * job.calls))))
+    job.assert_undisturbed(kill_before(max(1, round(share * job.calls))))
 
 
 @pytest.mark.slow
 def test_killed_before_any_file_operation(job):
     for at in range(1, job.calls + 1):
         job.clean()
-        job.check(kill_before(at))
+        job.assert_undisturbed(kill_before(at))
 
 
 @pytest.mark.parametrize("moment", ["partial", "replaced"])

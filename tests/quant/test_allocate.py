@@ -263,7 +263,8 @@ def test_presets_are_what_papers_say():
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_native_format_takes_every_width_that_may_be_asked_for(width):
     options = QuantizeMixed.Options(bits=9, widths=[width], group_size=32)
-    QuantizeMixed(options, find_target("native")).forecast(shape_of(6, 8))
+    then = QuantizeMixed(options, find_target("native")).forecast(shape_of(6, 8))
+    assert {layer.kind for layer in then.layers.values()} == {"packed"}
 
 
 def test_weights_alone_need_no_text(tmp_path):

@@ -56,7 +56,7 @@ def expected(dense, hidden, index, weight):
     return output
 
 
-def check(block, choose, kind, tokens, **dtypes):
+def assert_as_dense(block, choose, kind, tokens, **dtypes):
     experts = block.num_experts
     module, dense = packed_and_dense(block, choose, **dtypes)
     hidden = torch.randn(tokens, module.hidden_size, generator=torch.Generator().manual_seed(3))
@@ -73,7 +73,7 @@ def check(block, choose, kind, tokens, **dtypes):
 def test_mixed_widths_equal_dense_experts(name, kind):
     """All ten widths in a layer, other ones in every projection, few tokens and many."""
     for tokens in (1, 2, 60):
-        check(first_block(name), mixture, kind, tokens)
+        assert_as_dense(first_block(name), mixture, kind, tokens)
 
 
 @torch.no_grad()
@@ -83,14 +83,14 @@ def test_each_width(bits):
     for group, symmetric in itertools.product((-1, 1, 2, 4), (True, False)):
         if bits >= 2 or symmetric:
             block = first_block("qwen3_moe", moe_intermediate_size=20)
-            check(block, lambda *_: (bits, group, symmetric), "spread", 5)  # noqa: B023
+            assert_as_dense(block, lambda *_: (bits, group, symmetric), "spread", 5)  # noqa: B023
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_scales_and_dense_weights_of_another_dtype(dtype):
-    check(first_block("gpt_oss"), mixture, "spread", 9, dense_dtype=dtype, scale_dtype=dtype)
-    check(first_block("gpt_oss"), lambda *_: DENSE, "spread", 9, dense_dtype=dtype)
+    assert_as_dense(first_block("gpt_oss"), mixture, "spread", 9, dense_dtype=dtype, scale_dtype=dtype)
+    assert_as_dense(first_block("gpt_oss"), lambda *_: DENSE, "spread", 9, dense_dtype=dtype)
 
 
 @torch.no_grad()
